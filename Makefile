@@ -1,0 +1,90 @@
+# Everything a developer types. Needs Python 3.11 or newer and make; the rest is set up on first use, in .venv.
+#   make demo PYTHON=python3.12      use this interpreter
+#   make test PYTEST_ARGS='-k nvfp4' run part of the suite
+VENV ?= .venv
+PYTHON ?=
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+INSTALL := $(PY) -m pip install --disable-pip-version-check --constraint constraints.txt
+# An install is repeated only when what it depends on has changed: each leaves a stamp in the environment.
+SPEC := pyproject.toml constraints.txt
+BASE := $(VENV)/.installed-base
+DEV := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types pytest format docs bench clean distclean
+
+help:
+	@echo 'make demo       quantize the built-in sample model into exported_model/'
+	@echo 'make test       lint, types and the whole test suite (also: make lint, make types, make pytest)'
+	@echo 'make format     rewrite the sources in the house style'
+	@echo 'make docs       build the documentation site into site/'
+	@echo 'make bench      time fake quantization against a plain copy'
+	@echo 'make clean      remove what builds leave; make distclean removes .venv too'
+
+demo: $(BASE)
+	$(VENV)/bin/detent quantize --overwrite
+
+test:
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory types
+	@$(MAKE) --no-print-directory pytest
+
+lint: $(DEV)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(DEV)
+	$(PY) -m mypy
+
+# Workers are single-threaded (tests/conftest.py), so two of them fill two cores.
+pytest: $(DEV)
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+format: $(DEV)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+docs: $(DOCS)
+	$(PY) -m zensical build --strict --clean
+
+bench: $(BASE)
+	$(PY) benchmarks/fake_quantize.py
+
+clean:
+	rm -rf build dist site .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find src tests benchmarks examples tools docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean
+	rm -rf $(VENV)
+
+$(BASE): $(VENV)/bin/pip $(SPEC)
+	@echo 'Installing Detent into $(VENV): once, and mostly the download of torch.'
+	$(INSTALL) --editable .
+	@touch $@
+
+$(DEV): $(VENV)/bin/pip $(SPEC)
+	@echo 'Installing Detent and its development tools into $(VENV): once, and mostly the download of torch.'
+	$(INSTALL) --editable '.[dev]'
+	@touch $(BASE) $@
+
+$(DOCS): $(VENV)/bin/pip $(SPEC)
+	@echo 'Installing Detent and the site generator into $(VENV).'
+	$(INSTALL) --editable '.[docs]'
+	@touch $(BASE) $@
+
+# pip is the last thing that `-m venv` puts in place, so an interrupted set-up is done again. An interpreter counts
+# only if it runs (version managers leave stubs that don't), is new enough and can make virtual environments.
+$(VENV)/bin/pip:
+	@for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14 python); do \
+	  if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	    echo "Creating $(VENV) with $$python ($$("$$python" --version))."; \
+	    exec "$$python" -m venv $(VENV); \
+	  fi; \
+	done; \
+	echo 'Detent needs Python 3.11 or newer with the venv module, and none was found as: $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14 python).' >&2; \
+	echo 'Install one (on Debian and Ubuntu also its python3-venv package), or name it: make $(or $(MAKECMDGOALS),demo) PYTHON=/path/to/python3' >&2; \
+	exit 1

@@ -1,0 +1,141 @@
+# ruff: noqa: F401  the names below TYPE_CHECKING are for type checkers; at run time __getattr__ finds them
+"""Detent: low-bit models, accurate, made in little memory, loadable by the engines people deploy on.
+
+Everything public is reachable from here and imported when first used, so that ``import detent`` costs what ``import
+torch`` costs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from detent._version import __version__
+
+#: Public name -> the module that defines it. Presets (``*_CFG``, ``*_CONFIG``) come from `detent.config.presets`.
+_HOMES = {
+    "DetentError": "detent.errors",
+    "Format": "detent.formats",
+    "QTensor": "detent.formats",
+    "encode": "detent.formats",
+    "decode": "detent.formats",
+    "fake_quantize": "detent.formats",
+    "QuantizerAttributeConfig": "detent.config",
+    "QuantizeConfig": "detent.config",
+    "QuantizeAlgorithmConfig": "detent.config",
+    "RotateConfig": "detent.config",
+    "choices": "detent.config.presets",
+    "need_calibration": "detent.config",
+    "update_quant_cfg_with_kv_cache_quant": "detent.config.presets",
+    "_default_disabled_quantizer_cfg": "detent.config.presets",
+    "parse_scheme": "detent.config",
+    "TensorQuantizer": "detent.nn",
+    "SequentialQuantizer": "detent.nn",
+    "QuantModule": "detent.nn",
+    "QuantModuleRegistry": "detent.nn",
+    "register": "detent.nn",
+    "unregister": "detent.nn",
+    "register_quant_backend": "detent.nn",
+    "unregister_quant_backend": "detent.nn",
+    "ParallelState": "detent.distributed",
+    "quantize": "detent.engine.quantization",
+    "calibrate": "detent.engine.calibration",
+    "replace_quant_module": "detent.engine.conversion",
+    "set_quantizer_by_cfg": "detent.engine.conversion",
+    "set_quantizer_by_cfg_context": "detent.engine.conversion",
+    "set_quantizer_attribute": "detent.engine.conversion",
+    "enable_quantizer": "detent.engine.conversion",
+    "disable_quantizer": "detent.engine.conversion",
+    "print_quant_summary": "detent.engine.weights",
+    "fold_weight": "detent.engine.weights",
+    "compress": "detent.engine.weights",
+    "save": "detent.engine.state",
+    "restore": "detent.engine.state",
+    "detent_state": "detent.engine.state",
+    "modelopt_state": "detent.engine.state",
+    "restore_from_detent_state": "detent.engine.state",
+    "restore_from_modelopt_state": "detent.engine.state",
+    "use_reporter": "detent.progress",
+}
+_SUBMODULES = {
+    "algorithms",
+    "checkpoints",
+    "config",
+    "data",
+    "distributed",
+    "engine",
+    "evaluation",
+    "formats",
+    "nn",
+    "report",
+}
+
+if TYPE_CHECKING:
+    from detent.config import (
+        QuantizeAlgorithmConfig,
+        QuantizeConfig,
+        QuantizerAttributeConfig,
+        RotateConfig,
+        need_calibration,
+        parse_scheme,
+    )
+    from detent.config.presets import *  # noqa: F403
+    from detent.config.presets import choices, update_quant_cfg_with_kv_cache_quant
+    from detent.distributed import ParallelState
+    from detent.engine.calibration import calibrate
+    from detent.engine.conversion import (
+        disable_quantizer,
+        enable_quantizer,
+        replace_quant_module,
+        set_quantizer_attribute,
+        set_quantizer_by_cfg,
+        set_quantizer_by_cfg_context,
+    )
+    from detent.engine.quantization import quantize
+    from detent.engine.state import (
+        detent_state,
+        modelopt_state,
+        restore,
+        restore_from_detent_state,
+        restore_from_modelopt_state,
+        save,
+    )
+    from detent.engine.weights import compress, fold_weight, print_quant_summary
+    from detent.errors import DetentError
+    from detent.formats import Format, QTensor, decode, encode, fake_quantize
+    from detent.nn import (
+        QuantModule,
+        QuantModuleRegistry,
+        SequentialQuantizer,
+        TensorQuantizer,
+        register,
+        register_quant_backend,
+        unregister,
+        unregister_quant_backend,
+    )
+    from detent.progress import use_reporter
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"detent.{name}")
+    home = "detent.config.presets" if name.endswith(("_CFG", "_CONFIG")) else _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'detent' has no attribute {name!r}")
+    try:
+        value = getattr(importlib.import_module(home), name)
+    except AttributeError:
+        raise AttributeError(f"module 'detent' has no attribute {name!r}") from None
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    from detent.config import presets
+
+    return sorted(
+        {"__version__", *_HOMES, *_SUBMODULES, *(n for n in vars(presets) if n.endswith(("_CFG", "_CONFIG")))}
+    )
+
+
+__all__ = [name for name in _HOMES if not name.startswith("_")]

@@ -1,0 +1,17 @@
+"""`max`: the range of a tensor is what it holds. Nothing is clipped."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from detent.formats import Format
+from detent.formats.granularity import to_tiles
+from detent.formats.tiles import tile_range
+
+
+def weight_range(weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """(low, high) of each tile of `weight`, float32 in the shape of the scales."""
+    tiles = to_tiles(weight.detach(), fmt.granularity, repeat_edge=True)
+    low, high = tile_range(tiles, fmt)
+    grid = fmt.granularity.grid(tuple(weight.shape))
+    return low.reshape(grid), high.reshape(grid)

@@ -1,0 +1,42 @@
+"""On-disk formats, the writer and the reader of each side by side. Nothing here computes a scale."""
+
+from __future__ import annotations
+
+from detent.checkpoints.folder import (
+    MANIFEST_NAME,
+    MAX_SHARD_SIZE,
+    CheckpointWriter,
+    add_to_manifest,
+    check_replaceable,
+)
+from detent.checkpoints.quantized import (
+    Layout,
+    QuantizedCheckpoint,
+    QuantizedWriter,
+    choose,
+    layouts,
+    open_quantized,
+)
+from detent.checkpoints.records import Activation, LayerCheckpoint, LayerFormats, ModelFormats
+from detent.checkpoints.source import Source, TensorInfo, quant_method
+
+__all__ = [
+    "MANIFEST_NAME",
+    "MAX_SHARD_SIZE",
+    "Activation",
+    "CheckpointWriter",
+    "LayerCheckpoint",
+    "LayerFormats",
+    "Layout",
+    "ModelFormats",
+    "QuantizedCheckpoint",
+    "QuantizedWriter",
+    "Source",
+    "TensorInfo",
+    "add_to_manifest",
+    "check_replaceable",
+    "choose",
+    "layouts",
+    "open_quantized",
+    "quant_method",
+]

@@ -1,0 +1,235 @@
+"""Formats as compressed-tensors says them: `Format` to quantization arguments and back.
+
+The vocabulary is that of compressed-tensors 0.20 (``QuantizationArgs``). What is refused here is what its reader would
+get wrong or not read at all, found by loading such files with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from detent.errors import DetentError
+from detent.formats import (
+    E2M1,
+    E2M3,
+    E4M3,
+    FloatScale,
+    Format,
+    Granularity,
+    Integer,
+    PowerOfTwoScale,
+    fp8,
+    integer,
+    mx,
+    nvfp4,
+    per_block,
+    per_channel,
+    per_group,
+    per_tensor,
+    per_token,
+)
+from detent.formats.elements import Element
+from detent.formats.scales import ScaleDtype
+
+Args = dict[str, Any]
+
+PACK = "pack-quantized"
+INT = "int-quantized"
+FLOAT = "float-quantized"
+NVFP4 = "nvfp4-pack-quantized"
+MXFP4 = "mxfp4-pack-quantized"
+MXFP6 = "mxfp6-pack-quantized"
+MXFP8 = "mxfp8-quantized"
+DENSE = "dense"
+MIXED = "mixed-precision"
+
+_MX_LAYOUTS = {E2M1: MXFP4, E2M3: MXFP6, E4M3: MXFP8}
+_PLAIN_SCALES = ("float32", "bfloat16", "float16")
+
+
+class NotHeld(Exception):
+    """Compressed-tensors has no words for a format; the message says why."""
+
+
+def weight_args(fmt: Format, shape: tuple[int, ...]) -> Args:
+    """The arguments of a weight of shape (out, in). Raises NotHeld."""
+    if len(shape) != 2:
+        raise NotHeld(f"weights of shape {shape}: it stores matrices only")
+    args = _element_args(fmt)
+    if _is_mx(fmt) or _is_nvfp4(fmt):
+        size = 32 if _is_mx(fmt) else 16
+        if shape[1] % size:
+            raise NotHeld(f"{shape[1]} input features, not a multiple of {size}: its reader takes no short last group")
+        return args | {"dynamic": False}
+    return args | _weight_strategy(fmt, shape) | {"dynamic": False}
+
+
+def activation_args(fmt: Format, features: int) -> Args:
+    """The arguments of an activation whose last axis has `features` elements. Raises NotHeld."""
+    args = _element_args(fmt)
+    if isinstance(fmt.element, Integer) and fmt.element.narrow:
+        raise NotHeld("narrow-range activations: its integers use their whole range")
+    size = fmt.granularity.group_size
+    if size is not None and features % size:
+        raise NotHeld(f"activations of {features} features in groups of {size}: its reader takes no short last group")
+    if _is_nvfp4(fmt):
+        if fmt.dynamic:
+            raise NotHeld("NVFP4 activations whose outer scale is dynamic: it stores a calibrated one")
+        return args | {"dynamic": "local"}
+    if _is_mx(fmt):
+        if not fmt.dynamic:
+            raise NotHeld("calibrated exponents of MX activations: they are made anew for each tensor")
+        return args | {"dynamic": True}
+    if fmt.granularity.kind == "per_tensor":
+        return args | {"strategy": "tensor", "dynamic": fmt.dynamic}
+    if not fmt.dynamic:
+        raise NotHeld(f"calibrated {fmt.granularity} activation scales: only per-tensor ones")
+    if fmt.granularity.kind == "per_token":
+        return args | {"strategy": "token", "dynamic": True}
+    if size is not None:
+        return args | {"strategy": "group", "group_size": size, "dynamic": True}
+    raise NotHeld(f"{fmt.granularity} activations")
+
+
+def kv_cache_args(fmt: Format) -> Args:
+    """The arguments of keys and values: per tensor, symmetric, calibrated, as engines read them. Raises NotHeld."""
+    if fmt.granularity.kind != "per_tensor" or fmt.dynamic or not fmt.symmetric:
+        raise NotHeld(f"a key/value cache as {fmt}: only symmetric per-tensor ones with calibrated scales")
+    if not (fmt.element == E4M3 or (isinstance(fmt.element, Integer) and fmt.element.bits == 8)):
+        raise NotHeld(f"a key/value cache of {fmt.element.name}: only FP8 E4M3 and int8")
+    return activation_args(fmt, 1)
+
+
+def layout_of(weight: Format | None, has_activations: bool) -> str:
+    """The name of the on-disk format of a layer; the rules of compressed-tensors' own writer."""
+    if weight is None:
+        return DENSE
+    if _is_nvfp4(weight):
+        return NVFP4
+    if _is_mx(weight):
+        return _MX_LAYOUTS[weight.element]  # type: ignore[index]
+    if weight.element == E4M3:
+        return FLOAT
+    return INT if has_activations else PACK
+
+
+def _is_mx(fmt: Format) -> bool:
+    return isinstance(fmt.scale, PowerOfTwoScale)
+
+
+def _is_nvfp4(fmt: Format) -> bool:
+    return isinstance(fmt.scale, FloatScale) and fmt.scale.outer
+
+
+def _element_args(fmt: Format) -> Args:
+    """Type, width, symmetry; for MX and NVFP4 also group and scale type, which are fixed."""
+    if fmt.base is not None:
+        raise NotHeld("progressive formats: it holds one format per weight")
+    if isinstance(fmt.scale, PowerOfTwoScale):
+        if fmt.element not in _MX_LAYOUTS or fmt.scale.micro or fmt.granularity.group_size != 32:
+            raise NotHeld(f"{fmt}: of the power-of-two formats, only MXFP4, MXFP6 E2M3 and MXFP8 E4M3 in blocks of 32")
+        return _args(fmt.element, strategy="group", group_size=32, scale_dtype="torch.uint8", zp_dtype="torch.uint8")
+    if fmt.scale.outer:
+        if fmt.element != E2M1 or fmt.scale.dtype != "e4m3" or fmt.granularity.group_size != 16:
+            raise NotHeld(f"{fmt}: under an outer scale, only FP4 in groups of 16 with E4M3 scales")
+        e4m3 = "torch.float8_e4m3fn"
+        return _args(fmt.element, strategy="tensor_group", group_size=16, scale_dtype=e4m3, zp_dtype=e4m3)
+    if fmt.scale.dtype not in _PLAIN_SCALES:
+        raise NotHeld(f"{fmt.scale.dtype} scales without an outer scale")
+    if isinstance(fmt.element, Integer):
+        if fmt.zero_point == "float":
+            raise NotHeld("zero points that are not integers")
+        if fmt.zero_point == "none" and not fmt.element.signed:
+            raise NotHeld("unsigned integers without a zero point")
+    elif fmt.element != E4M3:
+        raise NotHeld(f"{fmt.element.name} elements with a float scale: only integers and FP8 E4M3")
+    return _args(fmt.element) | {"symmetric": fmt.symmetric}
+
+
+def _args(element: Element, **more: Any) -> Args:
+    kind = "int" if isinstance(element, Integer) else "float"
+    return {"num_bits": element.bits, "type": kind, "symmetric": True, **more}
+
+
+def _weight_strategy(fmt: Format, shape: tuple[int, ...]) -> Args:
+    granularity = fmt.granularity
+    if granularity.kind == "per_tensor":
+        return {"strategy": "tensor"}
+    rows, columns = granularity.lengths(shape)
+    if (rows, columns) == (1, shape[1]):  # a group no shorter than the row, too
+        return {"strategy": "channel"}
+    if rows == 1:
+        if shape[1] % columns:
+            raise NotHeld(
+                f"groups of {columns} in rows of {shape[1]} input features: its reader takes no short last group"
+            )
+        return {"strategy": "group", "group_size": columns}
+    declared = {axis % 2: length for axis, length in granularity.blocks}
+    block = [declared.get(0), declared.get(1)]
+    if fmt.element != E4M3 or None in block:
+        raise NotHeld(f"{fmt}: scales per block are for FP8 E4M3 only, and need both block lengths")
+    return {"strategy": "block", "block_structure": block}
+
+
+# The other direction, for files whose writer left no description.
+
+
+def format_from_args(args: Args, scale_dtype: torch.dtype | None, where: str) -> Format:
+    """The format that arguments stand for.
+
+    Args:
+        args: as in config.json.
+        scale_dtype: of the stored scales; None where none are stored.
+        where: what error messages call it.
+
+    Raises:
+        DetentError: arguments that Detent doesn't read.
+    """
+    kind, bits, strategy = args.get("type", "int"), int(args.get("num_bits", 8)), _strategy_of(args)
+    dynamic = args.get("dynamic") is True
+    if kind == "float" and bits == 4 and strategy == "tensor_group":
+        return nvfp4(int(args["group_size"]), dynamic=dynamic)
+    if kind == "float" and bits in (4, 6, 8) and _says_mx(args):
+        return mx({4: "e2m1", 6: "e2m3", 8: "e4m3"}[bits], dynamic=dynamic)
+    granularity = _granularity(strategy, args, where)
+    if kind == "float" and bits == 8:
+        fmt = fp8("e4m3", granularity, dynamic=dynamic)
+    elif kind == "int" and 2 <= bits <= 8:
+        fmt = integer(bits, granularity, symmetric=bool(args.get("symmetric", True)), dynamic=dynamic)
+    else:
+        raise DetentError(f"{where}: {kind} values of {bits} bits with {strategy} scales are not read by Detent")
+    names: dict[torch.dtype | None, ScaleDtype] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    return fmt.with_scale_dtype(names.get(scale_dtype, "float32"))
+
+
+def _says_mx(args: Args) -> bool:
+    """Older files tell MXFP4 and MXFP6 by the group alone; 8 bits in groups of 32 are MX only with bytes for scales."""
+    if args.get("group_size") != 32:
+        return False
+    return args.get("num_bits") in (4, 6) or str(args.get("scale_dtype")).endswith("uint8")
+
+
+def _strategy_of(args: Args) -> str:
+    if args.get("strategy") is not None:
+        return str(args["strategy"])
+    size = args.get("group_size")
+    return "tensor" if size is None else "channel" if size == -1 else "group"
+
+
+def _granularity(strategy: str, args: Args, where: str) -> Granularity:
+    if strategy == "tensor":
+        return per_tensor()
+    if strategy == "channel":
+        return per_channel(0)
+    if strategy == "token":
+        return per_token()
+    if strategy == "group":
+        return per_group(int(args["group_size"]))
+    if strategy == "block":
+        block = args["block_structure"]
+        if isinstance(block, str):
+            block = block.split("x")
+        return per_block({-2: int(block[0]), -1: int(block[1])})
+    raise DetentError(f"{where}: scales by {strategy!r} are not read by Detent")

@@ -1,0 +1,193 @@
+"""Detent's own layout: any format, at its true number of bits.
+
+Tensors are named ``<module>.weight.codes``, ``.scale``, ``.zero_point``, ``.outer_scale``, ``.micro``, likewise
+``<module>.input.*`` and ``.output.*``, and ``<attention>.k.scale``, ``.v.scale``. Codes, integer zero points and
+micro-exponents of b < 8 bits are packed densely, least significant bit first, each row (first axis) on its own,
+negative integers in two's complement. All else is in config.json: see `describe`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detent.checkpoints.records import (
+    LayerCheckpoint,
+    ModelFormats,
+    assemble,
+    describe,
+    has_outer,
+    parse_description,
+)
+from detent.checkpoints.source import Source
+from detent.errors import DetentError
+from detent.formats import Format, Integer, PowerOfTwoScale, QTensor, Scales
+from detent.formats.packing import pack, unpack
+
+
+class DetentLayout:
+    """Writes Detent's own layout."""
+
+    name = "detent"
+
+    def can_hold(self, formats: ModelFormats) -> str | None:
+        """None: it holds everything."""
+        return None
+
+    def layer_tensors(self, layer: LayerCheckpoint) -> dict[str, Tensor]:
+        """The tensors of one layer, by their full names."""
+        tensors = {}
+        if layer.weight is not None:
+            q = layer.weight
+            tensors["weight.codes"] = _pack_bits(q.codes, q.format.element.bits)
+            if q.micro is not None:
+                tensors["weight.micro"] = _pack_bits(q.micro, 1)
+            tensors |= _scale_tensors("weight", q.format, q.scales)
+        for side, activation in (("input", layer.input), ("output", layer.output)):
+            if activation is not None and activation.scales is not None:
+                tensors |= _scale_tensors(side, activation.format, activation.scales)
+        return {f"{layer.name}.{name}": tensor for name, tensor in tensors.items()}
+
+    def kv_tensors(self, module: str, key: Scales, value: Scales) -> dict[str, Tensor]:
+        """The scales of one attention module's keys and values; zero points are kept as they are."""
+        return {
+            f"{module}.{side}.{name}": tensor
+            for side, scales in (("k", key), ("v", value))
+            for name, tensor in vars(scales).items()
+            if tensor is not None
+        }
+
+    def exact(self, layer: LayerCheckpoint) -> dict[str, str]:
+        """Nothing: the layout itself is exact."""
+        return {}
+
+    def metadata(self, formats: ModelFormats, exact: Mapping[str, dict[str, str]]) -> dict[str, str]:
+        return {}
+
+    def quantization_config(self, formats: ModelFormats) -> dict[str, Any]:
+        """What config.json says under "quantization_config"."""
+        return {"quant_method": self.name, **describe(formats)}
+
+
+def _scale_tensors(side: str, fmt: Format, scales: Scales) -> dict[str, Tensor]:
+    tensors = {f"{side}.scale": scales.scale} if scales.scale.numel() or scales.outer_scale is None else {}
+    if scales.zero_point is not None:
+        packed = fmt.zero_point == "int"
+        tensors[f"{side}.zero_point"] = _pack_bits(scales.zero_point, fmt.element.bits) if packed else scales.zero_point
+    if scales.outer_scale is not None:
+        tensors[f"{side}.outer_scale"] = scales.outer_scale
+    return tensors
+
+
+def _as_rows(shape: tuple[int, ...]) -> tuple[int, int]:
+    """`shape` as (rows, columns): the first axis, and all others together; vectors and scalars are one row."""
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+
+
+def _pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Codes of any shape as bytes [rows, ceil(columns * bits / 8)]; codes that fill their dtype as they are."""
+    if bits == 8 and codes.dtype != torch.int32:
+        return codes
+    rows = codes.reshape(_as_rows(tuple(codes.shape)))
+    return pack(rows, bits)
+
+
+def _unpack_bits(stored: Tensor, bits: int, shape: tuple[int, ...], dtype: torch.dtype, signed: bool) -> Tensor:
+    """The inverse of `_pack_bits`."""
+    codes = unpack(stored, bits, _as_rows(shape)[1], torch.int8 if signed else torch.uint8)
+    return codes.reshape(shape).to(dtype)
+
+
+class DetentReader:
+    """Reads Detent's own layout.
+
+    Attributes:
+        formats: the formats of the model.
+        used: the names of all tensors that belong to quantized layers or to the key/value cache.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.formats = parse_description(source.config["quantization_config"], str(source.path / "config.json"))
+        parts = {
+            f"{name}.{side}."
+            for name, layer in self.formats.layers.items()
+            for side in ("weight", "input", "output")
+            if getattr(layer, side) is not None
+        }
+        self._kv_modules = [] if self.formats.kv_cache is None else [n[:-8] for n in source if n.endswith(".k.scale")]
+        parts |= {f"{module}.{side}." for module in self._kv_modules for side in ("k", "v")}
+        self.used = {name for name in source if name[: name.rfind(".") + 1] in parts}
+
+    def layer(self, name: str) -> LayerCheckpoint:
+        """The contents of one layer, read now.
+
+        Raises:
+            DetentError: a tensor is missing or has the wrong shape.
+        """
+        layer = self.formats.layers[name]
+        return assemble(
+            name,
+            layer,
+            lambda fmt: self._weight(name, fmt, layer.shape),
+            lambda side, fmt: self._calibrated(f"{name}.{side}", fmt),
+        )
+
+    def kv_scales(self) -> dict[str, tuple[Scales, Scales]]:
+        """(scales of keys, scales of values) by attention module; empty where none were calibrated."""
+
+        def scales(prefix: str) -> Scales:
+            names = {part: f"{prefix}.{part}" for part in ("zero_point", "outer_scale")}
+            optional = {part: self.source.tensor(name) for part, name in names.items() if name in self.source.tensors}
+            return Scales(self.source.tensor(f"{prefix}.scale"), **optional)
+
+        return {module: (scales(f"{module}.k"), scales(f"{module}.v")) for module in self._kv_modules}
+
+    def _tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        info = self.source.info(name)
+        if (info.shape, info.dtype) != (shape, dtype):
+            raise DetentError(
+                f"{self.source.path / info.file}: {name} is {info.dtype} {info.shape},"
+                f" not {dtype} {shape} as config.json says"
+            )
+        return self.source.tensor(name)
+
+    def _codes(self, name: str, shape: tuple[int, ...], bits: int, dtype: torch.dtype, signed: bool) -> Tensor:
+        if bits == 8 and dtype != torch.int32:
+            return self._tensor(name, shape, dtype)
+        rows, columns = _as_rows(shape)
+        stored = self._tensor(name, (rows, -(-columns * bits // 8)), torch.uint8)
+        return _unpack_bits(stored, bits, shape, dtype, signed)
+
+    def _weight(self, name: str, fmt: Format, shape: tuple[int, ...]) -> QTensor:
+        signed = isinstance(fmt.element, Integer) and fmt.element.signed
+        codes = self._codes(f"{name}.weight.codes", shape, fmt.element.bits, fmt.element.storage_dtype, signed)
+        scales = self._scales(f"{name}.weight", fmt, fmt.granularity.grid(shape))
+        micro = None
+        if isinstance(fmt.scale, PowerOfTwoScale) and fmt.scale.micro:
+            runs = (*shape[:-1], -(-shape[-1] // fmt.scale.micro))
+            micro = self._codes(f"{name}.weight.micro", runs, 1, torch.uint8, False)
+        return QTensor(fmt, shape, codes, scales.scale, scales.zero_point, scales.outer_scale, micro)
+
+    def _scales(self, prefix: str, fmt: Format, grid: tuple[int, ...]) -> Scales:
+        scale = self._tensor(f"{prefix}.scale", grid, fmt.scale.stored_dtype)
+        zero_point = None
+        if fmt.zero_point == "float":
+            zero_point = self._tensor(f"{prefix}.zero_point", grid, torch.float32)
+        elif fmt.zero_point == "int":
+            assert isinstance(fmt.element, Integer)
+            name = f"{prefix}.zero_point"
+            zero_point = self._codes(name, grid, fmt.element.bits, torch.int32, fmt.element.signed)
+        outer = self._tensor(f"{prefix}.outer_scale", (), torch.float32) if has_outer(fmt) else None
+        return Scales(scale, zero_point, outer)
+
+    def _calibrated(self, prefix: str, fmt: Format) -> Scales:
+        """Activation scales have whatever shape calibration gave them: one per tensor, or one per channel."""
+        if f"{prefix}.scale" not in self.source.tensors and has_outer(fmt):
+            empty = torch.empty(0, dtype=fmt.scale.stored_dtype)
+            return Scales(empty, outer_scale=self._tensor(f"{prefix}.outer_scale", (), torch.float32))
+        return self._scales(prefix, fmt, self.source.info(f"{prefix}.scale").shape)

@@ -1,0 +1,203 @@
+"""Whole quantized checkpoints: which layout, writing one layer after the other, and opening what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from detent.checkpoints.compressed_tensors import CompressedTensorsLayout, CompressedTensorsReader
+from detent.checkpoints.detent_layout import DetentLayout, DetentReader
+from detent.checkpoints.folder import MAX_SHARD_SIZE, CheckpointWriter
+from detent.checkpoints.records import LayerCheckpoint, ModelFormats
+from detent.checkpoints.source import Source, quant_method
+from detent.errors import DetentError
+from detent.formats import Scales
+
+
+class Layout(Protocol):
+    """How an on-disk format lays out what layers hold. See `CompressedTensorsLayout` for what each method returns."""
+
+    name: str
+
+    def can_hold(self, formats: ModelFormats) -> str | None: ...
+
+    def layer_tensors(self, layer: LayerCheckpoint) -> dict[str, Tensor]: ...
+
+    def kv_tensors(self, module: str, key: Scales, value: Scales) -> dict[str, Tensor]: ...
+
+    def exact(self, layer: LayerCheckpoint) -> dict[str, str]: ...
+
+    def metadata(self, formats: ModelFormats, exact: dict[str, dict[str, str]]) -> dict[str, str]: ...
+
+    def quantization_config(self, formats: ModelFormats) -> dict[str, Any]: ...
+
+
+class LayoutReader(Protocol):
+    """The other direction. See `CompressedTensorsReader`."""
+
+    formats: ModelFormats
+    used: set[str]
+
+    def layer(self, name: str) -> LayerCheckpoint: ...
+
+    def kv_scales(self) -> dict[str, tuple[Scales, Scales]]: ...
+
+
+#: Every layout by the name that config.json gives it as "quant_method", the preferred one first.
+layouts: dict[str, Layout] = {layout.name: layout for layout in (CompressedTensorsLayout(), DetentLayout())}
+_READERS: dict[str, type[CompressedTensorsReader] | type[DetentReader]] = {
+    "compressed-tensors": CompressedTensorsReader,
+    "detent": DetentReader,
+}
+
+
+def choose(formats: ModelFormats) -> tuple[Layout, list[str]]:
+    """The first layout that holds the whole model, and why those before it do not."""
+    reasons: list[str] = []
+    for layout in layouts.values():
+        reason = layout.can_hold(formats)
+        if reason is None:
+            return layout, reasons
+        reasons.append(reason)
+    raise DetentError("; ".join(reasons))
+
+
+class QuantizedWriter:
+    """Writes a quantized checkpoint, layer by layer, whole or not at all.
+
+    ::
+
+        with QuantizedWriter("out", source=source, formats=formats) as writer:
+            for layer in layers:
+                writer.add_layer(layer)
+            for name in kept:
+                writer.add_tensor(name, source.tensor(name))
+            writer.finish()
+
+    Args:
+        out_dir, overwrite, max_shard_size: as for `CheckpointWriter`.
+        source: the original checkpoint: its config and other files go along.
+        formats: what will be written; layers must match it.
+        layout: the on-disk format; by default what `choose` says.
+
+    Raises:
+        DetentError: as `CheckpointWriter`, or the layout cannot hold the formats.
+    """
+
+    def __init__(
+        self,
+        out_dir: str | Path,
+        *,
+        source: Source,
+        formats: ModelFormats,
+        layout: Layout | None = None,
+        overwrite: bool = False,
+        max_shard_size: int = MAX_SHARD_SIZE,
+    ) -> None:
+        self.layout = layout or choose(formats)[0]
+        reason = self.layout.can_hold(formats)
+        if reason is not None:
+            raise DetentError(reason)
+        self.formats = formats
+        self.source = source
+        self._missing = set(formats.layers)
+        self._exact: dict[str, dict[str, str]] = {}
+        self._folder = CheckpointWriter(out_dir, source=source, overwrite=overwrite, max_shard_size=max_shard_size)
+
+    def __enter__(self) -> QuantizedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._folder.__exit__(kind, error, traceback)
+
+    def add_layer(self, layer: LayerCheckpoint) -> None:
+        """Write a layer's codes and scales. Its bias, if any, is a tensor like others.
+
+        Raises:
+            DetentError: the layer isn't what `formats` announced.
+        """
+        if self.formats.layers.get(layer.name) != layer.formats or layer.name not in self._missing:
+            raise DetentError(f"layer {layer.name}: not announced with these formats, or written twice")
+        self._missing.remove(layer.name)
+        for name, tensor in self.layout.layer_tensors(layer).items():
+            self._folder.add(name, tensor)
+        exact = self.layout.exact(layer)
+        if exact:
+            self._exact[layer.name] = exact
+
+    def add_tensor(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor that isn't quantized, as it is."""
+        self._folder.add(name, tensor)
+
+    def add_kv(self, module: str, key: Scales, value: Scales) -> None:
+        """Write the calibrated scales of the keys and values of one attention module."""
+        for name, tensor in self.layout.kv_tensors(module, key, value).items():
+            self._folder.add(name, tensor)
+
+    def finish(self, files: dict[str, str] | None = None, *, check: Callable[[Path], None] | None = None) -> Path:
+        """Make the folder appear; `files` are further text files, by name, and `check` looks at it first.
+
+        Raises:
+            DetentError: a layer that `formats` announced wasn't written.
+        """
+        if self._missing:
+            raise DetentError(f"{len(self._missing)} layers were not written: {', '.join(sorted(self._missing)[:3])}")
+        config = {**self.source.config, "quantization_config": self.layout.quantization_config(self.formats)}
+        metadata = self.layout.metadata(self.formats, self._exact)
+        return self._folder.finish(config, metadata=metadata, files=files, check=check)
+
+
+class QuantizedCheckpoint:
+    """An opened quantized checkpoint.
+
+    Attributes:
+        path: its folder.
+        source: its tensors as they are on disk.
+        method: the name of its layout.
+        config: its config.json without what makes the model a quantized one: the config of the simulated model.
+        formats: the formats of its layers and of its key/value cache.
+        kept: the names of the tensors that aren't quantized.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.source = Source(path, quantized=True)
+        self.path = self.source.path
+        method = quant_method(self.source.config)
+        if method is None:
+            raise DetentError(f"{self.path} is not quantized: its config.json has no quantization_config")
+        if method not in _READERS:
+            raise DetentError(f"{self.path} is quantized with {method}; Detent reads {', '.join(_READERS)}")
+        if not isinstance(self.source.config.get("quantization_config"), dict):
+            raise DetentError(f"{self.path}: quantization_config is not at the top level of config.json")
+        self.method = method
+        self._reader: LayoutReader = _READERS[method](self.source)
+        self.formats = self._reader.formats
+        self.config = {key: value for key, value in self.source.config.items() if key != "quantization_config"}
+        self.kept = [name for name in self.source if name not in self._reader.used]
+
+    def layer(self, name: str) -> LayerCheckpoint:
+        """One layer's codes and scales, read now. Raises DetentError where a tensor is missing or misshapen."""
+        return self._reader.layer(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor that isn't quantized, read now."""
+        return self.source.tensor(name)
+
+    def kv_scales(self) -> dict[str, tuple[Scales, Scales]]:
+        """(scales of keys, scales of values) by attention module."""
+        return self._reader.kv_scales()
+
+
+def open_quantized(path: str | Path) -> QuantizedCheckpoint:
+    """Open a quantized checkpoint: Detent's own layout, or compressed-tensors from Detent or another tool.
+
+    Raises:
+        DetentError: as `Source`; or the checkpoint isn't quantized, or not in a way that Detent reads.
+    """
+    return QuantizedCheckpoint(path)

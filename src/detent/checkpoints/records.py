@@ -1,0 +1,196 @@
+"""What a quantized checkpoint says about a model, whatever its layout on disk.
+
+Two levels: *formats* (`LayerFormats`, `ModelFormats`) are known before any weight is touched, and decide which layout
+can hold the model; *contents* (`LayerCheckpoint`) are one layer's codes and scales. `describe` and `parse_description`
+turn formats into JSON and back, each distinct format written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from detent.errors import DetentError
+from detent.formats import FloatScale, Format, QTensor, Scales
+
+#: The version of the JSON description that `describe` writes.
+DESCRIPTION_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Activation:
+    """How one input or output of a layer is quantized.
+
+    Attributes:
+        format: its format.
+        scales: calibrated scales, or None where they are made from each tensor anew (``format.dynamic``). A static
+            format with an outer scale (NVFP4) has a calibrated outer scale and block scales made anew: `scales` then
+            holds the outer scale, and an empty `scale`.
+    """
+
+    format: Format
+    scales: Scales | None = None
+
+    def __post_init__(self) -> None:
+        if self.format.dynamic and self.scales is not None:
+            raise DetentError(f"a dynamic activation format has no calibrated scales: {self.format}")
+        if not self.format.dynamic and self.scales is None:
+            raise DetentError(f"a static activation format needs calibrated scales: {self.format}")
+
+
+@dataclass(frozen=True)
+class LayerFormats:
+    """The formats of one layer.
+
+    Attributes:
+        shape: the logical shape of its weight, say (out, in).
+        weight, input, output: a format, or None for what stays in floating point.
+        kind: the class of its module: "Linear", "Embedding", "Conv2d", ...
+    """
+
+    shape: tuple[int, ...]
+    weight: Format | None = None
+    input: Format | None = None
+    output: Format | None = None
+    kind: str = "Linear"
+
+
+@dataclass(frozen=True)
+class ModelFormats:
+    """The formats of a model.
+
+    Attributes:
+        layers: by module name ("model.layers.0.self_attn.q_proj"), every layer of which anything is quantized.
+        kv_cache: the format of keys and values, or None.
+        ignored: names of modules that could have been quantized and were not. Every linear layer of the model must be
+            either here or in `layers`: engines read "all linear layers but these".
+    """
+
+    layers: Mapping[str, LayerFormats]
+    kv_cache: Format | None = None
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerCheckpoint:
+    """The contents of one layer.
+
+    Attributes:
+        name: the module's name.
+        shape: the logical shape of its weight.
+        weight: codes and scales, or None where the weight stays in floating point.
+        input, output: see `Activation`; None where not quantized.
+        kind: the class of its module.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    weight: QTensor | None = None
+    input: Activation | None = None
+    output: Activation | None = None
+    kind: str = "Linear"
+
+    @property
+    def formats(self) -> LayerFormats:
+        return LayerFormats(
+            shape=self.shape,
+            weight=self.weight.format if self.weight else None,
+            input=self.input.format if self.input else None,
+            output=self.output.format if self.output else None,
+            kind=self.kind,
+        )
+
+
+def assemble(
+    name: str,
+    layer: LayerFormats,
+    weight: Callable[[Format], QTensor],
+    calibrated: Callable[[str, Format], Scales],
+) -> LayerCheckpoint:
+    """A layer's contents from two readers: of the weight, and of the calibrated scales of "input" or "output"."""
+
+    def activation(side: str, fmt: Format | None) -> Activation | None:
+        if fmt is None:
+            return None
+        return Activation(fmt, None if fmt.dynamic else calibrated(side, fmt))
+
+    return LayerCheckpoint(
+        name=name,
+        shape=layer.shape,
+        weight=None if layer.weight is None else weight(layer.weight),
+        input=activation("input", layer.input),
+        output=activation("output", layer.output),
+        kind=layer.kind,
+    )
+
+
+def has_outer(fmt: Format) -> bool:
+    """Whether a format keeps one more scale for the whole tensor: the scale of the scales, or that of its base."""
+    return fmt.base is not None or (isinstance(fmt.scale, FloatScale) and fmt.scale.outer)
+
+
+@dataclass
+class _FormatTable:
+    """Distinct formats in order of first use."""
+
+    index: dict[Format, int] = field(default_factory=dict)
+
+    def number(self, fmt: Format | None) -> int | None:
+        return None if fmt is None else self.index.setdefault(fmt, len(self.index))
+
+
+def describe(formats: ModelFormats) -> dict[str, Any]:
+    """`formats` as JSON-able data; :func:`parse_description` reads it back."""
+    table = _FormatTable()
+    layers = {
+        name: {
+            "kind": layer.kind,
+            "shape": list(layer.shape),
+            "weight": table.number(layer.weight),
+            "input": table.number(layer.input),
+            "output": table.number(layer.output),
+        }
+        for name, layer in formats.layers.items()
+    }
+    kv_cache = table.number(formats.kv_cache)
+    return {
+        "version": DESCRIPTION_VERSION,
+        "formats": [fmt.to_dict() for fmt in table.index],
+        "layers": layers,
+        "kv_cache": kv_cache,
+        "ignored": list(formats.ignored),
+    }
+
+
+def parse_description(description: dict[str, Any], where: str) -> ModelFormats:
+    """The inverse of :func:`describe`.
+
+    Raises:
+        DetentError: naming `where`, if the description is of a newer version, or isn't a description.
+    """
+    version = description.get("version")
+    if version != DESCRIPTION_VERSION:
+        raise DetentError(
+            f"{where}: written in version {version!r} of the layout; this Detent reads version {DESCRIPTION_VERSION}."
+            " Install the Detent that wrote it, or a newer one"
+        )
+    try:
+        table = [Format.from_dict(fmt) for fmt in description["formats"]]
+
+        def numbered(number: int | None) -> Format | None:
+            return None if number is None else table[number]
+
+        layers = {
+            name: LayerFormats(
+                shape=tuple(int(n) for n in layer["shape"]),
+                weight=numbered(layer["weight"]),
+                input=numbered(layer["input"]),
+                output=numbered(layer["output"]),
+                kind=str(layer["kind"]),
+            )
+            for name, layer in description["layers"].items()
+        }
+        return ModelFormats(layers, numbered(description["kv_cache"]), tuple(description["ignored"]))
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        raise DetentError(f"{where}: the description of its formats is damaged ({error!r})") from error

@@ -1,0 +1,245 @@
+"""Reading a Hugging Face checkpoint folder: its config and, lazily, its tensors.
+
+Everything that can be wrong with the folder is found when it is opened, from file headers alone. Only safetensors are
+read: pickled weights run code when loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from detent.errors import DetentError
+
+CONFIG_NAME = "config.json"
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+#: Weights in formats that are never read; most of them are pickles.
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor is, and what the header of its file says about it."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class Source:
+    """An opened checkpoint folder.
+
+    Args:
+        path: the folder.
+        quantized: whether a quantized checkpoint is welcome. By default it is an error: quantizing codes again would
+            destroy them.
+
+    Attributes:
+        path: the folder.
+        config: the parsed config.json.
+        tensors: `TensorInfo` by tensor name, in the order of the files.
+        metadata: the string metadata of all file headers, merged.
+
+    Raises:
+        DetentError: the folder or config.json is missing, empty or unreadable; weights are missing, pickled, truncated
+            or corrupt; a shard or one of its tensors is missing; the model is quantized already.
+    """
+
+    def __init__(self, path: str | Path, *, quantized: bool = False) -> None:
+        self.path = Path(path)
+        _check_folder(self.path)
+        self.config = _read_config(self.path)
+        method = quant_method(self.config)
+        if method is not None and not quantized:
+            raise DetentError(
+                f"{self.path} is quantized already ({method}); quantize the original checkpoint instead."
+                " What Detent wrote can be read with `detent evaluate` or --model_reload"
+            )
+        self.metadata: dict[str, str] = {}
+        self._open: dict[str, Any] = {}
+        self.tensors = self._list_tensors()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor `name`, on the CPU, read now.
+
+        Raises:
+            DetentError: there is no such tensor, or its file can't be read.
+        """
+        info = self.info(name)
+        try:
+            tensor: Tensor = self._file(info.file).get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise DetentError(f"{self.path / info.file}: cannot read tensor {name!r} ({error})") from error
+        return tensor
+
+    def info(self, name: str) -> TensorInfo:
+        """Raises DetentError where there is no such tensor."""
+        if name not in self.tensors:
+            raise DetentError(f"{self.path} holds no tensor {name!r}, which its config.json calls for")
+        return self.tensors[name]
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all tensors in bytes."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def close(self) -> None:
+        """Let go of the files; they are opened again when needed."""
+        self._open.clear()
+
+    def _file(self, file: str) -> Any:
+        if file not in self._open:
+            self._open[file] = _open_safetensors(self.path / file)
+        return self._open[file]
+
+    def _list_tensors(self) -> dict[str, TensorInfo]:
+        if (self.path / SINGLE_NAME).is_file():
+            tensors = self._read_headers([SINGLE_NAME], {})
+        elif (self.path / INDEX_NAME).is_file():
+            weight_map = _read_index(self.path / INDEX_NAME)
+            tensors = self._read_headers(sorted(set(weight_map.values())), weight_map)
+            for name, file in weight_map.items():
+                if name not in tensors:
+                    raise DetentError(
+                        f"{self.path / file}: tensor {name!r} is missing, though {INDEX_NAME} says it is there;"
+                        " the shard is not the one the index was written for. Download the checkpoint again"
+                    )
+        else:
+            raise _no_weights(self.path)
+        if not tensors:
+            raise DetentError(f"{self.path}: its safetensors files hold no tensors")
+        return tensors
+
+    def _read_headers(self, files: list[str], weight_map: dict[str, str]) -> dict[str, TensorInfo]:
+        tensors: dict[str, TensorInfo] = {}
+        for file in files:
+            handle = self._file(file)
+            self.metadata.update(handle.metadata() or {})
+            for name in handle.keys():  # noqa: SIM118 - not a mapping
+                if weight_map.get(name, file) != file:
+                    continue  # the index points to another shard's copy
+                part = handle.get_slice(name)
+                code = part.get_dtype()
+                if code not in _DTYPES:
+                    raise DetentError(f"{self.path / file}: tensor {name!r} has dtype {code}, which Detent cannot read")
+                tensors[name] = TensorInfo(file, tuple(part.get_shape()), _DTYPES[code])
+        return tensors
+
+
+def quant_method(config: dict[str, Any]) -> str | None:
+    """The name of the method that a config.json says its model is quantized with, or None."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for key in ("quantization_config", "compression_config"):
+            quantization = part.get(key)
+            if isinstance(quantization, dict) and quantization:
+                return str(quantization.get("quant_method") or "method not named")
+    return None
+
+
+def _check_folder(path: Path) -> None:
+    if not path.exists():
+        raise DetentError(f"{path}: there is no such folder; give the folder of a downloaded checkpoint")
+    if not path.is_dir():
+        raise DetentError(f"{path} is a file; give the folder that holds config.json and the safetensors files")
+    if not any(path.iterdir()):
+        raise DetentError(f"{path} is empty; a checkpoint has config.json and safetensors files")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DetentError(f"{path} is not JSON ({error}); download the checkpoint again") from error
+    except OSError as error:
+        raise DetentError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise DetentError(f"{folder} has no {CONFIG_NAME}; a Hugging Face checkpoint has one beside its weights")
+    config = _read_json(path)
+    if not isinstance(config, dict):
+        raise DetentError(f"{path} holds {type(config).__name__} where a JSON object is expected")
+    if not isinstance(config.get("model_type"), str) or not config["model_type"]:
+        raise DetentError(f'{path} has no "model_type" (such as "llama"), so the model\'s architecture is unknown')
+    return config
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    index = _read_json(path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise DetentError(f'{path} has no "weight_map" from tensor names to file names; download the checkpoint again')
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file or file in (".", ".."):
+            raise DetentError(f"{path} names the shard {file!r}, which is not a plain file name; it is not read")
+        if not (path.parent / file).is_file():
+            raise DetentError(f"{path.parent}: shard {file} is missing, though {path.name} lists it; download it again")
+    return weight_map
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except OSError as error:
+        raise DetentError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except SafetensorError as error:
+        raise DetentError(f"{path}: {_why_unreadable(path, error)}") from error
+
+
+def _why_unreadable(path: Path, error: SafetensorError) -> str:
+    """What is wrong with a file that safetensors refused."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return "only a Git LFS pointer, not the weights; run `git lfs pull` in the checkpoint's repository"
+    return f"truncated or corrupt safetensors file ({path.stat().st_size} bytes; {error}); download it again"
+
+
+def _no_weights(folder: Path) -> DetentError:
+    names = sorted(path.name for path in folder.iterdir())
+    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+    stray = [name for name in names if name.endswith(".safetensors")]
+    if stray:
+        return DetentError(
+            f"{folder} holds {', '.join(stray[:3])} but neither {SINGLE_NAME} nor {INDEX_NAME};"
+            " the index of a sharded checkpoint is needed: download it too"
+        )
+    if pickles:
+        return DetentError(
+            f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), which can run code when loaded and are"
+            " not read. Convert them: load the model with transformers and save it with save_pretrained"
+        )
+    return DetentError(f"{folder} holds no weights: neither {SINGLE_NAME} nor {INDEX_NAME} is there")

@@ -1,0 +1,3 @@
+from detent.cli import main
+
+main()

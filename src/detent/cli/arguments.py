@@ -1,0 +1,42 @@
+"""What the shell hands over, put into the shape that the parser takes.
+
+The second guide's flags are spelled with underscores; hyphens mean the same. ``--exclude_layers`` takes any number of
+names, none of them meaning "exclude nothing", which the parser library can't express: each name gets the flag put
+before it. ``--group_size_per_layer PATTERN SIZE`` likewise becomes one value, ``PATTERN=SIZE``.
+"""
+
+from __future__ import annotations
+
+#: Flags that take every argument up to the next flag.
+MANY = ("--exclude_layers",)
+#: Flags that take two arguments.
+PAIRS = ("--group_size_per_layer",)
+#: What stands for such a flag with no arguments at all.
+NOTHING = ""
+
+
+def normalize(arguments: list[str]) -> list[str]:
+    """The same arguments with underscores in long flags, and one value for each `MANY` flag."""
+    out: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--":
+            return [*out, argument, *rest]
+        if not argument.startswith("--"):
+            out.append(argument)
+            continue
+        name, equals, value = argument.partition("=")
+        name = "--" + name[2:].replace("-", "_")
+        if name in PAIRS and not equals and len(rest) > 1:
+            out += [name, f"{rest.pop(0)}={rest.pop(0)}"]
+            continue
+        if name not in MANY or equals:
+            out.append(name + equals + value)
+            continue
+        values = []
+        while rest and not rest[0].startswith("-"):
+            values.append(rest.pop(0))
+        for value in values or [NOTHING]:
+            out += [name, value]
+    return out

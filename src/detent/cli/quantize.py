@@ -1,0 +1,254 @@
+"""``detent quantize``: the flags of the second guide, with its names and defaults.
+
+Flags that belong to what Detent can't do yet are known by name, so that using one is an error that says so.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any, Literal
+
+import typer
+
+from detent.cli import console
+from detent.cli.arguments import NOTHING
+from detent.errors import DetentError
+
+_LATER = "(comes in a later version)"
+#: Flag -> the value that asks for nothing. Any other value is an error that says "later".
+_LATER_FLAGS: dict[str, Any] = {
+    "multi_gpu": False,
+    "multi_device": False,
+    "fp8_attention_quant": False,
+    "moe_experts_second_step_config": None,
+    "pre_quantization_optimization": [],
+    "pre_optimization_config_file_path": None,
+    "quant_algo": None,
+    "quant_algo_config_file_path": None,
+    "custom_mode": "quark",
+    "pack_method": "reorder",
+    "export_weight_format": "real_quantized",
+    "weight_matrix_merge": False,
+    "torch_compile": False,
+    "params_save": False,
+    "params_load": False,
+    "json_path": None,
+    "safetensors_path": None,
+    "tasks": None,
+    "use_ppl_eval_for_kv_cache": False,
+    "use_mlperf_rouge": False,
+    "use_tp": False,
+    "eval_data_dir": None,
+    "num_fewshot": None,
+    "apply_chat_template": False,
+    "save_metrics_to_csv": False,
+}
+
+
+def _option(name: str, help: str, **details: Any) -> Any:
+    return typer.Option(f"--{name}", help=help, **details)
+
+
+def _later(name: str, **details: Any) -> Any:
+    return typer.Option(f"--{name}", help=_LATER, rich_help_panel="Known, not there yet", **details)
+
+
+def quantize(
+    model_dir: Annotated[
+        str | None, _option("model_dir", "Checkpoint folder or hub name; without it, the built-in sample model.")
+    ] = None,
+    output_dir: Annotated[
+        str, _option("output_dir", "Folder to write the quantized checkpoint to.")
+    ] = "exported_model",
+    overwrite: Annotated[bool, _option("overwrite", "Replace OUTPUT_DIR if Detent wrote it.")] = False,
+    quant_scheme: Annotated[
+        str | None, _option("quant_scheme", "What to quantize and how: see `detent schemes`.")
+    ] = None,
+    group_size: Annotated[
+        int | None, _option("group_size", "Elements per group, for schemes with groups [128].")
+    ] = None,
+    group_size_per_layer: Annotated[
+        list[str] | None, _option("group_size_per_layer", "PATTERN SIZE: another group size for some layers.")
+    ] = None,
+    scale_format: Annotated[
+        Literal["e4m3", "float32"] | None, _option("scale_format", "Scale of FP4 and FP6 in groups.")
+    ] = None,
+    scale_calculation_mode: Annotated[
+        Literal["even", "floor", "ceil"], _option("scale_calculation_mode", "Exponent rule of OCP MX.")
+    ] = "even",
+    kv_cache_dtype: Annotated[
+        str | None, _option("kv_cache_dtype", "Type of the key/value cache, such as fp8.")
+    ] = None,
+    min_kv_scale: Annotated[float, _option("min_kv_scale", "Floor of the key/value cache's scales.")] = 0.0,
+    exclude_layers: Annotated[
+        list[str] | None,
+        _option("exclude_layers", "NAMES (wildcards) of layers that stay; none given: exclude nothing."),
+    ] = None,
+    model_export: Annotated[
+        list[str] | None, _option("model_export", "Checkpoint format: hf_format (later also onnx, quark_format, gguf).")
+    ] = None,
+    data_type: Annotated[
+        Literal["auto", "float16", "bfloat16", "float32"], _option("data_type", "Type to load weights in.")
+    ] = "auto",
+    device: Annotated[str | None, _option("device", "cpu, cuda or cuda:N [cuda where present, else cpu].")] = None,
+    model_attn_implementation: Annotated[
+        Literal["eager", "sdpa", "flash_attention_2"], _option("model_attn_implementation", "Attention implementation.")
+    ] = "eager",
+    trust_remote_code: Annotated[
+        bool, _option("trust_remote_code", "Let Python code that comes with the checkpoint run.")
+    ] = False,
+    revision: Annotated[str | None, _option("revision", "Branch, tag or commit of a hub model.")] = None,
+    dataset: Annotated[
+        str | None, _option("dataset", "Calibration: a .txt/.json/.jsonl/.parquet file, a hub data set, or 'builtin'.")
+    ] = None,
+    seq_len: Annotated[int, _option("seq_len", "Tokens in a calibration sample.", min=2)] = 512,
+    batch_size: Annotated[int, _option("batch_size", "Calibration samples that run at once.", min=1)] = 1,
+    num_calib_data: Annotated[int, _option("num_calib_data", "Number of calibration samples.", min=1)] = 512,
+    skip_quantization: Annotated[bool, _option("skip_quantization", "Only evaluate the model.")] = False,
+    skip_evaluation: Annotated[bool, _option("skip_evaluation", "Don't measure perplexity.")] = False,
+    eval_dataset: Annotated[
+        str | None, _option("eval_dataset", "What perplexity is measured on; as --dataset.")
+    ] = None,
+    num_eval_data: Annotated[int, _option("num_eval_data", "Windows to evaluate; -1: all.", min=-1)] = -1,
+    eval_batch_size: Annotated[int, _option("eval_batch_size", "Windows that are evaluated at once.", min=1)] = 1,
+    model_reload: Annotated[
+        bool, _option("model_reload", "Reload and evaluate what --import_model_dir holds.")
+    ] = False,
+    import_model_dir: Annotated[str | None, _option("import_model_dir", "A quantized checkpoint to reload.")] = None,
+    import_file_format: Annotated[
+        Literal["hf_format", "quark_format"], _option("import_file_format", "Its format.")
+    ] = "hf_format",
+    multi_gpu: Annotated[bool, _later("multi_gpu")] = False,
+    multi_device: Annotated[bool, _later("multi_device")] = False,
+    fp8_attention_quant: Annotated[bool, _later("fp8_attention_quant")] = False,
+    moe_experts_second_step_config: Annotated[str | None, _later("moe_experts_second_step_config")] = None,
+    pre_quantization_optimization: Annotated[list[str] | None, _later("pre_quantization_optimization")] = None,
+    pre_optimization_config_file_path: Annotated[str | None, _later("pre_optimization_config_file_path")] = None,
+    quant_algo: Annotated[str | None, _later("quant_algo")] = None,
+    quant_algo_config_file_path: Annotated[str | None, _later("quant_algo_config_file_path")] = None,
+    custom_mode: Annotated[Literal["quark", "awq", "fp8"], _later("custom_mode")] = "quark",
+    pack_method: Annotated[Literal["reorder", "order"], _later("pack_method")] = "reorder",
+    export_weight_format: Annotated[
+        Literal["real_quantized", "fake_quantized"], _later("export_weight_format")
+    ] = "real_quantized",
+    weight_matrix_merge: Annotated[bool, _later("weight_matrix_merge")] = False,
+    torch_compile: Annotated[bool, _later("torch_compile")] = False,
+    params_save: Annotated[bool, _later("params_save")] = False,
+    save_dir: Annotated[str, _later("save_dir")] = "model_params",
+    params_load: Annotated[bool, _later("params_load")] = False,
+    json_path: Annotated[str | None, _later("json_path")] = None,
+    safetensors_path: Annotated[str | None, _later("safetensors_path")] = None,
+    tasks: Annotated[str | None, _later("tasks")] = None,
+    max_eval_batch_size: Annotated[int | None, _later("max_eval_batch_size")] = None,
+    num_fewshot: Annotated[int | None, _later("num_fewshot")] = None,
+    apply_chat_template: Annotated[bool, _later("apply_chat_template")] = False,
+    use_ppl_eval_for_kv_cache: Annotated[bool, _later("use_ppl_eval_for_kv_cache")] = False,
+    ppl_eval_for_kv_cache_context_size: Annotated[int, _later("ppl_eval_for_kv_cache_context_size")] = 1024,
+    ppl_eval_for_kv_cache_sample_size: Annotated[int, _later("ppl_eval_for_kv_cache_sample_size")] = 512,
+    ppl_eval_for_kv_cache_patch_size: Annotated[int | None, _later("ppl_eval_for_kv_cache_patch_size")] = None,
+    use_mlperf_rouge: Annotated[bool, _later("use_mlperf_rouge")] = False,
+    eval_data_dir: Annotated[str | None, _later("eval_data_dir")] = None,
+    save_metrics_to_csv: Annotated[bool, _later("save_metrics_to_csv")] = False,
+    metrics_output_dir: Annotated[str, _later("metrics_output_dir")] = "metrics_output_dir",
+    use_tp: Annotated[bool, _later("use_tp")] = False,
+) -> None:
+    """Quantize a language model, write it, read it back and measure it.
+
+    Without any argument: the built-in sample model, w_int4_per_group_sym, into exported_model.
+    """
+    given = locals()
+    _refuse_later(given)
+    from detent.cli.devices import choose_device
+    from detent.report import summary_table
+    from detent.report.runs import (
+        CalibrationOptions,
+        EvaluationOptions,
+        ModelOptions,
+        Run,
+        SchemeOptions,
+        evaluate_checkpoint,
+        quantize_checkpoint,
+    )
+
+    _check_together(given)
+    model = ModelOptions(
+        import_model_dir if model_reload else model_dir,
+        data_type,
+        choose_device(device),
+        model_attn_implementation,
+        trust_remote_code,
+        revision,
+    )
+    evaluation = EvaluationOptions(
+        skip_evaluation, eval_dataset, None if num_eval_data == -1 else num_eval_data, eval_batch_size
+    )
+    run = Run(["detent", *sys.argv[1:]], console.notice)
+    if skip_quantization or model_reload:
+        report = evaluate_checkpoint(model, evaluation, run=run)
+    else:
+        scheme = SchemeOptions(
+            quant_scheme,
+            group_size,
+            tuple(_pattern_and_size(text) for text in group_size_per_layer or []),
+            scale_format,
+            scale_calculation_mode,
+            kv_cache_dtype,
+            min_kv_scale,
+            None if exclude_layers is None else [name for name in exclude_layers if name != NOTHING],
+        )
+        calibration = CalibrationOptions(dataset, seq_len, num_calib_data, batch_size)
+        report = quantize_checkpoint(
+            model,
+            scheme,
+            output_dir,
+            calibration=calibration,
+            evaluation=evaluation,
+            overwrite=overwrite,
+            run=run,
+        )
+    console.out.print(summary_table(report))
+
+
+def _pattern_and_size(text: str) -> tuple[str, int]:
+    pattern, _, size = text.rpartition("=")
+    if not pattern or not size.isdigit() or int(size) < 1:
+        raise DetentError(
+            f"--group_size_per_layer takes a wildcard and a positive size, as in '*.down_proj 64', not {text!r}"
+        )
+    return pattern, int(size)
+
+
+def _refuse_later(given: dict[str, Any]) -> None:
+    for name, nothing in _LATER_FLAGS.items():
+        if given[name] not in (nothing, None):
+            value = "" if nothing is False else f" {given[name]}"
+            raise DetentError(f"--{name}{value}: known, but this version can't do it yet; it comes in a later version")
+    for export in given["model_export"] or []:
+        if export not in ("hf_format", "onnx", "quark_format", "gguf"):
+            raise DetentError(f"--model_export {export!r}: known are hf_format, onnx, quark_format and gguf")
+        if export != "hf_format":
+            raise DetentError(f"--model_export {export}: comes in a later version; hf_format is there")
+    if given["import_file_format"] != "hf_format":
+        raise DetentError("--import_file_format quark_format: comes in a later version; hf_format is there")
+
+
+def _check_together(given: dict[str, Any]) -> None:
+    """Flags that contradict each other."""
+    if given["model_reload"] and given["import_model_dir"] is None:
+        raise DetentError("--model_reload needs --import_model_dir, the folder of a quantized checkpoint")
+    if given["import_model_dir"] is not None and not given["model_reload"]:
+        raise DetentError("--import_model_dir is what --model_reload reloads; pass both")
+    evaluating = [flag for flag in ("skip_quantization", "model_reload") if given[flag]]
+    if len(evaluating) == 2:
+        raise DetentError(
+            "--skip_quantization evaluates a float model and --model_reload a quantized one; pass one of them"
+        )
+    if evaluating:
+        about_quantizing = ("quant_scheme", "kv_cache_dtype", "group_size", "model_export", "exclude_layers")
+        used = [name for name in about_quantizing if given[name] not in (None, [])]
+        if used:
+            raise DetentError(
+                f"--{evaluating[0]} quantizes nothing, so --{used[0]} has no meaning beside it; leave one out"
+            )
+        if given["skip_evaluation"]:
+            raise DetentError(f"--{evaluating[0]} with --skip_evaluation leaves nothing to do")

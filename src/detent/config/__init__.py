@@ -1,0 +1,84 @@
+"""What the user says, as data: attributes of quantizers, presets, scheme names; and their translation into formats."""
+
+from __future__ import annotations
+
+from detent.config import presets
+from detent.config.algorithm import (
+    ALGORITHMS,
+    PLANNED_ALGORITHMS,
+    MaxCalibConfig,
+    MseCalibConfig,
+    NoCalibConfig,
+    QuantizeAlgorithmConfig,
+    algorithm_steps,
+    parse_algorithm,
+)
+from detent.config.attributes import (
+    Attributes,
+    QuantizerAttributeConfig,
+    RotateConfig,
+    SequentialConfig,
+    parse_attributes,
+)
+from detent.config.base import ConfigField, ConfigModel, ModeloptField
+from detent.config.format_names import parse_format
+from detent.config.matching import check_matches, match, matches
+from detent.config.presets import choices, update_quant_cfg_with_kv_cache_quant
+from detent.config.quant_cfg import PresetPattern, QuantCfg, Rule, class_name, is_enabled, normalize, switched
+from detent.config.quantize_config import PresetConfig, QuantizeConfig, need_calibration
+from detent.config.schemes import (
+    Scheme,
+    all_schemes,
+    canonical_name,
+    kv_cache_format,
+    kv_cache_types,
+    kv_quant_cfg,
+    parse_scheme,
+    quant_cfg_for,
+    scheme_aliases,
+)
+
+__all__ = [
+    "ALGORITHMS",
+    "PLANNED_ALGORITHMS",
+    "Attributes",
+    "ConfigField",
+    "ConfigModel",
+    "MaxCalibConfig",
+    "ModeloptField",
+    "MseCalibConfig",
+    "NoCalibConfig",
+    "PresetConfig",
+    "PresetPattern",
+    "QuantCfg",
+    "QuantizeAlgorithmConfig",
+    "QuantizeConfig",
+    "QuantizerAttributeConfig",
+    "RotateConfig",
+    "Rule",
+    "Scheme",
+    "SequentialConfig",
+    "algorithm_steps",
+    "all_schemes",
+    "canonical_name",
+    "check_matches",
+    "choices",
+    "class_name",
+    "is_enabled",
+    "kv_cache_format",
+    "kv_cache_types",
+    "kv_quant_cfg",
+    "match",
+    "matches",
+    "need_calibration",
+    "normalize",
+    "parse_algorithm",
+    "parse_attributes",
+    "parse_format",
+    "parse_scheme",
+    "presets",
+    "quant_cfg_for",
+    "scheme_aliases",
+    "switched",
+    "update_quant_cfg_with_kv_cache_quant",
+]

@@ -1,0 +1,242 @@
+"""The plan: every tensor's fate, decided on the meta device before any weight is read.
+
+Invariant: a plan covers each tensor of the checkpoint exactly once, with a format or with the reason why it stays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from detent.checkpoints import LayerFormats, ModelFormats, Source, choose
+from detent.config import QuantCfg, Scheme, quant_cfg_for
+from detent.engine.conversion import replace_quant_module, set_quantizer_by_cfg
+from detent.errors import DetentError
+from detent.formats import FloatScale, Format, Integer
+from detent.nn import QuantWeightBase, TensorQuantizer
+from detent.nn.attention import attention_modules
+
+#: Modules that stay in floating point unless the user says otherwise, beside the output embedding: routers choose
+#: experts by small differences, and the language models of the guides leave their vision parts alone.
+DEFAULT_EXCLUSIONS = (
+    "*.gate",
+    "*.router",
+    "*router.*",
+    "*.shared_expert_gate",
+    "*vision_tower*",
+    "*vision_model*",
+    "*visual*",
+    "*patch_embed*",
+    "*multi_modal_projector*",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will happen to a checkpoint.
+
+    Attributes:
+        scheme: the scheme, with formats as they will be used (scales in the dtype of the model).
+        quant_cfg: the same as rules for quantizers.
+        formats: of all quantized layers and of the key/value cache.
+        kept: {tensor name: the reason why it stays}, for every tensor that isn't a quantized weight.
+        parameters: {tensor name: number of elements} of the quantized weights.
+        layout: the name of the on-disk format.
+        layout_notes: why a preferred on-disk format can't be used.
+    """
+
+    scheme: Scheme
+    quant_cfg: QuantCfg
+    formats: ModelFormats
+    kept: dict[str, str]
+    parameters: dict[str, int]
+    layout: str
+    layout_notes: list[str] = field(default_factory=list)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration data is needed: some activation, key or value has a calibrated scale."""
+        sides = [fmt for layer in self.formats.layers.values() for fmt in (layer.input, layer.output)]
+        return any(fmt is not None and not fmt.dynamic for fmt in [*sides, self.formats.kv_cache])
+
+
+def make_plan(
+    source: Source,
+    model: nn.Module,
+    scheme: Scheme,
+    *,
+    kv_cache: Format | None = None,
+    exclude: list[str] | None = None,
+    per_layer: Mapping[str, Scheme] | None = None,
+) -> Plan:
+    """Plan the quantization of a checkpoint.
+
+    Args:
+        source: the opened checkpoint.
+        model: its model on the meta device; it is converted.
+        scheme: what to do with linear layers.
+        kv_cache: the format of keys and values, or None.
+        exclude: wildcards on module names that stay; None for the output embedding, routers and vision parts.
+        per_layer: {wildcard on module names: the scheme for these}; later ones win, exclusions win over all.
+
+    Raises:
+        DetentError: a pattern of `exclude` matches nothing; nothing is left to quantize; a weight of the model isn't in
+            the checkpoint; a group size that leaves no format to store it in.
+    """
+    replace_quant_module(model)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    patterns, why = _exclusions(model, linears, exclude)
+    quant_cfg = quant_cfg_for(scheme)
+    for pattern, special in (per_layer or {}).items():
+        _check_pattern("--group_size_per_layer", pattern, linears)
+        for entry in quant_cfg_for(special):
+            if entry.get("parent_class"):
+                quant_cfg.append({**entry, "quantizer_name": f"{pattern}.{entry['quantizer_name'].lstrip('*')}"})
+    quant_cfg.extend({"quantizer_name": f"{pattern}.*", "enable": False} for pattern in patterns)
+    if kv_cache is not None:
+        _check_attention(model)
+        quant_cfg.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"format": kv_cache}})
+    # Exclusions are checked above, in the user's words: a warning about them here would say it twice.
+    set_quantizer_by_cfg(model, quant_cfg)
+    layers = {name: _layer_formats(module) for name, module in _quantized(model)}
+    formats = ModelFormats(
+        layers=layers,
+        kv_cache=None if kv_cache is None else exported_format(kv_cache),
+        ignored=tuple(name for name in linears if name not in layers),
+    )
+    weights = _weight_tensors(source, model, formats)
+    kept = {name: _reason(name, model, why) for name in source.tensors if name not in weights}
+    layout, notes = choose(formats)
+    return Plan(scheme, quant_cfg, formats, kept, weights, layout.name, notes)
+
+
+def exported_format(fmt: Format) -> Format:
+    """The format as a checkpoint describes it: dynamic blocks under a calibrated outer scale count as static there."""
+    calibrated = isinstance(fmt.scale, FloatScale) and fmt.scale.outer
+    return fmt.as_dynamic(False) if calibrated else fmt
+
+
+def with_scale_dtype(scheme: Scheme, dtype: torch.dtype) -> Scheme:
+    """Integer weights keep their scales in the model's dtype, as engines hold them; FP8 scales stay float32."""
+    name = {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(dtype)
+    weight = scheme.weight
+    if name is None or weight is None or not isinstance(weight.element, Integer) or weight.bits == 8:
+        return scheme
+    return replace(scheme, weight=weight.with_scale_dtype(name))  # type: ignore[arg-type]
+
+
+def _exclusions(model: nn.Module, linears: list[str], exclude: list[str] | None) -> tuple[list[str], dict[str, str]]:
+    """(patterns, {module name: reason}) of the linear layers that stay."""
+    why: dict[str, str] = {}
+    if exclude is None:
+        get_head: Any = getattr(model, "get_output_embeddings", None)
+        head = get_head() if callable(get_head) else None
+        for name in linears:
+            if head is not None and model.get_submodule(name) is head:
+                why[name] = "output embedding, kept by default"
+            elif any(fnmatchcase(name, pattern) for pattern in DEFAULT_EXCLUSIONS):
+                why[name] = "router or vision part, kept by default"
+        return list(why), why
+    for pattern in exclude:
+        found = _check_pattern("--exclude_layers", pattern, linears)
+        why.update(dict.fromkeys(found, f"excluded by {pattern!r}"))
+    return list(exclude), why
+
+
+def _check_pattern(flag: str, pattern: str, linears: list[str]) -> list[str]:
+    """The linear layers that a user's pattern names: themselves, or by a module around them."""
+    found = [n for n in linears if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")]
+    if not found:
+        known = get_close_matches(pattern.strip("*."), {n.rpartition(".")[2] for n in linears}, 1) or linears[:3]
+        raise DetentError(
+            f"{flag} {pattern!r} matches no linear layer; did you mean {' or '.join(repr(k) for k in known)}?"
+            " Wildcards match whole module names, as in '*.down_proj'"
+        )
+    return found
+
+
+def _check_attention(model: nn.Module) -> None:
+    if not any(True for _ in attention_modules(model)):
+        raise DetentError(
+            f"--kv_cache_dtype: {type(model).__name__} has no attention module that fetches its attention function by"
+            " name, so keys and values cannot be reached; leave the key/value cache unquantized"
+        )
+
+
+def _quantized(model: nn.Module) -> Iterable[tuple[str, QuantWeightBase]]:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantWeightBase) and any(
+            q.is_enabled for q in module.children() if isinstance(q, TensorQuantizer)
+        ):
+            yield name, module
+
+
+def _layer_formats(module: QuantWeightBase) -> LayerFormats:
+    def side(name: str) -> Format | None:
+        quantizer = getattr(module, f"{name}_quantizer", None)
+        on = isinstance(quantizer, TensorQuantizer) and quantizer.is_enabled
+        return exported_format(quantizer.format) if on and quantizer is not None else None
+
+    weight = module.weight_quantizer
+    return LayerFormats(
+        shape=tuple(module.weight.shape),
+        weight=weight.format if isinstance(weight, TensorQuantizer) and weight.is_enabled else None,
+        input=side("input"),
+        output=side("output"),
+        kind="Linear" if isinstance(module, nn.Linear) else type(module).__name__.removeprefix("Quant"),
+    )
+
+
+def _weight_tensors(source: Source, model: nn.Module, formats: ModelFormats) -> dict[str, int]:
+    """{name: elements} of the tensors that hold quantized weights."""
+    found = {}
+    for layer, described in formats.layers.items():
+        if described.weight is None:
+            continue
+        name = f"{layer}.weight"
+        if name in source.tensors:
+            if source.info(name).shape != described.shape:
+                raise DetentError(
+                    f"{source.path}: {name} has shape {source.info(name).shape}, but config.json calls for"
+                    f" {described.shape}"
+                )
+            found[name] = math.prod(described.shape)
+        elif not _is_tied(model, layer):
+            raise DetentError(
+                f"{source.path}: the checkpoint has no tensor {name}; its names differ from those of the model"
+                f" ({type(model).__name__}), which this version cannot map. Exclude {layer!r} to keep it as it is"
+            )
+    if not formats.layers:
+        raise DetentError("every linear layer is excluded, so nothing would be quantized; exclude fewer")
+    return found
+
+
+def _is_tied(model: nn.Module, layer: str) -> bool:
+    """Whether a layer's weight is the input embedding's."""
+    tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
+    return f"{layer}.weight" in tied
+
+
+def _reason(tensor: str, model: nn.Module, why: dict[str, str]) -> str:
+    module_name, _, leaf = tensor.rpartition(".")
+    if module_name in why:
+        return why[module_name]
+    try:
+        module = model.get_submodule(module_name)
+    except AttributeError:
+        return "the model class has no such module; carried along unchanged"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if leaf == "bias":
+        return "bias"
+    parameter = getattr(module, leaf, None)
+    if parameter is not None and parameter.dim() < 2:
+        return f"{type(module).__name__} vector"
+    return f"{type(module).__name__} is not a layer that Detent quantizes"

@@ -1,0 +1,70 @@
+"""`quantize`: from a float model in memory to a calibrated quantized one."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+
+from detent.config import QuantizeConfig, parse_algorithm
+from detent.engine.calibration import ForwardLoop, calibrate
+from detent.engine.conversion import (
+    is_quantized,
+    named_quantizers,
+    replace_quant_module,
+    set_quantizer_by_cfg,
+)
+from detent.nn.attention import route_attention
+
+_log = logging.getLogger(__name__)
+
+
+def quantize(
+    model: nn.Module,
+    config: QuantizeConfig | dict[str, Any],
+    forward_loop: ForwardLoop | None = None,
+    *,
+    strict: bool = True,
+) -> nn.Module:
+    """Put quantizers into a model, set them by a configuration and calibrate them.
+
+    Args:
+        model: any `torch.nn.Module`; it is changed in place. If it is quantized already, its quantizers are set anew.
+        config: a preset such as ``detent.INT8_DEFAULT_CFG``, or a dict with ``"quant_cfg"`` (wildcards, or an ordered
+            list) and ``"algorithm"``.
+        forward_loop: a function that calls the model it is given on calibration data; needed where activations have
+            static ranges.
+        strict: whether a rule that matches nothing, or a configuration that quantizes nothing, is an error.
+
+    Returns:
+        `model`.
+
+    Raises:
+        DetentError: the configuration is not valid, matches nothing or quantizes nothing; calibration fails. A model
+            that was not quantized before is then as it was.
+
+    Example:
+        >>> import torch, detent
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+        >>> data = torch.randn(64, 16)
+        >>> model = detent.quantize(model, detent.INT8_DEFAULT_CFG, lambda m: m(data))
+        >>> model[0].weight_quantizer.num_bits
+        8
+    """
+    config = QuantizeConfig.of(config)
+    parse_algorithm(config.algorithm)  # before anything changes
+    revert = None if is_quantized(model) else replace_quant_module(model)
+    try:
+        set_quantizer_by_cfg(model, config.quant_cfg, strict=strict)
+        calibrate(model, config.algorithm, forward_loop)
+    except BaseException:
+        if revert is not None:
+            for _, quantizer in named_quantizers(model):
+                quantizer.disable()
+            route_attention(model)
+            revert()
+        raise
+    on = sum(quantizer.is_enabled for _, quantizer in named_quantizers(model))
+    _log.info("%d quantizers are on", on)
+    return model

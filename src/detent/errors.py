@@ -1,0 +1,10 @@
+"""The one exception that a user's mistake raises."""
+
+from __future__ import annotations
+
+
+class DetentError(ValueError):
+    """A request that cannot be met: the message says what, where, what is allowed and what to do.
+
+    The command line prints the message alone and exits with code 2; it never shows a traceback for this class.
+    """

@@ -1,0 +1,34 @@
+"""Formats inside models: the quantizer, the registry, and the quantized modules."""
+
+from detent.nn import modules as _modules  # noqa: F401  registers the built-in quantized modules
+from detent.nn.modules import QuantConv1d, QuantConv2d, QuantConv3d, QuantEmbedding, QuantLinear
+from detent.nn.quant_module import QuantInputBase, QuantLinearConvBase, QuantModule, QuantWeightBase, quantizers_of
+from detent.nn.registry import QuantModuleRegistry, register, unregister
+from detent.nn.tensor_quantizer import (
+    SequentialQuantizer,
+    TensorQuantizer,
+    is_registered_quant_backend,
+    register_quant_backend,
+    unregister_quant_backend,
+)
+
+__all__ = [
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantConv3d",
+    "QuantEmbedding",
+    "QuantInputBase",
+    "QuantLinear",
+    "QuantLinearConvBase",
+    "QuantModule",
+    "QuantModuleRegistry",
+    "QuantWeightBase",
+    "SequentialQuantizer",
+    "TensorQuantizer",
+    "is_registered_quant_backend",
+    "quantizers_of",
+    "register",
+    "register_quant_backend",
+    "unregister",
+    "unregister_quant_backend",
+]

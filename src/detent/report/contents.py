@@ -1,0 +1,70 @@
+"""What a checkpoint folder holds, tensor by tensor, from file headers alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from detent.checkpoints import QuantizedCheckpoint, Source, open_quantized, quant_method
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Every logical tensor: a quantized weight counts as one, with its codes, scales and zero points together.
+
+    Returns:
+        ``quant_method``, ``tensors`` (name, shape, format, bits per element, bytes, quantized) and ``totals``
+        (quantized, kept, parameters, bytes, bits_per_parameter); JSON-able.
+
+    Raises:
+        DetentError: the folder isn't a readable checkpoint.
+    """
+    source = Source(folder, quantized=True)
+    method = quant_method(source.config)
+    tensors: list[dict[str, Any]] = []
+    kept = list(source.tensors)
+    if method is not None:
+        checkpoint = open_quantized(folder)
+        kept = checkpoint.kept
+        tensors += _quantized(checkpoint)
+    for name in kept:
+        info = source.info(name)
+        tensors.append(_row(name, info.shape, str(info.dtype).removeprefix("torch."), info.nbytes, False))
+    parameters = sum(math.prod(t["shape"]) for t in tensors)
+    size = source.nbytes
+    return {
+        "quant_method": method,
+        "tensors": tensors,
+        "totals": {
+            "quantized": sum(t["quantized"] for t in tensors),
+            "kept": len(kept),
+            "parameters": parameters,
+            "bytes": size,
+            "bits_per_parameter": size * 8 / max(1, parameters),
+        },
+    }
+
+
+def _quantized(checkpoint: QuantizedCheckpoint) -> list[dict[str, Any]]:
+    """The quantized layers. Whatever a layer stores beside its kept tensors belongs to its weight or activations."""
+    kept = set(checkpoint.kept)
+    owned = [name for name in checkpoint.source.tensors if name not in kept]
+    rows = []
+    for layer, formats in checkpoint.formats.layers.items():
+        stored = [name for name in owned if name.startswith(f"{layer}.")]
+        size = sum(checkpoint.source.info(name).nbytes for name in stored)
+        words = [f"{side} {f}" for side, f in (("input", formats.input), ("output", formats.output)) if f is not None]
+        if formats.weight is not None:
+            rows.append(_row(f"{layer}.weight", formats.shape, "; ".join([str(formats.weight), *words]), size, True))
+        else:
+            rows.append(_row(f"{layer} (activations)", (), "; ".join(words), size, True))
+        owned = [name for name in owned if name not in stored]
+    for name in owned:
+        info = checkpoint.source.info(name)
+        rows.append(_row(name, info.shape, f"scale ({str(info.dtype).removeprefix('torch.')})", info.nbytes, False))
+    return rows
+
+
+def _row(name: str, shape: tuple[int, ...], fmt: str, size: int, quantized: bool) -> dict[str, Any]:
+    bits = size * 8 / max(1, math.prod(shape))
+    return {"name": name, "shape": list(shape), "format": fmt, "bits": bits, "bytes": size, "quantized": quantized}

@@ -1,0 +1,129 @@
+"""The report of one run, as data: what ``detent_report.json`` holds.
+
+Every number in it is finite, so that any JSON reader takes the file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from detent.errors import DetentError
+
+#: The file's name, in the output folder.
+REPORT_NAME = "detent_report.json"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Perplexity(_Part):
+    """Perplexity of the model as it was and as it is; None where it wasn't measured."""
+
+    before: float | None = None
+    after: float | None = None
+
+
+class Evaluation(_Part):
+    """What perplexity was measured on."""
+
+    dataset: str
+    #: Tokens in a window.
+    window: int
+    #: Tokens that were predicted.
+    tokens: int
+
+
+class BeforeAfterBytes(_Part):
+    """Size of the weights on disk, in bytes. `after` is None where nothing was quantized or written."""
+
+    before: int
+    after: int | None = None
+
+
+class Weights(_Part):
+    """How many weight tensors, and how many numbers in them, were quantized and kept, and why each was kept."""
+
+    quantized: int = 0
+    kept: int = 0
+    quantized_parameters: int = 0
+    kept_parameters: int = 0
+    #: Name of each kept tensor, and the reason.
+    kept_reasons: dict[str, str] = Field(default_factory=dict)
+
+
+class LayerReport(_Part):
+    """One quantized weight."""
+
+    name: str
+    #: The weight's format, in words.
+    format: str
+    #: ``norm(W - W^) / norm(W)``, Frobenius norms; None where it wasn't measured.
+    relative_error: float | None = None
+    shape: list[int] = Field(default_factory=list)
+    #: Bits for each weight, its scales and zero points included.
+    bits_per_weight: float | None = None
+
+
+class Calibration(_Part):
+    """The data that the run calibrated on."""
+
+    source: str
+    samples: int
+    tokens: int
+
+
+class RunReport(_Part):
+    """Everything that a run tells about itself."""
+
+    detent_version: str
+    #: The command line, as it was typed.
+    command: list[str] = Field(default_factory=list)
+    model: str
+    #: Name of the quantization scheme; None where nothing was quantized.
+    scheme: str | None = None
+    #: None where the evaluation was skipped.
+    perplexity: Perplexity | None = None
+    evaluation: Evaluation | None = None
+    size_bytes: BeforeAfterBytes
+    weights: Weights = Field(default_factory=Weights)
+    layers: list[LayerReport] = Field(default_factory=list)
+    #: None where the run needed no data.
+    calibration: Calibration | None = None
+    #: Wall-clock time of the whole run.
+    seconds: float
+    #: Most main memory held at one time.
+    peak_memory_bytes: int
+    #: The same on the CUDA devices, all together; None where they weren't used.
+    peak_device_memory_bytes: int | None = None
+    #: What the user was told on the way.
+    notices: list[str] = Field(default_factory=list)
+    output_dir: str | None = None
+
+    def to_json(self) -> str:
+        """The report as indented JSON text."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def write(self, folder: Path) -> Path:
+        """Write ``detent_report.json`` into an existing folder, and return its path."""
+        path = folder / REPORT_NAME
+        path.write_text(self.to_json(), encoding="utf-8")
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> RunReport:
+        """Read a report from its file, or from the folder it lies in.
+
+        Raises:
+            DetentError: there is none, or it is not a report.
+        """
+        path = path / REPORT_NAME if path.is_dir() else path
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise DetentError(f"There is no report at {path}.") from error
+        except (ValidationError, UnicodeDecodeError) as error:
+            raise DetentError(f"{path} is not a report of this version of Detent: {error}") from error

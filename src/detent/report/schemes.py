@@ -1,0 +1,38 @@
+"""The list of schemes with what each costs and which checkpoint format holds it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from detent.checkpoints import LayerFormats, ModelFormats, choose
+from detent.config import all_schemes, parse_scheme
+from detent.engine.plan import exported_format, with_scale_dtype
+
+#: The weight that bits are counted for.
+SHAPE = (4096, 4096)
+
+
+def scheme_rows() -> list[dict[str, Any]]:
+    """One dictionary a scheme: name, aliases, weight and activation formats in words, bits_per_weight, checkpoint."""
+    rows = []
+    for name in all_schemes():
+        scheme = with_scale_dtype(parse_scheme(name), torch.bfloat16)
+        weight = scheme.weight
+        input_, output = (None if f is None else exported_format(f) for f in (scheme.input, scheme.output))
+        held = None
+        if weight is not None or input_ is not None:
+            layer = LayerFormats(SHAPE, weight, input_, output)
+            held = choose(ModelFormats({"model.layers.0.mlp.up_proj": layer}))[0].name
+        rows.append(
+            {
+                "name": name,
+                "aliases": list(scheme.aliases),
+                "weight": None if weight is None else str(weight),
+                "activations": "; ".join(str(f) for f in (scheme.input, scheme.output) if f is not None),
+                "bits_per_weight": None if weight is None else weight.bits_per_element(SHAPE),
+                "checkpoint": held,
+            }
+        )
+    return rows

@@ -1,0 +1,305 @@
+"""A checkpoint folder appears whole or not at all, and never at the cost of anything that was there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from checkpoints.toy import assert_same_tensor, toy_source
+from detent.checkpoints import CheckpointWriter, Source, add_to_manifest, check_replaceable, folder
+from detent.errors import DetentError
+
+CONFIG = {"model_type": "llama", "x": 1}
+#: As safetensors words it.
+FULL = "Error while serializing: I/O error: No space left on device (os error 28)"
+
+
+def write(out: Path, **options: Any) -> Path:
+    with CheckpointWriter(out, **options) as writer:
+        writer.add("a", torch.ones(3))
+        return writer.finish(CONFIG)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Every file and folder below `path`, so that untouched can be told from restored."""
+    return {
+        str(p.relative_to(path)): p.read_bytes() if p.is_file() else b"" for p in sorted(path.rglob("*")) if p != path
+    }
+
+
+def test_single_file(tmp_path: Path) -> None:
+    out = write(tmp_path / "deep" / "er" / "out")
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "detent_manifest.json", "model.safetensors"]
+    assert json.loads((out / "config.json").read_text()) == CONFIG
+    assert load_file(out / "model.safetensors")["a"].tolist() == [1, 1, 1]
+    assert sorted(Source(out)) == ["a"]
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_permissions_are_the_usual_ones(tmp_path: Path) -> None:
+    out = write(tmp_path / "out")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "file").write_text("x")
+    assert out.stat().st_mode == plain.stat().st_mode
+    assert {path.stat().st_mode for path in out.iterdir()} == {(plain / "file").stat().st_mode}
+
+
+def test_shards_and_index(tmp_path: Path) -> None:
+    tensors = {f"t{n}": torch.full((n,), float(n)) for n in (10, 20, 30, 1, 60, 2)}
+    with CheckpointWriter(tmp_path / "out", max_shard_size=4 * 32) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        writer.finish(CONFIG, metadata={"note": "n"})
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = index["weight_map"]
+    assert index["metadata"]["total_size"] == 4 * sum(len(t) for t in tensors.values())
+    assert list(files) == list(tensors)
+    assert [int(files[name][6:11]) for name in tensors] == [1, 1, 2, 2, 3, 4]
+    assert {file[-20:] for file in files.values()} == {"-of-00004.safetensors"[-20:]}
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == sorted(set(files.values()))
+    source = Source(tmp_path / "out")
+    assert source.metadata["note"] == "n"
+    for name, tensor in tensors.items():
+        assert_same_tensor(source.tensor(name), tensor, name)
+
+
+def test_views_and_shared_memory(tmp_path: Path) -> None:
+    base = torch.arange(12.0).view(3, 4)
+    views = {"t": base.t(), "row": base[1], "base": base, "again": base, "scalar": torch.tensor(2.0), "none": base[:0]}
+    with CheckpointWriter(tmp_path / "out") as writer:
+        for name, tensor in views.items():
+            writer.add(name, tensor.requires_grad_(False))
+        writer.finish(CONFIG)
+    for name, tensor in views.items():
+        assert_same_tensor(Source(tmp_path / "out").tensor(name), tensor, name)
+
+
+def test_a_name_once(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "out", max_shard_size=1) as writer:
+        for name in ("a", "b"):
+            writer.add(name, torch.ones(1))
+        for name in ("a", "b"):
+            with pytest.raises(DetentError, match="twice"):
+                writer.add(name, torch.ones(1))
+
+
+def test_other_files_come_along(tmp_path: Path) -> None:
+    source = toy_source(tmp_path / "src")
+    kept = {
+        "tokenizer.json": "{}",
+        "tokenizer.model": "x",
+        "modeling_own.py": "code",
+        "sub/chat_template.jinja": "t",
+        "LICENSE": "l",
+        ".gitattributes": "g",
+    }
+    left = {
+        "pytorch_model.bin": "",
+        "model.safetensors.index.json": "{}",
+        "adapter.safetensors": "",
+        "x.gguf": "",
+        "original/consolidated.00.pth": "",
+        "hf_quant_config.json": "{}",
+        ".git/config": "",
+        "detent_manifest.json": "{}",
+        "detent_report.json": "{}",
+    }
+    for name, text in {**kept, **left}.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(text)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "vocab.txt").write_text("v")
+    (source / "linked").symlink_to(tmp_path / "elsewhere")
+    (source / "link.txt").symlink_to(tmp_path / "elsewhere" / "vocab.txt")
+    (source / "circle").symlink_to(source)
+    out = write(tmp_path / "out", source=Source(source))
+    found = {
+        str(p.relative_to(out)): p.read_text() for p in out.rglob("*") if p.is_file() and p.suffix != ".safetensors"
+    }
+    del found["config.json"], found["detent_manifest.json"]
+    assert found == {**kept, "linked/vocab.txt": "v", "link.txt": "v"}
+    assert not any(path.is_symlink() for path in out.rglob("*"))
+
+
+def test_link_to_nothing(tmp_path: Path) -> None:
+    source = toy_source(tmp_path / "src")
+    (source / "tokenizer.json").symlink_to(tmp_path / "gone")
+    with pytest.raises(DetentError, match=r"tokenizer\.json is a link to nothing"):
+        write(tmp_path / "out", source=Source(source))
+    assert list(tmp_path.iterdir()) == [source]
+
+
+class TestExistingFolder:
+    """What happens to a folder that is there already."""
+
+    def test_empty_one_is_used(self, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        assert sorted(Source(write(tmp_path / "out"))) == ["a"]
+
+    def test_any_content_is_refused(self, tmp_path: Path) -> None:
+        out = write(tmp_path / "out")
+        before = contents(tmp_path)
+        with pytest.raises(DetentError, match="--overwrite"):
+            write(out)
+        assert contents(tmp_path) == before
+
+    def test_ours_is_replaced(self, tmp_path: Path) -> None:
+        out = write(tmp_path / "out")
+        (out / "detent_report.json").write_text("{}")
+        (out / "plots.html").write_text("x")
+        add_to_manifest(out, "plots.html")
+        with CheckpointWriter(out, overwrite=True) as writer:
+            writer.add("b", torch.ones(1))
+            writer.finish(CONFIG)
+        assert sorted(Source(out)) == ["b"]
+        assert sorted(p.name for p in out.iterdir()) == ["config.json", "detent_manifest.json", "model.safetensors"]
+        assert list(tmp_path.iterdir()) == [out]
+
+    @pytest.mark.parametrize("name", ["notes.txt", "sub/notes.txt", ".hidden"])
+    def test_foreign_files_are_never_replaced(self, tmp_path: Path, name: str) -> None:
+        out = write(tmp_path / "out")
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+        before = contents(tmp_path)
+        with pytest.raises(DetentError, match=f"did not write .*{name}"):
+            write(out, overwrite=True)
+        assert contents(tmp_path) == before
+
+    def test_foreign_links_are_never_replaced(self, tmp_path: Path) -> None:
+        (tmp_path / "data").mkdir()
+        out = write(tmp_path / "out")
+        (out / "link").symlink_to(tmp_path / "data")
+        with pytest.raises(DetentError, match="link"):
+            check_replaceable(out, overwrite=True)
+
+    @pytest.mark.parametrize("manifest", [None, "{", "[]", '{"files": 3}', '{"files": ["/etc/passwd"]}'])
+    def test_without_a_good_manifest_everything_is_foreign(self, tmp_path: Path, manifest: str | None) -> None:
+        out = write(tmp_path / "out")
+        (out / "detent_manifest.json").unlink()
+        if manifest is not None:
+            (out / "detent_manifest.json").write_text(manifest)
+        before = contents(tmp_path)
+        with pytest.raises(DetentError, match="did not write"):
+            write(out, overwrite=True)
+        assert contents(tmp_path) == before
+
+    def test_files_that_appear_while_writing(self, tmp_path: Path) -> None:
+        with CheckpointWriter(tmp_path / "out") as writer:
+            writer.add("a", torch.ones(1))
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "mine").write_text("x")
+            with pytest.raises(DetentError, match="not empty"):
+                writer.finish(CONFIG)
+        assert contents(tmp_path) == {"out": b"", "out/mine": b"x"}
+
+    def test_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "out").write_text("mine")
+        with pytest.raises(DetentError, match="is a file"):
+            write(tmp_path / "out", overwrite=True)
+
+    def test_empty_folders_are_somebodys(self, tmp_path: Path) -> None:
+        (tmp_path / "out" / "sub").mkdir(parents=True)
+        with pytest.raises(DetentError, match="holds folders"):
+            write(tmp_path / "out")
+
+    def test_a_link_leads_to_the_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "big").mkdir()
+        (tmp_path / "out").symlink_to(tmp_path / "big")
+        write(tmp_path / "out")
+        assert sorted(Source(tmp_path / "big")) == ["a"]
+        assert (tmp_path / "out").is_symlink()
+
+
+@pytest.mark.parametrize("place", ["src", "src/out", "src/../src", ".", "link"])
+def test_source_and_output_are_apart(tmp_path: Path, place: str) -> None:
+    source = Source(toy_source(tmp_path / "src"))
+    (tmp_path / "link").symlink_to(tmp_path / "src")
+    before = contents(tmp_path)
+    with pytest.raises(DetentError, match="source checkpoint"):
+        write(tmp_path / place, source=source, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+class TestFailure:
+    """Whatever fails, the old folder is as it was and nothing new lies around."""
+
+    @pytest.fixture(params=["new", "overwrite"])
+    def out(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+        out = tmp_path / "out"
+        if request.param == "overwrite":
+            write(out)
+        return out
+
+    def attempt(self, out: Path, **options: Any) -> None:
+        with CheckpointWriter(out, overwrite=True, **options) as writer:
+            writer.add("b", torch.ones(1))
+            writer.add("c", torch.ones(1))
+            writer.finish(CONFIG)
+
+    def check(self, out: Path, match: str, kind: type[BaseException] = DetentError, **options: Any) -> None:
+        before = contents(out.parent)
+        with pytest.raises(kind, match=match):
+            self.attempt(out, **options)
+        assert contents(out.parent) == before
+
+    def test_disk_full_while_writing_weights(self, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(tensors: Any, path: Path, metadata: Any) -> None:
+            path.write_bytes(b"half")
+            raise SafetensorError(FULL)
+
+        monkeypatch.setattr(folder, "save_file", full)
+        self.check(out, "the disk is full .*nothing was written", max_shard_size=1)
+
+    def test_disk_full_while_copying(self, out: Path, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*paths: Path) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        source = toy_source(tmp_path_factory.mktemp("elsewhere") / "src")
+        (source / "tokenizer.json").write_text("{}")
+        monkeypatch.setattr(shutil, "copyfile", full)
+        self.check(out, "the disk is full", source=Source(source))
+
+    def test_last_rename(self, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        rename = Path.rename
+
+        def refuse(self: Path, target: Path) -> Path:
+            if "writing" in self.name:
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", refuse)
+        self.check(out, "cannot be written .Permission denied")
+
+    def test_interrupted(self, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupt(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt("Ctrl-C")
+
+        monkeypatch.setattr(folder, "save_file", interrupt)
+        self.check(out, "Ctrl-C", KeyboardInterrupt)
+
+    def test_without_finish(self, out: Path) -> None:
+        before = contents(out.parent)
+        with CheckpointWriter(out, overwrite=True, max_shard_size=1) as writer:
+            writer.add("b", torch.ones(1))
+            writer.add("c", torch.ones(1))
+        assert contents(out.parent) == before
+
+    def test_new_parents_go_too(self, tmp_path: Path) -> None:
+        with CheckpointWriter(tmp_path / "x" / "y" / "out"):
+            assert (tmp_path / "x" / "y").is_dir()
+        assert contents(tmp_path) == {}
+
+    def test_unwritable_place(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("x")
+        with pytest.raises(DetentError, match="cannot be written"):
+            write(tmp_path / "file" / "out")

@@ -1,0 +1,135 @@
+"""The repository as a whole: nothing machine-specific in it, the pins cover the dependencies, the wheel is complete."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+
+# Composed, so that this file does not contain what it looks for.
+_HOSTS = (
+    ("py" + "pi", "org"),
+    ("python" + "hosted", "org"),
+    ("download.py" + "torch", "org"),
+    ("ana" + "conda", "org"),
+    ("conda.ana" + "conda", "org"),
+    ("registry.npm" + "js", "org"),
+    ("crates", "io"),
+    ("proxy.go" + "lang", "org"),
+)
+#: What ties a file to one machine, workplace or package index, as patterns over its bytes.
+FORBIDDEN = {
+    **{".".join(host): re.escape(".".join(host)) for host in _HOSTS},
+    # An absolute path; "network/" and "some/work/dir" are words of other things.
+    "an absolute path into " + "/wor" + "k": r"(?<![\w.~-])/wor" + r"k/",
+    "a path into " + "/tmp/" + "env": r"/tmp/" + r"env\b",
+    "a path out of the repository": r"\.\./sha" + r"red\b",
+    "a choice of package index": r"--(extra-)?in" + r"dex-url|--find-li" + r"nks",
+}
+
+
+def git_files() -> list[Path]:
+    """Every file that is, or is about to be, under version control."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return [path for name in run.stdout.decode().split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def pins() -> dict[str, str]:
+    """Package name to the version that constraints.txt pins."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    found = {}
+    for line in lines:
+        if line and not line.startswith("#"):
+            match = re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9A-Za-z.]+)", line)
+            assert match is not None, f"constraints.txt holds plain pins only (name==version), not {line!r}"
+            name = canonicalize_name(match[1])
+            assert name not in found, f"{name} is pinned twice"
+            found[name] = match[2]
+    return found
+
+
+def forbidden_in(content: bytes) -> list[str]:
+    return [what for what, pattern in FORBIDDEN.items() if re.search(pattern.encode(), content)]
+
+
+def test_nothing_names_a_machine_or_a_package_index() -> None:
+    found = {str(path.relative_to(ROOT)): what for path in git_files() if (what := forbidden_in(path.read_bytes()))}
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["see /wor" + "k/x", "open('../sha" + "red/data')", "py" + "pi.org", "/tmp/" + "env/bin"]
+)
+def test_machine_specific_text_is_seen(text: str) -> None:
+    assert len(forbidden_in(text.encode())) == 1
+
+
+@pytest.mark.parametrize("text", ["framework/x", "some/wor" + "k/dir", "/tmp/" + "environment", "py" + "pi"])
+def test_harmless_text_passes(text: str) -> None:
+    assert forbidden_in(text.encode()) == []
+
+
+@pytest.mark.parametrize("group", ["", "dev", "docs", "accelerate", "compressed-tensors", "datasets"])
+def test_pins_satisfy_the_ranges(group: str) -> None:
+    project = pyproject()["project"]
+    pinned = pins()
+    for line in project["optional-dependencies"][group] if group else project["dependencies"]:
+        requirement = Requirement(line)
+        name = canonicalize_name(requirement.name)
+        if name != project["name"]:
+            assert name in pinned, f"{name} has no pin in constraints.txt"
+            assert requirement.specifier.contains(pinned[name]), f"the pin of {name} is outside {requirement.specifier}"
+
+
+def test_continuous_integration_is_runnable() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert script.read_text(encoding="utf-8").startswith("#!/usr/bin/env bash\n")
+
+
+def test_make_knows_what_the_documents_promise() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):(?!=)", makefile, flags=re.MULTILINE))
+    documents = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").rglob("*.md"))
+    promised = {t for d in documents for t in re.findall(r"(?:`|^|\$ )make ([a-z]+)\b", d.read_text("utf-8"), re.M)}
+    assert {"demo", "test"} <= targets
+    assert promised <= targets
+
+
+def test_version_is_told_once() -> None:
+    """The package's version, where it tells one, is the project's, and the change log has an entry for it."""
+    detent = pytest.importorskip("detent")
+    version = pyproject()["project"]["version"]
+    assert getattr(detent, "__version__", version) == version
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
+    """Code and data alike: the sample model and the built-in texts must work from an installed package."""
+    pytest.importorskip("hatchling", reason="the build backend is not installed (it is among the dev extras)")
+    expected = {str(path.relative_to(ROOT / "src")) for path in git_files() if (ROOT / "src") in path.parents}
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if name.startswith("detent/")}
+    assert held == expected
