@@ -45,7 +45,8 @@ def rows(names: list[str]) -> list[Row]:
         bits = sum(w.codes.numel() * w.format.bits_per_element(w.shape) for w in weights) / parameters
         after = perplexity(model, ids).perplexity
         activations = scheme.input or scheme.output
-        row = (name, str(scheme.weight), "-" if activations is None else str(activations), f"{bits:.3f}", f"{after:.3f}")
+        words = "-" if activations is None else str(activations)
+        row = (name, str(scheme.weight), words, f"{bits:.3f}", f"{after:.3f}")
         print("  ".join(row), flush=True)
         table.append(row)
     return table

@@ -1,7 +1,7 @@
 """An independent definition of every number format, in NumPy: no import of Detent, no line shared with it.
 
 It goes tile by tile, by slices, and finds codes by comparing each value with the exact products of the scale and the
-middles between neighbouring grid values. No quotient, no rounding function, no bit trick stands in the way of reading it:
+middles between neighbouring grid values. No quotient, no rounding function, no bit trick stands in the way of reading:
 
 * a float32 scale has 24 significant bits and a middle at most 29, so their float64 product is exact, and so is the
   comparison;
@@ -49,7 +49,7 @@ NF4 = [
 
 @dataclass(frozen=True)
 class Grid:
-    """The values that codes stand for, ascending. With a `sign_bit` they are magnitudes, which that bit makes negative."""
+    """The values that codes stand for, ascending. With a `sign_bit` they are magnitudes, made negative by that bit."""
 
     values: tuple[float, ...]
     #: The code of values[0]; codes ascend with the values.
@@ -63,7 +63,7 @@ class Grid:
         return self.values[-1]
 
     def nearest(self, x: np.ndarray, unit: Any) -> tuple[np.ndarray, np.ndarray]:
-        """(values, codes) for float64 `x` in units of `unit` (float64, broadcasts): ties to the even code, saturating."""
+        """(values, codes) for float64 `x` in units of `unit` (it broadcasts): ties to the even code, saturating."""
         table = np.array(self.values, dtype=np.float64)
         middles = (table[1:] + table[:-1]) / 2
         y = np.abs(x) if self.sign_bit is not None else x

@@ -57,7 +57,7 @@ def test_codes_mean_what_ml_dtypes_says(element: Float, dtype: Any) -> None:
 
 @every_float
 def test_rounding_equals_the_cast_of_ml_dtypes(element: Float, dtype: Any) -> None:
-    """Over all bfloat16 numbers in range, the middles between neighbours, and one float32 step on either side of those."""
+    """Over all bfloat16 numbers in range, the middles between neighbours, and one float32 step beside those."""
     grid = np.array(sorted({abs(v) for v in grid_of(element)}), np.float32)
     middles = (grid[1:] + grid[:-1]) / np.float32(2)
     every_bf16 = np.arange(2**15, dtype=np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)

@@ -8,6 +8,7 @@ from detent.checkpoints.folder import (
     CheckpointWriter,
     add_to_manifest,
     check_replaceable,
+    check_target,
 )
 from detent.checkpoints.quantized import (
     Layout,
@@ -35,6 +36,7 @@ __all__ = [
     "TensorInfo",
     "add_to_manifest",
     "check_replaceable",
+    "check_target",
     "choose",
     "layouts",
     "open_quantized",

@@ -149,9 +149,9 @@ class CheckpointWriter:
             _write_json(self._temporary / CONFIG_NAME, config)
             _write_json(self._temporary / MANIFEST_NAME, {"written_by": "detent", "files": _files_in(self._temporary)})
             self._set_permissions()
-        if check is not None:
-            check(self._temporary)
         with _clear_errors(self.out_dir):
+            if check is not None:
+                check(self._temporary)
             self._replace()
         return self.out_dir
 
@@ -201,8 +201,24 @@ class CheckpointWriter:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def check_target(out_dir: str | Path, *, source: str | Path, overwrite: bool) -> None:
+    """All that can be said in advance about writing what is made of `source` to `out_dir`: called before long work.
+
+    Raises:
+        DetentError: as `CheckpointWriter`.
+    """
+    path = Path(out_dir).resolve()
+    _check_apart(path, Path(source).resolve())
+    check_replaceable(path, overwrite=overwrite)
+    parent = next(folder for folder in path.parents if folder.exists())
+    if not parent.is_dir():
+        raise DetentError(f"{parent} is a file, so there can be no folder {path}; name another folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise DetentError(f"{path}: cannot be written (no permission to write in {parent}); name another folder")
+
+
 def check_replaceable(out_dir: str | Path, *, overwrite: bool) -> None:
-    """Raise DetentError unless a checkpoint may be written at `out_dir`: to be called before long work, too."""
+    """Raise DetentError unless a checkpoint may be written at `out_dir`."""
     path = Path(out_dir)
     if not path.exists():
         return

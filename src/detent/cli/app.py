@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+
 import typer
 
 from detent._version import __version__
@@ -20,12 +23,14 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    # Plain help: the boxes cut long flag names short.
+    rich_markup_mode=None,
 )
 
 
 def _version(show: bool) -> None:
     if show:
-        console.out.print(f"detent {__version__}")
+        console.show(f"detent {__version__}")
         raise typer.Exit
 
 
@@ -43,17 +48,39 @@ app.command()(inspect)
 
 
 def run(arguments: list[str]) -> int:
-    """Run a command; returns the exit code. Misspelled flags are the parser library's to explain, with code 2 too."""
+    """Run a command; returns the exit code.
+
+    Misspelled flags are the parser library's to explain, with code 2 too, as is Ctrl-C, with code 130.
+    """
+    # What library code warns of is in the plan, which the report tells in the user's words.
+    logging.getLogger("detent").setLevel(logging.ERROR)
     bars = console.Bars()
     try:
         with use_reporter(bars):
-            app(normalize(arguments))
+            app(normalize(arguments), prog_name="detent", obj=["detent", *arguments])
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     except DetentError as error:
         bars.close()
         console.failure(str(error))
         return 2
+    except (MemoryError, RuntimeError) as error:
+        bars.close()
+        if not _out_of_memory(error):
+            raise
+        console.failure(
+            f"out of memory ({str(error).splitlines()[0] if str(error) else 'main memory'}). Smaller --batch_size,"
+            " --eval_batch_size or --seq_len, --data_type bfloat16, or --device cpu may help"
+        )
+        return 2
     finally:
         bars.close()
     return 0
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, in Python, on a device, or in PyTorch's allocator on the CPU, which has no class."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return "can't allocate memory" in str(error)

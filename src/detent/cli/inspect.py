@@ -48,4 +48,4 @@ def inspect(
         f"{totals['bits_per_parameter']:.3f}",
         format_bytes(totals["bytes"]),
     )
-    console.out.print(table)
+    console.show(table)

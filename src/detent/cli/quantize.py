@@ -5,13 +5,13 @@ Flags that belong to what Detent can't do yet are known by name, so that using o
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any, Literal
 
 import typer
 
 from detent.cli import console
 from detent.cli.arguments import NOTHING
+from detent.cli.startup import batch_size_of, choose_device, load_libraries, windows
 from detent.errors import DetentError
 
 _LATER = "(comes in a later version)"
@@ -21,7 +21,7 @@ _LATER_FLAGS: dict[str, Any] = {
     "multi_device": False,
     "fp8_attention_quant": False,
     "moe_experts_second_step_config": None,
-    "pre_quantization_optimization": [],
+    "pre_quantization_optimization": None,
     "pre_optimization_config_file_path": None,
     "quant_algo": None,
     "quant_algo_config_file_path": None,
@@ -31,18 +31,24 @@ _LATER_FLAGS: dict[str, Any] = {
     "weight_matrix_merge": False,
     "torch_compile": False,
     "params_save": False,
+    "save_dir": "model_params",
     "params_load": False,
     "json_path": None,
     "safetensors_path": None,
     "tasks": None,
-    "use_ppl_eval_for_kv_cache": False,
-    "use_mlperf_rouge": False,
-    "use_tp": False,
-    "eval_data_dir": None,
     "num_fewshot": None,
     "apply_chat_template": False,
+    "use_ppl_eval_for_kv_cache": False,
+    "ppl_eval_for_kv_cache_context_size": 1024,
+    "ppl_eval_for_kv_cache_sample_size": 512,
+    "ppl_eval_for_kv_cache_patch_size": None,
+    "use_mlperf_rouge": False,
+    "eval_data_dir": None,
     "save_metrics_to_csv": False,
+    "metrics_output_dir": "metrics_output_dir",
+    "use_tp": False,
 }
+_EXPORTS = ("hf_format", "onnx", "quark_format", "gguf")
 
 
 def _option(name: str, help: str, **details: Any) -> Any:
@@ -54,6 +60,7 @@ def _later(name: str, **details: Any) -> Any:
 
 
 def quantize(
+    context: typer.Context,
     model_dir: Annotated[
         str | None, _option("model_dir", "Checkpoint folder or hub name; without it, the built-in sample model.")
     ] = None,
@@ -65,13 +72,13 @@ def quantize(
         str | None, _option("quant_scheme", "What to quantize and how: see `detent schemes`.")
     ] = None,
     group_size: Annotated[
-        int | None, _option("group_size", "Elements per group, for schemes with groups [128].")
+        int | None, _option("group_size", "Elements per group, for schemes with groups (default: 128).")
     ] = None,
     group_size_per_layer: Annotated[
         list[str] | None, _option("group_size_per_layer", "PATTERN SIZE: another group size for some layers.")
     ] = None,
     scale_format: Annotated[
-        Literal["e4m3", "float32"] | None, _option("scale_format", "Scale of FP4 and FP6 in groups.")
+        Literal["e4m3", "float32"] | None, _option("scale_format", "Scale of FP4 and FP6 in groups (default: e4m3).")
     ] = None,
     scale_calculation_mode: Annotated[
         Literal["even", "floor", "ceil"], _option("scale_calculation_mode", "Exponent rule of OCP MX.")
@@ -85,12 +92,16 @@ def quantize(
         _option("exclude_layers", "NAMES (wildcards) of layers that stay; none given: exclude nothing."),
     ] = None,
     model_export: Annotated[
-        list[str] | None, _option("model_export", "Checkpoint format: hf_format (later also onnx, quark_format, gguf).")
+        list[str] | None,
+        _option(
+            "model_export",
+            "Checkpoint format: hf_format, with or without this flag (later also onnx, quark_format, gguf).",
+        ),
     ] = None,
     data_type: Annotated[
         Literal["auto", "float16", "bfloat16", "float32"], _option("data_type", "Type to load weights in.")
     ] = "auto",
-    device: Annotated[str | None, _option("device", "cpu, cuda or cuda:N [cuda where present, else cpu].")] = None,
+    device: Annotated[str | None, _option("device", "cpu, cuda or cuda:N (default: cuda where there is one).")] = None,
     model_attn_implementation: Annotated[
         Literal["eager", "sdpa", "flash_attention_2"], _option("model_attn_implementation", "Attention implementation.")
     ] = "eager",
@@ -110,14 +121,20 @@ def quantize(
         str | None, _option("eval_dataset", "What perplexity is measured on; as --dataset.")
     ] = None,
     num_eval_data: Annotated[int, _option("num_eval_data", "Windows to evaluate; -1: all.", min=-1)] = -1,
-    eval_batch_size: Annotated[int, _option("eval_batch_size", "Windows that are evaluated at once.", min=1)] = 1,
+    eval_batch_size: Annotated[
+        str | None, _option("eval_batch_size", "Windows evaluated at once, or auto (default: 8, if memory allows).")
+    ] = None,
+    max_eval_batch_size: Annotated[
+        int | None, _option("max_eval_batch_size", "The most windows that auto may take.", min=1)
+    ] = None,
     model_reload: Annotated[
         bool, _option("model_reload", "Reload and evaluate what --import_model_dir holds.")
     ] = False,
     import_model_dir: Annotated[str | None, _option("import_model_dir", "A quantized checkpoint to reload.")] = None,
     import_file_format: Annotated[
-        Literal["hf_format", "quark_format"], _option("import_file_format", "Its format.")
-    ] = "hf_format",
+        Literal["hf_format", "quark_format"] | None,
+        _option("import_file_format", "Its format (default: what the folder says)."),
+    ] = None,
     multi_gpu: Annotated[bool, _later("multi_gpu")] = False,
     multi_device: Annotated[bool, _later("multi_device")] = False,
     fp8_attention_quant: Annotated[bool, _later("fp8_attention_quant")] = False,
@@ -139,7 +156,6 @@ def quantize(
     json_path: Annotated[str | None, _later("json_path")] = None,
     safetensors_path: Annotated[str | None, _later("safetensors_path")] = None,
     tasks: Annotated[str | None, _later("tasks")] = None,
-    max_eval_batch_size: Annotated[int | None, _later("max_eval_batch_size")] = None,
     num_fewshot: Annotated[int | None, _later("num_fewshot")] = None,
     apply_chat_template: Annotated[bool, _later("apply_chat_template")] = False,
     use_ppl_eval_for_kv_cache: Annotated[bool, _later("use_ppl_eval_for_kv_cache")] = False,
@@ -152,25 +168,18 @@ def quantize(
     metrics_output_dir: Annotated[str, _later("metrics_output_dir")] = "metrics_output_dir",
     use_tp: Annotated[bool, _later("use_tp")] = False,
 ) -> None:
-    """Quantize a language model, write it, read it back and measure it.
+    """Quantize a language model, measure it, write it and read it back.
 
     Without any argument: the built-in sample model, w_int4_per_group_sym, into exported_model.
     """
     given = locals()
     _refuse_later(given)
-    from detent.cli.devices import choose_device
-    from detent.report import summary_table
-    from detent.report.runs import (
-        CalibrationOptions,
-        EvaluationOptions,
-        ModelOptions,
-        Run,
-        SchemeOptions,
-        evaluate_checkpoint,
-        quantize_checkpoint,
-    )
-
     _check_together(given)
+    load_libraries()
+    from detent.report import summary_table
+    from detent.report.options import CalibrationOptions, EvaluationOptions, ModelOptions, SchemeOptions
+    from detent.report.runs import Run, evaluate_checkpoint, quantize_checkpoint
+
     model = ModelOptions(
         import_model_dir if model_reload else model_dir,
         data_type,
@@ -180,11 +189,11 @@ def quantize(
         revision,
     )
     evaluation = EvaluationOptions(
-        skip_evaluation, eval_dataset, None if num_eval_data == -1 else num_eval_data, eval_batch_size
+        skip_evaluation, eval_dataset, windows(num_eval_data), batch_size_of(eval_batch_size), max_eval_batch_size
     )
-    run = Run(["detent", *sys.argv[1:]], console.notice)
+    run = Run(context.obj, console.notice)
     if skip_quantization or model_reload:
-        report = evaluate_checkpoint(model, evaluation, run=run)
+        report = evaluate_checkpoint(model, evaluation, quantized=model_reload, run=run)
     else:
         scheme = SchemeOptions(
             quant_scheme,
@@ -206,7 +215,7 @@ def quantize(
             overwrite=overwrite,
             run=run,
         )
-    console.out.print(summary_table(report))
+    console.show(summary_table(report))
 
 
 def _pattern_and_size(text: str) -> tuple[str, int]:
@@ -224,11 +233,11 @@ def _refuse_later(given: dict[str, Any]) -> None:
             value = "" if nothing is False else f" {given[name]}"
             raise DetentError(f"--{name}{value}: known, but this version can't do it yet; it comes in a later version")
     for export in given["model_export"] or []:
-        if export not in ("hf_format", "onnx", "quark_format", "gguf"):
-            raise DetentError(f"--model_export {export!r}: known are hf_format, onnx, quark_format and gguf")
+        if export not in _EXPORTS:
+            raise DetentError(f"--model_export {export!r}: known are {', '.join(_EXPORTS)}")
         if export != "hf_format":
             raise DetentError(f"--model_export {export}: comes in a later version; hf_format is there")
-    if given["import_file_format"] != "hf_format":
+    if given["import_file_format"] == "quark_format":
         raise DetentError("--import_file_format quark_format: comes in a later version; hf_format is there")
 
 
@@ -244,8 +253,18 @@ def _check_together(given: dict[str, Any]) -> None:
             "--skip_quantization evaluates a float model and --model_reload a quantized one; pass one of them"
         )
     if evaluating:
-        about_quantizing = ("quant_scheme", "kv_cache_dtype", "group_size", "model_export", "exclude_layers")
-        used = [name for name in about_quantizing if given[name] not in (None, [])]
+        about_quantizing = (
+            "quant_scheme",
+            "kv_cache_dtype",
+            "min_kv_scale",
+            "group_size",
+            "group_size_per_layer",
+            "scale_format",
+            "model_export",
+            "exclude_layers",
+            "overwrite",
+        )
+        used = [name for name in about_quantizing if given[name] not in (None, False, 0.0)]
         if used:
             raise DetentError(
                 f"--{evaluating[0]} quantizes nothing, so --{used[0]} has no meaning beside it; leave one out"

@@ -139,7 +139,7 @@ def bias(value: Any) -> dict[int | str, Any] | None:
         else:
             result[key] = option
     if not any(isinstance(key, int) for key in result):
-        raise DetentError("bias: no axis is named; {-2: None} means one bias for each index along axis -2")
+        raise DetentError("bias: no axis is named; {-2: None} means a bias that covers the whole of axis -2")
     return result
 
 

@@ -62,8 +62,10 @@ class QuantizerAttributeConfig(ConfigModel):
         type: ``static``: ranges are calibrated; ``dynamic``: taken from each tensor anew.
         block_sizes: ``{axis: size}``, size None for the whole axis; beside it ``"type"`` (``static`` or ``dynamic``),
             ``"scale_bits"`` ((8, 0) or (4, 3)), ``"scale_block_sizes"`` and ``"four_over_six"``. Excludes `axis`.
-        bias: what is taken off before quantizing and added back after: ``{axis: None}`` for each axis with values of
-            its own; beside it ``"type"`` (``static`` or ``dynamic``) and ``"method"`` (``mean`` or ``max_min``).
+        bias: what is taken off before quantizing and added back after: ``{axis: None}`` for each axis that one bias
+            covers, as in `block_sizes`, so that the other axes have a bias for each index (``{-2: None, -4: None}`` on
+            keys [batch, heads, seq, dim]: one for each head and channel); beside it ``"type"`` (``static`` or
+            ``dynamic``) and ``"method"`` (``mean`` or ``max_min``).
         calibrator: ``max``, ``histogram``, ``percentile``, ``entropy`` or ``mse``; with arguments
             ``("percentile", {"percentile": 99.9})``; or a class, also as ``(class, argument, ...)``.
         rotate: rotate the last axis first: True, False or a `RotateConfig`.

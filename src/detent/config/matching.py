@@ -58,7 +58,9 @@ def match(
     return current
 
 
-def check_matches(rules: Iterable[Rule], names: QuantizerNames, *, strict: bool = True) -> list[str]:
+def check_matches(
+    rules: Iterable[Rule], names: QuantizerNames, *, strict: bool = True, must_enable: bool = True
+) -> list[str]:
     """Hold the rules against a model before anything is changed; warnings as text.
 
     An entry that sets a format and matches nothing, and a configuration that leaves no quantizer enabled, are errors;
@@ -69,6 +71,8 @@ def check_matches(rules: Iterable[Rule], names: QuantizerNames, *, strict: bool 
         rules: from `normalize`.
         names: the model's quantizers.
         strict: False turns the errors into warnings.
+        must_enable: False where the model has quantizers that are set already, so that rules which only switch some off
+            are fine.
 
     Raises:
         DetentError: with the nearest pattern or name that would match.
@@ -86,7 +90,8 @@ def check_matches(rules: Iterable[Rule], names: QuantizerNames, *, strict: bool 
             warnings.append(
                 f"quant_cfg entry {rule.source} excludes nothing: no quantizer matches{_suggestion(rule, table)}"
             )
-    errors = errors or _nothing_enabled(rules, table)
+    if must_enable and not errors:
+        errors = _nothing_enabled(rules, table)
     if errors and strict:
         raise DetentError("; ".join(errors))
     return errors + warnings

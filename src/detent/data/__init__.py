@@ -13,12 +13,13 @@ from detent.data.batches import (
 )
 from detent.data.builtin import builtin_text, sample_model_dir
 from detent.data.model_inputs import input_device, max_sequence_length, vocabulary_size
-from detent.data.text import TextSource, load_texts
+from detent.data.text import TextSource, check_source, load_texts
 
 __all__ = [
     "CalibrationBatches",
     "TextSource",
     "builtin_text",
+    "check_source",
     "check_vocabulary",
     "current_token_mask",
     "drop_padding",

@@ -91,6 +91,21 @@ def load_texts(source: str | os.PathLike[str] | None, purpose: Purpose, limit: i
     raise DetentError(_unknown_source(name))
 
 
+def check_source(source: str) -> None:
+    """Raise DetentError unless `source` could be loaded by its name; nothing is read.
+
+    For a source that is named although nothing needs it: a file must exist, and a data set have a name that is known or
+    that a hub data set can have.
+    """
+    if source == BUILTIN or source in HUB_DATASETS:
+        return
+    if _names_a_path(source):
+        if not Path(source).expanduser().exists():
+            raise DetentError(f"The data file {source} does not exist.")
+    elif not _HUB_NAME.fullmatch(source):
+        raise DetentError(_unknown_source(source))
+
+
 def _names_a_path(name: str) -> bool:
     path = Path(name).expanduser()
     return path.exists() or path.suffix.lower() in SUFFIXES or name.startswith((".", "/", "~")) or path.is_absolute()

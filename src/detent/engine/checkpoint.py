@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from detent.checkpoints import (
 )
 from detent.engine.calibration import ForwardLoop
 from detent.engine.conversion import replace_quant_module, set_quantizer_attribute
-from detent.engine.models import load_config, load_model
+from detent.engine.models import load_config, load_model, model_dtype, read_weights
 from detent.engine.plan import Plan, exported_format
 from detent.engine.quantization import quantize
 from detent.errors import DetentError
@@ -29,6 +30,11 @@ from detent.nn import QuantWeightBase, TensorQuantizer
 from detent.nn.attention import attention_modules, route_attention
 from detent.progress import track
 from detent.structure import linears_sharing_input
+
+_log = logging.getLogger(__name__)
+
+#: Bytes in a file of weights: small enough that progress shows while they are written.
+SHARD_SIZE = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,6 @@ def simulate(model: nn.Module, plan: Plan, forward_loop: ForwardLoop | None) -> 
         DetentError: NaN or infinity in a weight or an activation; data is needed and missing.
     """
     groups = _groups_with_common_scale(model, plan)
-    _refuse_bad_weights(model, plan)
     quantize(model, {"quant_cfg": plan.quant_cfg, "algorithm": "max"}, forward_loop)
     for names in groups:
         _share_outer_scale(model, names)
@@ -70,13 +75,6 @@ def simulate(model: nn.Module, plan: Plan, forward_loop: ForwardLoop | None) -> 
         assert isinstance(module, QuantWeightBase)
         layers[name] = _simulate_layer(name, module, plan)
     return layers
-
-
-def _refuse_bad_weights(model: nn.Module, plan: Plan) -> None:
-    """NaN in any weight, kept or not, would only surface as nonsense later."""
-    for name, tensor in model.named_parameters():
-        if not bool(torch.isfinite(tensor).all()):
-            raise DetentError(f"{name}: the checkpoint holds NaN or infinity in this weight; it is damaged")
 
 
 def _groups_with_common_scale(model: nn.Module, plan: Plan) -> list[list[str]]:
@@ -150,7 +148,7 @@ def stored_scales(quantizer: TensorQuantizer) -> Scales:
         outer = quantizer.outer_scale()
         if outer is None:
             raise DetentError(f"{quantizer.name}: not calibrated, so there is no scale to write")
-        scales = Scales(torch.empty(0), None, outer)
+        scales = Scales(torch.empty(0, dtype=quantizer.format.scale.stored_dtype), None, outer)
     move = [None if t is None else t.detach().cpu() for t in (scales.scale, scales.zero_point, scales.outer_scale)]
     return Scales(*move)  # type: ignore[arg-type]
 
@@ -186,43 +184,50 @@ def write(
     model: nn.Module,
     layers: dict[str, SimulatedLayer],
     *,
-    dtype: torch.dtype | None,
-    overwrite: bool,
-) -> int:
+    dtype: torch.dtype,
+    convert: bool = False,
+    overwrite: bool = False,
+    complete: Callable[[Path, int], None] = lambda folder, size: None,
+) -> None:
     """Write the simulated model as a checkpoint, whole or not at all, and compare what is read back.
 
     Args:
         out_dir: the folder to appear.
         source: the original checkpoint; tensors that aren't quantized are copied from it.
         plan, model, layers: as planned and simulated.
-        dtype: what floating-point tensors that stay are converted to; None leaves them as they are.
+        dtype: the dtype that the model was held in, which config.json then names.
+        convert: write tensors that stay in the dtype that the model held them in; else as they are in `source`.
         overwrite: replace a folder that Detent wrote.
-
-    Returns:
-        Bytes of the written tensors.
+        complete: called with the folder, under its temporary name, and the bytes of its tensors, once it was written
+            and read back; may add to it.
 
     Raises:
         DetentError: the folder can't be written, or what is read back differs from what was simulated.
     """
     scales = kv_scales(model)
-    untie(source, plan)
-    with QuantizedWriter(out_dir, source=source, formats=plan.formats, overwrite=overwrite) as writer:
-        for layer in layers.values():
-            writer.add_layer(layer.record)
-        for name in plan.kept:
-            tensor = source.tensor(name)
-            writer.add_tensor(name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor)
+    config = {key: value for key, value in source.config.items() if key not in ("torch_dtype", "dtype")}
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    if plan.unties:
+        config["tie_word_embeddings"] = False
+    source.config = config
+    held = {name: p.dtype for name, p in model.named_parameters()} if convert else {}
+
+    def check(folder: Path) -> None:
+        verify(folder, layers, scales)
+        complete(folder, open_quantized(folder).source.nbytes)
+
+    with QuantizedWriter(
+        out_dir, source=source, formats=plan.formats, overwrite=overwrite, max_shard_size=SHARD_SIZE
+    ) as writer:
+        for name in track([*layers, *plan.kept], "Writing", len(layers) + len(plan.kept)):
+            if name in layers:
+                writer.add_layer(layers[name].record)
+            else:
+                tensor = source.tensor(name)
+                writer.add_tensor(name, tensor.to(held.get(name, tensor.dtype)))
         for module, (key, value) in scales.items():
             writer.add_kv(module, key, value)
-        writer.finish(check=lambda folder: verify(folder, layers, scales))
-    return open_quantized(out_dir).source.nbytes
-
-
-def untie(source: Source, plan: Plan) -> None:
-    """A quantized output embedding is no longer the input embedding, so config.json must not say so."""
-    tied = any(f"{n}.weight" not in source.tensors for n, f in plan.formats.layers.items() if f.weight is not None)
-    if tied:
-        source.config["tie_word_embeddings"] = False
+        writer.finish(check=check)
 
 
 def verify(folder: Path, layers: dict[str, SimulatedLayer], kv: dict[str, tuple[Scales, Scales]]) -> None:
@@ -256,10 +261,13 @@ def _same_weight(name: str, simulated: QTensor, read: QTensor) -> None:
 
 def _same_scales(name: str, simulated: Scales, read: Scales) -> None:
     for ours, theirs in zip(vars(simulated).values(), vars(read).values(), strict=True):
-        if (ours is None) != (theirs is None) or (
-            ours is not None and not torch.equal(ours.flatten(), theirs.flatten())
-        ):
+        if (ours is None) != (theirs is None) or (ours is not None and not _identical(ours, theirs)):
             raise DetentError(f"{name}: the scale read back differs from the calibrated one")
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits, whatever their shapes."""
+    return a.dtype == b.dtype and torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
 
 
 def load_quantized(
@@ -269,35 +277,38 @@ def load_quantized(
     device: str = "cpu",
     attention: str | None = None,
     trust_remote_code: bool = False,
-    notify: Callable[[str], None] = lambda text: None,
+    notify: Callable[[str], None] = _log.warning,
 ) -> nn.Module:
     """The simulated model of a quantized checkpoint: weights decoded, activations and cache quantized as calibrated.
 
     Args:
         folder: a checkpoint in a layout that Detent reads.
-        data_type, device, attention, trust_remote_code: as for `load_model`.
-        notify: told about what isn't read.
+        data_type: the dtype to hold it in: a key of `models.DTYPES`, or ``auto`` for what config.json says.
+        device, attention, trust_remote_code, notify: as for `load_model`.
 
     Raises:
         DetentError: the checkpoint isn't readable or doesn't fit its model.
     """
     checkpoint = open_quantized(folder)
+    source = checkpoint.source
     config = load_config(folder, trust_remote_code=trust_remote_code, values=checkpoint.config)
-    state = {name: checkpoint.tensor(name) for name in checkpoint.kept}
+    dtype = model_dtype(data_type, config, source)
+    state = read_weights(source, checkpoint.kept)
     records = {}
     for name in track(checkpoint.formats.layers, "Decoding weights", len(checkpoint.formats.layers)):
         record = checkpoint.layer(name)
         if record.weight is not None:
-            state[f"{name}.weight"] = decode(record.weight)
+            state[f"{name}.weight"] = decode(record.weight, dtype)
         records[name] = record
     model = load_model(
-        folder,
-        data_type=data_type,
+        source,
+        config,
+        dtype=dtype,
         device=device,
         attention=attention,
         trust_remote_code=trust_remote_code,
-        config=config,
         state_dict=state,
+        notify=notify,
     )
     _attach(model, checkpoint, records)
     return model

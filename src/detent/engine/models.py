@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detent.checkpoints import Source
 from detent.errors import DetentError
+from detent.progress import track
 
 _log = logging.getLogger(__name__)
 
+#: What `--data_type` takes beside ``auto``.
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+#: What transformers raises over files and values that it cannot use.
+_MISTAKES = (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError, ArithmeticError)
+_COMPUTED = (*DTYPES.values(), torch.float64)
 
 #: What a checkpoint on the hub is downloaded with: everything but weights in formats that Detent doesn't read.
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py", "*.jinja", "*.md", "LICENSE*"]
@@ -72,8 +78,16 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, values: dict[s
             if values is None or "auto_map" in values:
                 return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
             return AutoConfig.for_model(**values)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-        raise DetentError(f"{folder}: {_first_line(error, trust_remote_code)}") from error
+    except _config_mistakes() as error:
+        raise DetentError(f"{folder / 'config.json'}: {_first_line(error, trust_remote_code)}") from error
+
+
+def _config_mistakes() -> tuple[type[Exception], ...]:
+    """`_MISTAKES`, and what configurations raise about a value of the wrong type."""
+    from huggingface_hub import errors
+
+    kind = getattr(errors, "StrictDataclassError", None)
+    return _MISTAKES if kind is None else (*_MISTAKES, kind)
 
 
 def model_on_meta(config: Any, *, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
@@ -89,81 +103,161 @@ def model_on_meta(config: Any, *, trust_remote_code: bool = False, dtype: torch.
             return AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code, dtype=dtype or torch.float32
             )
-    except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+    except (*_MISTAKES, RuntimeError) as error:
         raise DetentError(
             f"cannot build a {getattr(config, 'model_type', '?')} language model from its config.json:"
             f" {_first_line(error, trust_remote_code)}"
         ) from error
 
 
+def model_dtype(data_type: str, config: Any, source: Source) -> torch.dtype:
+    """The dtype that a model is held in.
+
+    Args:
+        data_type: a key of `DTYPES`, or ``auto``: what config.json says, or else the dtype of the first floating-point
+            tensor in the checkpoint.
+        config: the transformers configuration.
+        source: the checkpoint.
+
+    Raises:
+        DetentError: config.json names a dtype that no model is computed in.
+    """
+    if data_type != "auto":
+        return DTYPES[data_type]
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype is None:
+        stored = [info.dtype for info in source.tensors.values() if info.dtype in _COMPUTED]
+        return stored[0] if stored else torch.float32
+    if dtype not in _COMPUTED:
+        raise DetentError(
+            f"{source.path}: config.json gives the dtype {dtype}, in which no model is computed; pass --data_type, one"
+            f" of {', '.join(DTYPES)}"
+        )
+    return dtype
+
+
+def read_weights(source: Source, names: Iterable[str], task: str = "Reading weights") -> dict[str, Tensor]:
+    """Tensors of a checkpoint by name.
+
+    Raises:
+        DetentError: one can't be read, or holds NaN or infinity.
+    """
+    names = list(names)
+    state = {}
+    for name in track(names, task, len(names)):
+        state[name] = tensor = source.tensor(name)
+        # The extremes of a tensor with NaN are NaN; unlike isfinite, they need no second tensor.
+        if (
+            tensor.dtype in _COMPUTED
+            and tensor.numel()
+            and not bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+        ):
+            raise DetentError(
+                f"{source.path / source.info(name).file}: {name} holds NaN or infinity, so the model is damaged;"
+                " download or train it again"
+            )
+    return state
+
+
 def load_model(
-    folder: Path,
+    source: Source,
+    config: Any,
     *,
-    data_type: str = "auto",
+    dtype: torch.dtype,
     device: str = "cpu",
     attention: str | None = None,
     trust_remote_code: bool = False,
-    config: Any = None,
     state_dict: dict[str, Tensor] | None = None,
+    notify: Callable[[str], None] = _log.warning,
 ) -> nn.Module:
-    """The model of a checkpoint folder in eval mode, its weights frozen.
+    """The model of a checkpoint in eval mode, its weights frozen.
 
     Args:
-        folder: the checkpoint.
-        data_type: ``auto`` (what config.json says), or float16, bfloat16, float32.
-        device: where the weights go.
+        source: the checkpoint.
+        config: its transformers configuration.
+        dtype: of its floating-point weights.
+        device: where they go.
         attention: an attention implementation by name; None leaves the choice to transformers.
         trust_remote_code: whether Python code that comes with the checkpoint may run.
-        config, state_dict: where given, the model is built from these instead of from the folder's files.
+        state_dict: weights in place of those of the checkpoint.
+        notify: told of tensors that the model has no place for.
 
     Raises:
-        DetentError: the architecture is unknown; weights are missing or have the wrong shape.
+        DetentError: the architecture is unknown; weights are damaged, missing or have the wrong shape.
     """
-    from transformers import AutoModelForCausalLM
-
+    expected = model_on_meta(config, trust_remote_code=trust_remote_code)
+    kind: Any = type(expected)
+    state = read_weights(source, source) if state_dict is None else state_dict
+    _check_floating(source.path, expected, state)
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-    dtype = "auto" if data_type == "auto" else DTYPES[data_type]
     try:
         with _quiet():
-            if state_dict is None:
-                model, info = AutoModelForCausalLM.from_pretrained(
-                    str(folder),
-                    dtype=dtype,
-                    trust_remote_code=trust_remote_code,
-                    use_safetensors=True,
-                    output_loading_info=True,
-                    **options,
-                )
-            else:
-                kind = type(model_on_meta(config, trust_remote_code=trust_remote_code))
-                wanted = _config_dtype(config) if dtype == "auto" else dtype
-                model, info = kind.from_pretrained(  # type: ignore[attr-defined]
-                    None, config=config, state_dict=state_dict, dtype=wanted, output_loading_info=True, **options
-                )
-    except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise DetentError(f"{folder}: {_first_line(error, trust_remote_code)}") from error
-    _check_complete(folder, info)
+            model, info = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except (*_MISTAKES, RuntimeError) as error:
+        raise DetentError(f"{source.path}: {_first_line(error, trust_remote_code)}") from error
+    _check_complete(source.path, info)
+    unused = sorted(info.get("unexpected_keys") or [])
+    if unused:
+        notify(
+            f"{len(unused)} tensors of the checkpoint have no place in the model, so they do nothing: {unused[0]}, ..."
+        )
     model.requires_grad_(False)
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    _check_runs(source.path, model)
+    return model
 
 
-def _config_dtype(config: Any) -> torch.dtype:
-    dtype = getattr(config, "dtype", None) or torch.float32
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+def _check_floating(folder: Path, expected: nn.Module, state: dict[str, Tensor]) -> None:
+    for name, parameter in expected.named_parameters():
+        if parameter.is_floating_point() and name in state and state[name].dtype not in _COMPUTED:
+            raise DetentError(
+                f"{folder}: {name} is stored as {state[name].dtype}, not as floating-point numbers; if the checkpoint"
+                " is quantized, its config.json doesn't say how"
+            )
+
+
+@torch.no_grad()
+def _check_runs(folder: Path, model: Any) -> None:
+    """A config.json with wrong numbers may build a model that takes all weights and yet cannot run."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    try:
+        model(input_ids=ids, use_cache=False)
+    except (*_MISTAKES, IndexError, AssertionError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise DetentError(
+            f"{folder}: the model cannot run ({type(error).__name__}: {_first_line(error, True)}); check its"
+            " config.json"
+        ) from error
 
 
 def _check_complete(folder: Path, info: dict[str, Any]) -> None:
     """A weight that the checkpoint lacks would be random numbers."""
+    mismatched = sorted(info.get("mismatched_keys") or [])
+    if mismatched:
+        name, stored, expected = mismatched[0]
+        raise DetentError(
+            f"{folder}: {name} has shape {tuple(stored)}, but config.json calls for {tuple(expected)}; one of the two"
+            " belongs to another model"
+        )
     missing = sorted(info.get("missing_keys") or [])
-    mismatched = sorted(str(m[0] if isinstance(m, tuple) else m) for m in info.get("mismatched_keys") or [])
     if missing:
         raise DetentError(
-            f"{folder}: the checkpoint lacks {len(missing)} weights of its model, for instance {missing[0]}"
+            f"{folder}: the checkpoint lacks {len(missing)} of the weights that its config.json calls for, for instance"
+            f" {missing[0]}"
         )
-    if mismatched:
-        raise DetentError(f"{folder}: {mismatched[0]} has another shape than config.json calls for")
-    for name in sorted(info.get("unexpected_keys") or []):
-        _log.info("%s: the model has no place for %s; it is carried along unchanged", folder, name)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -173,12 +267,18 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         with _quiet():
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError) as error:
-        raise DetentError(f"{folder}: no usable tokenizer: {_first_line(error, trust_remote_code)}") from error
+    except _MISTAKES as error:
+        raise DetentError(
+            f"{folder}: no usable tokenizer, which calibration and evaluation need:"
+            f" {_first_line(error, trust_remote_code)}"
+        ) from error
 
 
 def _first_line(error: BaseException, trusted: bool) -> str:
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    if isinstance(error, KeyError):
+        text = f"unknown value or missing key {text}"
     if "trust_remote_code" in str(error) and not trusted:
         return "this model comes with Python code of its own; pass --trust_remote_code if you trust it to run here"
     return text

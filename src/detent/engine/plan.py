@@ -50,6 +50,9 @@ class Plan:
         parameters: {tensor name: number of elements} of the quantized weights.
         layout: the name of the on-disk format.
         layout_notes: why a preferred on-disk format can't be used.
+        overlooked: {tensor name: number of elements} of the matrices that stay although nothing asked for that: no
+            embedding, no output embedding, not excluded by the user. Their modules are of kinds that aren't quantized.
+        unties: whether the output embedding is quantized, and so no longer the same as the input embedding.
     """
 
     scheme: Scheme
@@ -59,6 +62,14 @@ class Plan:
     parameters: dict[str, int]
     layout: str
     layout_notes: list[str] = field(default_factory=list)
+    overlooked: dict[str, int] = field(default_factory=dict)
+    unties: bool = False
+
+    @property
+    def overlooked_share(self) -> float:
+        """Which part of the parameters that could be worth quantizing is not quantized, from 0 to 1."""
+        left = sum(self.overlooked.values())
+        return left / max(1, left + sum(self.parameters.values()))
 
     @property
     def needs_data(self) -> bool:
@@ -106,6 +117,8 @@ def make_plan(
     # Exclusions are checked above, in the user's words: a warning about them here would say it twice.
     set_quantizer_by_cfg(model, quant_cfg)
     layers = {name: _layer_formats(module) for name, module in _quantized(model)}
+    if not layers and kv_cache is None:
+        raise DetentError(_why_nothing(model, linears, exclude))
     formats = ModelFormats(
         layers=layers,
         kv_cache=None if kv_cache is None else exported_format(kv_cache),
@@ -114,7 +127,17 @@ def make_plan(
     weights = _weight_tensors(source, model, formats)
     kept = {name: _reason(name, model, why) for name in source.tensors if name not in weights}
     layout, notes = choose(formats)
-    return Plan(scheme, quant_cfg, formats, kept, weights, layout.name, notes)
+    return Plan(
+        scheme,
+        quant_cfg,
+        formats,
+        kept,
+        weights,
+        layout.name,
+        notes,
+        overlooked={} if scheme.weight is None else _overlooked(source, model, kept, why),
+        unties=any(_is_tied(model, name) for name, layer in layers.items() if layer.weight is not None),
+    )
 
 
 def exported_format(fmt: Format) -> Format:
@@ -148,6 +171,18 @@ def _exclusions(model: nn.Module, linears: list[str], exclude: list[str] | None)
         found = _check_pattern("--exclude_layers", pattern, linears)
         why.update(dict.fromkeys(found, f"excluded by {pattern!r}"))
     return list(exclude), why
+
+
+def _why_nothing(model: nn.Module, linears: list[str], exclude: list[str] | None) -> str:
+    """The message for a plan that quantizes nothing."""
+    if exclude and linears:
+        return "--exclude_layers names every linear layer, so nothing would be quantized; exclude fewer"
+    found = {type(m) for m in model.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))}
+    kinds = sorted(kind.__name__.removeprefix("Quant") for kind in found)
+    return (
+        f"{type(model).__name__} has no plain torch.nn.Linear layer besides those that stay by default, so nothing"
+        f" would be quantized: its weights are in {', '.join(kinds)}, and schemes cover nn.Linear alone"
+    )
 
 
 def _check_pattern(flag: str, pattern: str, linears: list[str]) -> list[str]:
@@ -209,12 +244,13 @@ def _weight_tensors(source: Source, model: nn.Module, formats: ModelFormats) -> 
                 )
             found[name] = math.prod(described.shape)
         elif not _is_tied(model, layer):
+            known = any(f"{other}.weight" in source.tensors for other in formats.layers)
             raise DetentError(
-                f"{source.path}: the checkpoint has no tensor {name}; its names differ from those of the model"
-                f" ({type(model).__name__}), which this version cannot map. Exclude {layer!r} to keep it as it is"
+                f"{source.path}: the checkpoint has no tensor {name}, which its config.json calls for"
+                if known
+                else f"{source.path}: the checkpoint names its tensors otherwise than {type(model).__name__}"
+                f" does, which this version cannot map: there is no {name} but {next(iter(source.tensors))}"
             )
-    if not formats.layers:
-        raise DetentError("every linear layer is excluded, so nothing would be quantized; exclude fewer")
     return found
 
 
@@ -224,6 +260,17 @@ def _is_tied(model: nn.Module, layer: str) -> bool:
     return f"{layer}.weight" in tied
 
 
+def _overlooked(source: Source, model: nn.Module, kept: dict[str, str], why: dict[str, str]) -> dict[str, int]:
+    """{name: elements} of the kept matrices that are neither embeddings nor excluded. See `Plan`."""
+    embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    found = {}
+    for name in kept:
+        info, module = source.info(name), name.rpartition(".")[0]
+        if len(info.shape) > 1 and info.dtype.is_floating_point and module not in embeddings and module not in why:
+            found[name] = math.prod(info.shape)
+    return found
+
+
 def _reason(tensor: str, model: nn.Module, why: dict[str, str]) -> str:
     module_name, _, leaf = tensor.rpartition(".")
     if module_name in why:
@@ -231,7 +278,9 @@ def _reason(tensor: str, model: nn.Module, why: dict[str, str]) -> str:
     try:
         module = model.get_submodule(module_name)
     except AttributeError:
-        return "the model class has no such module; carried along unchanged"
+        if ".experts." in tensor:
+            return "experts, which the model holds merged in one tensor; this version leaves them"
+        return "the model class has no module of that name; carried along unchanged"
     if isinstance(module, nn.Embedding):
         return "embedding"
     if leaf == "bias":
@@ -239,4 +288,11 @@ def _reason(tensor: str, model: nn.Module, why: dict[str, str]) -> str:
     parameter = getattr(module, leaf, None)
     if parameter is not None and parameter.dim() < 2:
         return f"{type(module).__name__} vector"
-    return f"{type(module).__name__} is not a layer that Detent quantizes"
+    if ".experts." in tensor:
+        return "experts, which the model holds merged in one tensor; this version leaves them"
+    kind = type(module).__name__.removeprefix("Quant")
+    if isinstance(module, nn.Linear) and isinstance(module, QuantWeightBase):
+        return "left by the scheme"
+    if isinstance(module, nn.Linear):
+        return f"{kind} is a linear layer with a forward of its own"
+    return f"a {kind}, and schemes cover linear layers alone"

@@ -10,12 +10,15 @@ from torch import nn
 from detent.config import QuantizeConfig, parse_algorithm
 from detent.engine.calibration import ForwardLoop, calibrate
 from detent.engine.conversion import (
-    is_quantized,
+    check_something_enabled,
     named_quantizers,
     replace_quant_module,
     set_quantizer_by_cfg,
 )
-from detent.nn.attention import route_attention
+from detent.engine.rollback import unchanged_on_failure
+from detent.engine.weights import check_packable, pack_module
+from detent.nn import QuantWeightBase
+from detent.nn.sequential import members_of
 
 _log = logging.getLogger(__name__)
 
@@ -41,8 +44,8 @@ def quantize(
         `model`.
 
     Raises:
-        DetentError: the configuration is not valid, matches nothing or quantizes nothing; calibration fails. A model
-            that was not quantized before is then as it was.
+        DetentError: the configuration is not valid, matches nothing or quantizes nothing; calibration fails. The model
+            is then as it was.
 
     Example:
         >>> import torch, detent
@@ -54,17 +57,26 @@ def quantize(
     """
     config = QuantizeConfig.of(config)
     parse_algorithm(config.algorithm)  # before anything changes
-    revert = None if is_quantized(model) else replace_quant_module(model)
-    try:
+    with unchanged_on_failure(model):
+        replace_quant_module(model)
         set_quantizer_by_cfg(model, config.quant_cfg, strict=strict)
+        check_something_enabled(model, config.quant_cfg, strict=strict)
         calibrate(model, config.algorithm, forward_loop)
-    except BaseException:
-        if revert is not None:
-            for _, quantizer in named_quantizers(model):
-                quantizer.disable()
-            route_attention(model)
-            revert()
-        raise
+        _hold_codes(model)
     on = sum(quantizer.is_enabled for _, quantizer in named_quantizers(model))
     _log.info("%d quantizers are on", on)
     return model
+
+
+def _hold_codes(model: nn.Module) -> None:
+    """Pack the weights whose quantizers were asked for codes (fake_quant=False)."""
+    real = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantWeightBase)
+        and any(q.is_enabled and not q.fake_quant for q in members_of(module.weight_quantizer))
+    ]
+    for name, module in real:
+        check_packable(name, module)
+    for _, module in real:
+        pack_module(module)

@@ -9,6 +9,7 @@ involved.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,15 @@ from torch import Tensor, nn
 
 from detent.config import QuantizerAttributeConfig
 from detent.engine.conversion import is_quantized, named_quantizers, replace_quant_module
+from detent.engine.rollback import unchanged_on_failure
 from detent.errors import DetentError
 from detent.formats import Format
 from detent.nn import QuantWeightBase, SequentialQuantizer, TensorQuantizer
 from detent.nn.attention import route_attention
+from detent.nn.sequential import Quantizer, members_of
 
+#: What a weight can have been before it was packed.
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _KEY = "detent_state"
 _VERSION = 1
 
@@ -37,8 +42,7 @@ def detent_state(model: nn.Module) -> dict[str, Any]:
         raise DetentError("the model has no quantizers, so there is no state to save; call quantize() first")
     quantizers: dict[str, Any] = {}
     for name, quantizer in named_quantizers(model):
-        members = list(quantizer) if isinstance(quantizer, SequentialQuantizer) else [quantizer]
-        described = [_describe(m) for m in members if isinstance(m, TensorQuantizer)]
+        described = [_describe(member) for member in members_of(quantizer)]
         quantizers[name] = described if isinstance(quantizer, SequentialQuantizer) else described[0]
     packed = {
         name: {
@@ -47,7 +51,7 @@ def detent_state(model: nn.Module) -> dict[str, Any]:
             "dtype": str(module._packed_dtype).removeprefix("torch."),
         }
         for name, module in model.named_modules()
-        if isinstance(module, QuantWeightBase) and module.packed_weight is not None
+        if isinstance(module, QuantWeightBase) and module.is_packed
     }
     return {"version": _VERSION, "quantizers": quantizers, "packed": packed}
 
@@ -67,22 +71,19 @@ def restore_from_detent_state(model: nn.Module, state: dict[str, Any]) -> nn.Mod
     Load the `state_dict` of the saved model afterwards.
 
     Raises:
-        DetentError: the model is quantized already, or its modules aren't those that were saved.
+        DetentError: the model is quantized already, or its modules aren't those that were saved. It is then as it was.
     """
     if is_quantized(model):
         raise DetentError("the model is quantized already; restore into a freshly built one")
     if not isinstance(state, dict) or state.get("version") != _VERSION:
         raise DetentError(f"not a state that this version of Detent can read (version {_VERSION} is)")
-    revert = replace_quant_module(model)
     try:
-        _restore_quantizers(model, state["quantizers"])
-        _restore_packed(model, state["packed"])
+        with unchanged_on_failure(model):
+            replace_quant_module(model)
+            _restore_quantizers(model, state["quantizers"])
+            _restore_packed(model, state["packed"])
     except (KeyError, AttributeError, TypeError) as error:
-        revert()
-        raise DetentError(f"the saved state doesn't fit {type(model).__name__}: {error}") from error
-    except DetentError:
-        revert()
-        raise
+        raise DetentError(f"the saved state doesn't fit {type(model).__name__}: {error!r}") from error
     route_attention(model)
     return model
 
@@ -98,11 +99,15 @@ def _restore_quantizers(model: nn.Module, described: dict[str, Any]) -> None:
     for name, description in described.items():
         parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)
+        token_axis = members_of(getattr(owner, leaf))[0].token_axis
         if isinstance(description, list):
-            setattr(owner, leaf, SequentialQuantizer(*(_rebuild(d) for d in description)))
+            quantizer: Quantizer = SequentialQuantizer(*(_rebuild(d) for d in description))
         else:
-            setattr(owner, leaf, _rebuild(description))
-        getattr(owner, leaf).name = name
+            quantizer = _rebuild(description)
+        for member in members_of(quantizer):
+            member.token_axis = token_axis
+        quantizer.name = name
+        setattr(owner, leaf, quantizer)
 
 
 def _rebuild(description: dict[str, Any]) -> TensorQuantizer:
@@ -117,10 +122,8 @@ def _restore_packed(model: nn.Module, packed: dict[str, Any]) -> None:
         module = model.get_submodule(name)
         if not isinstance(module, QuantWeightBase):
             raise DetentError(f"{name} held a packed weight, but is a {type(module).__name__} here")
-        module._drop_float_weight()
-        module._packed_format = Format.from_dict(description["format"])
-        module._packed_shape = tuple(description["shape"])
-        module._packed_dtype = getattr(torch, description["dtype"])
+        dtype = _DTYPES[description["dtype"]]
+        module.expect_packed(Format.from_dict(description["format"]), tuple(description["shape"]), dtype)
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -133,36 +136,40 @@ def save(model: nn.Module, path: str | Path) -> None:
     Raises:
         DetentError: the model isn't quantized, or the file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     state = detent_state(model)
-    tensors, aliases = _without_aliases(model.state_dict())
-    state["aliases"] = aliases
+    tensors, state["aliases"] = _without_aliases(model.state_dict())
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         save_file(tensors, temporary, metadata={_KEY: json.dumps(state)})
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise DetentError(f"{path}: cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _without_aliases(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name, and {other name: name} for those that are the same memory (tied weights)."""
+def _without_aliases(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by name, none sharing memory, and {other name: name} for those that are the same (tied weights)."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
+    storages: set[int] = set()
     for name, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor):
+            raise DetentError(f"{name}: only tensors can be saved, not the extra state of a {type(tensor).__name__}")
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         if tensor.numel() and key in seen:
             aliases[name] = seen[key]
             continue
         seen[key] = name
-        tensors[name] = (
-            tensor.detach().contiguous().clone() if tensor.storage_offset() else tensor.detach().contiguous()
-        )
+        storage = tensor.untyped_storage().data_ptr()
+        plain = tensor.detach().contiguous()
+        tensors[name] = plain.clone() if storage in storages or tensor.storage_offset() else plain
+        storages.add(storage)
     return tensors, aliases
 
 
@@ -177,43 +184,104 @@ def restore(model: nn.Module | Callable[[], nn.Module], path: str | Path) -> nn.
         The model with all weights, quantizers and ranges of the saved one.
 
     Raises:
-        DetentError: the file is missing, damaged or not from `save`, or doesn't fit the model.
+        DetentError: the file is missing, damaged or not from `save`, or doesn't fit the model, which is then as it was.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not isinstance(model, nn.Module):
         model = model()
     path = Path(path)
+    tensors, state = _read(path)
+    aliases = state.pop("aliases", {})
+    missing = [name for name in aliases.values() if name not in tensors]
+    if missing:
+        raise DetentError(f"{path}: damaged: it holds no tensor {missing[0]!r}")
+    tensors.update({alias: tensors[name] for alias, name in aliases.items()})
+    with unchanged_on_failure(model):
+        restore_from_detent_state(model, state)
+        _check_ranges(path, state["quantizers"], tensors)
+        _create_buffers(model, tensors)
+        _check_fit(path, model, tensors)
+        _load(model, tensors)
+    return model
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the description of a file that `save` wrote."""
+    from safetensors import SafetensorError, safe_open
+
     if not path.is_file():
         raise DetentError(f"{path}: no such file")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise DetentError(f"{path}: not a file that detent.save wrote, or damaged: {error}") from error
     if _KEY not in metadata:
         raise DetentError(f"{path}: holds no quantizer state; it was not written by detent.save")
-    state = json.loads(metadata[_KEY])
-    aliases = state.pop("aliases", {})
-    restore_from_detent_state(model, state)
-    _create_packed_buffers(model, tensors)
-    tensors.update({alias: tensors[name] for alias, name in aliases.items()})
-    result = model.load_state_dict(tensors, strict=False)
-    if result.missing_keys or result.unexpected_keys:
-        raise DetentError(
-            f"{path}: doesn't fit {type(model).__name__}: missing {result.missing_keys[:3]},"
-            f" unexpected {result.unexpected_keys[:3]}"
-        )
-    return model
+    try:
+        state = json.loads(metadata[_KEY])
+    except json.JSONDecodeError as error:
+        raise DetentError(f"{path}: damaged: its description is not JSON: {error}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("aliases", {}), dict):
+        raise DetentError(f"{path}: damaged: its description is not that of a quantized model")
+    return tensors, state
 
 
-def _create_packed_buffers(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def _create_buffers(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Buffers that exist only once calibrated or packed, on the device of the module that they belong to."""
     for name, module in model.named_modules():
-        if isinstance(module, QuantWeightBase) and module.__dict__.get("_packed_format") is not None:
-            prefix = f"{name}.{QuantWeightBase._PACKED}" if name else QuantWeightBase._PACKED
-            for key in [k for k in tensors if k.startswith(prefix)]:
-                module.register_buffer(key[len(name) + 1 if name else 0 :], torch.empty_like(tensors[key]))
+        prefix = f"{name}." if name else ""
+        if isinstance(module, TensorQuantizer):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            names = [n for n in TensorQuantizer._STATE if prefix + n in tensors]
+        elif isinstance(module, QuantWeightBase) and module.is_packed:
+            parent, names = module, [k.removeprefix(prefix) for k in tensors if k.startswith(prefix + module._PACKED)]
+        else:
+            continue
+        device = next((t.device for t in parent.parameters()), next(model.parameters(), torch.empty(0)).device)
+        for buffer in names:
+            module.register_buffer(buffer, torch.empty_like(tensors[prefix + buffer], device=device))
+
+
+def _check_ranges(path: Path, described: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Every range that a quantizer is described to have must be there: without it, it would go on as a dynamic one."""
+    for name, description in described.items():
+        members = enumerate(description) if isinstance(description, list) else [(None, description)]
+        for index, member in members:
+            prefix = name if index is None else f"{name}.{index}"
+            lost = [b for b in member.get("buffers", []) if f"{prefix}.{b}" not in tensors]
+            if lost:
+                raise DetentError(f"{path}: damaged: it holds no tensor '{prefix}.{lost[0]}'")
+
+
+def _check_fit(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Everything that could make loading fail, before anything is loaded."""
+    wanted = model.state_dict()
+    missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    if missing or unexpected:
+        raise DetentError(
+            f"{path}: doesn't fit {type(model).__name__}: missing {missing[:3]}, unexpected {unexpected[:3]}"
+        )
+    for name, tensor in wanted.items():
+        if tensor.shape != tensors[name].shape:
+            raise DetentError(
+                f"{path}: doesn't fit {type(model).__name__}: {name} has shape {tuple(tensors[name].shape)} there and"
+                f" {tuple(tensor.shape)} here"
+            )
+        if tensor.is_meta:
+            raise DetentError(f"{name} has no memory yet (meta device); build the model on a real device to restore it")
+
+
+def _load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give parameters and buffers the saved dtype, then the saved values. Tied parameters stay tied."""
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        for table in (module._parameters, module._buffers):
+            for key, own in table.items():
+                saved = tensors.get(prefix + key)
+                if own is not None and saved is not None and own.dtype != saved.dtype:
+                    own.data = own.data.to(saved.dtype)
+    model.load_state_dict(tensors)
 
 
 #: The names that the state has in ModelOpt's API.

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from detent.evaluation.perplexity import PerplexityResult, evaluation_ids, perplexity
+from detent.evaluation.perplexity import DEFAULT_WINDOW, PerplexityResult, evaluation_ids, perplexity
 
-__all__ = ["PerplexityResult", "evaluation_ids", "perplexity"]
+__all__ = ["DEFAULT_WINDOW", "PerplexityResult", "evaluation_ids", "perplexity"]

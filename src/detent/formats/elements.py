@@ -39,6 +39,16 @@ def power_of_two(e: Tensor) -> Tensor:
     return ((e + 1023) << 52).view(torch.float64)
 
 
+def round_to_even(v: Tensor, step: Tensor | float = 1.0) -> Tensor:
+    """The multiple of `step`, a power of two, nearest to a float64 `v`; ties to even multiples, zero always +0.
+
+    Adding 1.5 * 2^52 steps leaves float64 no finer bits. Exact up to 2^51 steps; larger numbers stay about as large.
+    (torch.round wakes all threads for every tensor: on a small one that takes a hundred times as long.)
+    """
+    magic = step * (1.5 * 2.0**52)
+    return (v + magic) - magic
+
+
 @dataclass(frozen=True)
 class Integer:
     """Integers of `bits` bits: [-2^(b-1), 2^(b-1)-1], or [0, 2^b-1] unsigned; `narrow` drops the most negative one."""
@@ -70,8 +80,7 @@ class Integer:
         return torch.int8 if self.signed else torch.uint8
 
     def nearest(self, v: Tensor) -> Tensor:
-        q = torch.clamp(torch.round(v), self.minimum, self.maximum)
-        return torch.where(q == 0, 0.0, q)  # an integer code has no negative zero
+        return torch.clamp(round_to_even(v), self.minimum, self.maximum)
 
     def encode(self, grid: Tensor) -> Tensor:
         return grid.to(self.storage_dtype)
@@ -142,8 +151,9 @@ class Float:
         return _NATIVE.get(self, torch.uint8)
 
     def nearest(self, v: Tensor) -> Tensor:
+        v = torch.clamp(v, self.minimum, self.maximum)
         step = torch.clamp_min(power_below(v), 2.0**self.min_exponent) * 2.0**-self.mantissa_bits
-        return torch.clamp(torch.round(v / step) * step, self.minimum, self.maximum)
+        return torch.copysign(round_to_even(v.abs(), step), v)
 
     def encode(self, grid: Tensor) -> Tensor:
         """Codes of grid values: sign, then the magnitude's index, as an 8-bit pattern of the storage dtype."""

@@ -215,17 +215,11 @@ def _fake_quantize(x: Tensor, fmt: Format, scales: Scales | None, outer_scale: T
     if scales is not None:
         _check_scales(scales, fmt, x, name)
         out, largest = simulate_static(tiles, fmt, _tile_scale(fmt, scales))
-    elif tiles.shape[1] <= _MAX_DYNAMIC_TILE or (isinstance(fmt.scale, FloatScale) and fmt.scale.four_over_six):
-        out, largest = simulate_dynamic(tiles, fmt, _outer(x, fmt, name, outer_scale))
     else:
-        out, largest = simulate_static(tiles, fmt, _own_scale(x, tiles, fmt, outer_scale, name))
+        out, largest = simulate_dynamic(tiles, fmt, outer_scale)
     if not bool(torch.isfinite(largest)):
         raise _not_finite(name, x)
     return from_tiles(out, fmt.granularity, tuple(x.shape))
-
-
-#: Longest tile whose range is found in the pass that quantizes it; longer ones take a pass over memory each.
-_MAX_DYNAMIC_TILE = 4096
 
 
 def _tiles(x: Tensor, fmt: Format) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from detent.errors import DetentError
-from detent.formats.elements import E4M3, UE5M3, Element, Float, Integer, Table, floor_log2, power_of_two
+from detent.formats.elements import E4M3, UE5M3, Element, Float, Integer, Table, floor_log2, power_below, power_of_two
 
 _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: 2^-149, 2^-133, 2^-24: the smallest positive number of each dtype, the floor under every computed scale.
@@ -94,8 +94,10 @@ class FloatScale:
         if self.dtype in _SMALL_FLOATS:
             grid = _SMALL_FLOATS[self.dtype]
             ratio = scale if outer is None else scale / outer
-            nearest = grid.nearest(ratio.clamp_max(grid.maximum).double())
-            return nearest.clamp_min(grid.smallest).to(torch.float32)
+            ratio = ratio.clamp(grid.smallest, grid.maximum)
+            if grid.storage_dtype.is_floating_point:  # torch's conversion rounds to even too, several times as fast
+                return ratio.to(grid.storage_dtype).to(torch.float32)
+            return grid.nearest(ratio.double()).to(torch.float32)
         if self.dtype != "float32":
             largest = torch.finfo(_TORCH_DTYPES[self.dtype]).max
             scale = scale.clamp_max(largest).to(_TORCH_DTYPES[self.dtype]).to(torch.float32)
@@ -152,8 +154,8 @@ class PowerOfTwoScale:
         amax = torch.maximum(-low, high).double()
         emax, unit = self._shape(element)
         if self.rounding == "even":
-            bits = amax.view(torch.int64) + (1 << (51 - _mantissa_bits(element)))
-            amax = bits.view(torch.float64)
+            # Half a step of the element is added, which is exact in float64 and carries where the amax would round up.
+            amax = amax + power_below(amax) * 2.0 ** -(_mantissa_bits(element) + 1)
         elif self.rounding == "fit":
             amax = divide(amax, element.maximum * 2.0**unit)
             emax = 0

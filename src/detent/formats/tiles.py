@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detent.formats.elements import floor_log2, power_of_two
+from detent.formats.elements import floor_log2, power_of_two, round_to_even
 from detent.formats.format import Format
 from detent.formats.scales import FloatScale, PowerOfTwoScale, divide
 
@@ -37,15 +37,28 @@ def tile_range(tiles: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     if tiles.shape[1] == 0:
         zeros = tiles.new_zeros(tiles.shape[0], 1, dtype=torch.float32)
         return zeros, zeros
-    if fmt.zero_point in ("int", "float") or _needs_sign(fmt):
-        low, high = tiles.amin(1, keepdim=True), tiles.amax(1, keepdim=True)
-        return low.to(torch.float32), high.to(torch.float32)
-    high = tiles.abs().amax(1, keepdim=True).to(torch.float32)
-    return -high, high
+    return low_and_high(tiles, needs_sign(fmt))
 
 
-def _needs_sign(fmt: Format) -> bool:
-    return isinstance(fmt.scale, PowerOfTwoScale) and fmt.scale.rounding == "carry"
+def low_and_high(tiles: Tensor, with_sign: bool) -> tuple[Tensor, Tensor]:
+    """`tile_range` of tiles that aren't empty; without sign (-largest magnitude, largest magnitude)."""
+    if tiles.shape[0] == 1:  # one pass, and no copy of what may be the whole tensor
+        low, high = (bound.reshape(1, 1).to(torch.float32) for bound in torch.aminmax(tiles))
+    elif with_sign:
+        low, high = (bound.to(torch.float32) for bound in (tiles.amin(1, keepdim=True), tiles.amax(1, keepdim=True)))
+    else:
+        low = high = tiles.to(torch.float32).abs().amax(1, keepdim=True)
+    if with_sign:
+        return low, high
+    largest = torch.maximum(low.abs(), high)
+    return -largest, largest
+
+
+def needs_sign(fmt: Format) -> bool:
+    """Whether a scale depends on which side of zero the largest values lie."""
+    return fmt.zero_point in ("int", "float") or (
+        isinstance(fmt.scale, PowerOfTwoScale) and fmt.scale.rounding == "carry"
+    )
 
 
 def scale_from_range(
@@ -124,7 +137,7 @@ def round_tiles(tiles: Tensor, fmt: Format, scale: TileScale) -> tuple[Tensor, T
     if fmt.zero_point == "float":
         return fmt.element.nearest(quotient + scale.zero_point.double()), unit, micro
     # The integer zero point is added after rounding, so that ties fall to even multiples of the scale.
-    codes = torch.round(quotient) + scale.zero_point.double()
+    codes = round_to_even(quotient) + scale.zero_point.double()
     return torch.clamp(codes, fmt.element.minimum, fmt.element.maximum), unit, micro
 
 

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from detent.errors import DetentError
+from detent.nn.sequential import SequentialQuantizer
 from detent.nn.tensor_quantizer import TensorQuantizer
 
 _REGISTRY_NAME = "ALL_ATTENTION_FUNCTIONS"
 _PREFIX = "detent_"
 _QUANTIZERS = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer", "p_bmm_quantizer")
+#: All four see [batch, heads, tokens, ...].
+_TOKEN_AXIS = 2
 
 
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -38,8 +41,9 @@ def add_attention_quantizers(model: nn.Module) -> None:
     for _, module in attention_modules(model):
         for name in _QUANTIZERS:
             if not hasattr(module, name):
-                quantizer = TensorQuantizer()
-                quantizer.disable()
+                quantizer = TensorQuantizer({"enable": False})
+                quantizer.token_axis = _TOKEN_AXIS
+                quantizer.train(module.training)
                 setattr(module, name, quantizer)
 
 
@@ -68,7 +72,7 @@ def _others_on(model: nn.Module, config: Any) -> bool:
 
 
 def _is_on(quantizer: Any) -> bool:
-    return isinstance(quantizer, TensorQuantizer) and quantizer.is_enabled
+    return isinstance(quantizer, (TensorQuantizer, SequentialQuantizer)) and quantizer.is_enabled
 
 
 def _register(original: str, module_name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from detent.nn.tensor_quantizer import TensorQuantizer
 
 
 @QuantModuleRegistry.register({nn.Linear: "nn.Linear"})
-class QuantLinear(QuantLinearConvBase, nn.Linear):  # type: ignore[override]
+class QuantLinear(QuantLinearConvBase, nn.Linear):
     """`nn.Linear` with quantized input, weight and output."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -30,17 +31,17 @@ class _QuantConv(QuantLinearConvBase):
 
 
 @QuantModuleRegistry.register({nn.Conv1d: "nn.Conv1d"})
-class QuantConv1d(_QuantConv, nn.Conv1d):  # type: ignore[override]
+class QuantConv1d(_QuantConv, nn.Conv1d):
     """`nn.Conv1d` with quantized input, weight and output."""
 
 
 @QuantModuleRegistry.register({nn.Conv2d: "nn.Conv2d"})
-class QuantConv2d(_QuantConv, nn.Conv2d):  # type: ignore[override]
+class QuantConv2d(_QuantConv, nn.Conv2d):
     """`nn.Conv2d` with quantized input, weight and output."""
 
 
 @QuantModuleRegistry.register({nn.Conv3d: "nn.Conv3d"})
-class QuantConv3d(_QuantConv, nn.Conv3d):  # type: ignore[override]
+class QuantConv3d(_QuantConv, nn.Conv3d):
     """`nn.Conv3d` with quantized input, weight and output."""
 
 
@@ -83,7 +84,7 @@ class _QuantConvTranspose(QuantLinearConvBase):
 
 
 @QuantModuleRegistry.register({nn.ConvTranspose1d: "nn.ConvTranspose1d"})
-class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):  # type: ignore[override]
+class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):
     """`nn.ConvTranspose1d` with quantized input, weight and output."""
 
     _functional = staticmethod(F.conv_transpose1d)
@@ -91,7 +92,7 @@ class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):  # type: ig
 
 
 @QuantModuleRegistry.register({nn.ConvTranspose2d: "nn.ConvTranspose2d"})
-class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d):  # type: ignore[override]
+class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d):
     """`nn.ConvTranspose2d` with quantized input, weight and output."""
 
     _functional = staticmethod(F.conv_transpose2d)
@@ -99,7 +100,7 @@ class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d):  # type: ig
 
 
 @QuantModuleRegistry.register({nn.ConvTranspose3d: "nn.ConvTranspose3d"})
-class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):  # type: ignore[override]
+class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):
     """`nn.ConvTranspose3d` with quantized input, weight and output."""
 
     _functional = staticmethod(F.conv_transpose3d)
@@ -107,7 +108,7 @@ class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):  # type: ig
 
 
 @QuantModuleRegistry.register({nn.Embedding: "nn.Embedding"})
-class QuantEmbedding(QuantWeightBase, nn.Embedding):  # type: ignore[override]
+class QuantEmbedding(QuantWeightBase, nn.Embedding):
     """`nn.Embedding` with quantized weight and output; its input is indices and has no quantizer."""
 
     def _setup(self) -> None:
@@ -116,15 +117,17 @@ class QuantEmbedding(QuantWeightBase, nn.Embedding):  # type: ignore[override]
         self.output_quantizer.disable()
 
     def forward(self, input: Tensor) -> Tensor:
+        weight = self.quantized_weight()
+        # PyTorch shortens rows of the table it is given in place. That is for the parameter; rows of a quantized table
+        # are shortened as they are read.
+        own = weight is self.weight_parameter
+        max_norm = self.max_norm if own else None
         rows = F.embedding(
-            input,
-            self.quantized_weight(),
-            self.padding_idx,
-            self.max_norm,
-            self.norm_type,
-            self.scale_grad_by_freq,
-            self.sparse,
+            input, weight, self.padding_idx, max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
         )
+        if self.max_norm is not None and not own:
+            norm = rows.detach().norm(self.norm_type, dim=-1, keepdim=True)
+            rows = torch.where(norm > self.max_norm, rows * (self.max_norm / (norm + 1e-7)), rows)
         return self.output_quantizer(rows)
 
 

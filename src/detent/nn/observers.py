@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from detent.errors import DetentError
-from detent.formats import Format, Integer, encode, fake_quantize, scales_from_range
+from detent.formats import FloatScale, Format, Integer, encode, fake_quantize, scales_from_range
 from detent.formats.granularity import to_tiles
 from detent.formats.tiles import tile_range
 
@@ -78,9 +78,14 @@ class HistogramObserver:
             raise DetentError(f"calibrator {method!r} works per tensor; this quantizer is {fmt.granularity}")
         if not 0 < percentile <= 100:
             raise DetentError(f"a percentile lies in (0, 100], not {percentile}")
+        if method == "entropy" and not isinstance(fmt.element, Integer):
+            raise DetentError(f"the entropy calibrator is defined for integers, not {fmt.element.name}; use 'mse'")
+        if not isinstance(fmt.scale, FloatScale) or fmt.scale.outer:
+            raise DetentError(f"calibrator {method!r} chooses a float scale; this quantizer has a {fmt.scale}")
         self._method, self._percentile = method, percentile
         self._signed = not fmt.symmetric
         self._limit = 0.0
+        self._zeros = 0  # elements of tensors that held nothing but zeros, before any other value gave a bin width
         self._counts = torch.zeros(self.BINS, dtype=torch.float64)
 
     def observe(self, x: Tensor) -> None:
@@ -91,14 +96,18 @@ class HistogramObserver:
             values = values.abs()
         largest = float(values.abs().amax())
         if largest == 0 and self._limit == 0:
+            self._zeros += values.numel()
             return
         if self._limit == 0:
             self._limit = largest
+            self._counts = self._binned(torch.zeros(1)) * self._zeros
         while largest > self._limit:
             self._widen()
+        self._counts = self._counts + self._binned(values)
+
+    def _binned(self, values: Tensor) -> Tensor:
         low = -self._limit if self._signed else 0.0
-        counts = torch.histc(values, self.BINS, low, self._limit)
-        self._counts += counts.to("cpu", torch.float64)
+        return torch.histc(values, self.BINS, low, self._limit).to("cpu", torch.float64)
 
     def _widen(self) -> None:
         """Double the range, merging pairs of bins."""
@@ -109,8 +118,10 @@ class HistogramObserver:
         self._counts, self._limit = counts, self._limit * 2
 
     def range(self, fmt: Format) -> tuple[Tensor, Tensor]:
-        if float(self._counts.sum()) == 0:
-            raise DetentError("no data was observed, or only zeros")
+        if self._limit == 0:
+            if not self._zeros:
+                raise DetentError("no data was observed")
+            return torch.zeros(()), torch.zeros(())
         search = {"percentile": self._by_percentile, "entropy": self._by_entropy, "mse": self._by_error}
         low, high = search[self._method](fmt)
         return torch.tensor(low, dtype=torch.float32), torch.tensor(high, dtype=torch.float32)
@@ -154,8 +165,6 @@ class HistogramObserver:
 
     def _by_entropy(self, fmt: Format) -> tuple[float, float]:
         """The range whose quantized distribution has the least KL divergence from the clipped one."""
-        if not isinstance(fmt.element, Integer):
-            raise DetentError(f"the entropy calibrator is defined for integers, not {fmt.element.name}; use 'mse'")
         edges = self._edges()
         centres = ((edges[1:] + edges[:-1]) / 2).to(torch.float32)
 
@@ -176,7 +185,8 @@ class HistogramObserver:
             seen = p > 0
             return float((p[seen] * (p[seen] / q[seen].clamp_min(1e-12)).log()).sum())
 
-        return min((c for c in self._candidates() if self._bins_inside(c) >= 2), key=divergence)
+        full, *others = self._candidates()
+        return min([full, *(c for c in others if self._bins_inside(c) >= 2)], key=divergence)
 
     def _bins_inside(self, bounds: tuple[float, float]) -> int:
         low, high = bounds if self._signed else (0.0, bounds[1])
@@ -198,4 +208,9 @@ def make_observer(calibrator: Any, fmt: Format) -> Observer:
     if name == "max":
         return MinMaxObserver(fmt)
     method = "percentile" if name == "histogram" else name
-    return HistogramObserver(fmt, method, **(arguments[0] if arguments else {}))
+    options = dict(arguments[0]) if arguments else {}
+    percentile = options.pop("percentile", 99.99) if method == "percentile" else 99.99
+    if options:
+        allowed = "'percentile'" if method == "percentile" else "none"
+        raise DetentError(f"calibrator {name!r}: unknown option {next(iter(options))!r}; options: {allowed}")
+    return HistogramObserver(fmt, method, percentile)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from detent.distributed import ParallelState
 from detent.errors import DetentError
 from detent.formats import Format, QTensor, decode
-from detent.nn.tensor_quantizer import SequentialQuantizer, TensorQuantizer
-
-Quantizer = TensorQuantizer | SequentialQuantizer
+from detent.nn.kept_weight import KeptWeight
+from detent.nn.packed_weight import pack_codes, unpack_codes
+from detent.nn.sequential import Quantizer, SequentialQuantizer
+from detent.nn.tensor_quantizer import TensorQuantizer
 
 
 class QuantModule(nn.Module):
@@ -38,18 +39,20 @@ class QuantInputBase(QuantModule):
         self.output_quantizer.disable()
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.output_quantizer(super().forward(self.input_quantizer(input), *args, **kwargs))
+        y = super().forward(self.input_quantizer(input), *args, **kwargs)
+        if isinstance(y, tuple):  # a pool that returns indices as well
+            return (self.output_quantizer(y[0]), *y[1:])
+        return self.output_quantizer(y)
 
 
 class QuantWeightBase(QuantModule):
     """A module with a quantized weight.
 
-    The weight lives in one of two forms: the float parameter, or, after `pack_weight`, buffers with the codes and
-    scales,
-    from which ``module.weight`` is dequantized each time it is asked for. While it is a parameter that cannot change
-    (eval mode and no gradient wanted) its quantized value is kept and used again until the parameter or the quantizer
-    changes. An edit through ``weight.data[...] = ...`` is the one change that PyTorch does not count; `refresh_weight`
-    forgets the kept value.
+    The weight lives in one of three forms: the float parameter; after `pack_weight`, buffers with packed codes and
+    scales, from which ``module.weight`` is dequantized each time it is asked for; or a tensor that PyTorch computes
+    from other parameters (`torch.nn.utils.parametrize`, weight norm). While it is a parameter that cannot change (eval
+    mode and no gradient wanted) its quantized value is kept and used again until the parameter or the quantizer
+    changes.
     """
 
     weight_quantizer: Quantizer
@@ -66,38 +69,72 @@ class QuantWeightBase(QuantModule):
         """The inverse of `to_output_first`."""
         return weight
 
+    # ---- where the weight lives -------------------------------------------------------------------------------------
+
     @property
     def weight(self) -> Tensor:
-        """The float weight: the parameter, or the values of the packed codes."""
+        """The float weight: the parameter, or the values of the packed codes, or what PyTorch computes."""
         parameter = self._parameters.get("weight")
         if parameter is not None:
+            self.__dict__["_weight_handed_out"] = True
             return parameter
         packed = self.packed_weight
-        if packed is None:
+        if packed is not None:
+            return self.from_output_first(decode(packed, self._packed_dtype), self)
+        if "weight" in self.__dict__:
+            return self.__dict__["weight"]
+        inherited = getattr(super(), "weight", None)
+        if inherited is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'")
-        return self.from_output_first(decode(packed, self._packed_dtype), self)
+        return inherited
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        # nn.Module keeps parameters to itself; this is for hooks that compute the weight before each call.
+        self.__dict__["weight"] = value
+
+    @property
+    def weight_parameter(self) -> nn.Parameter | None:
+        """The float parameter, or None where the weight lives in another form."""
+        return self._parameters.get("weight")
 
     @property
     def packed_weight(self) -> QTensor | None:
-        """The codes that hold the weight (output channels first), or None while it is a float parameter."""
+        """The codes that hold the weight (output channels first), or None while it is a float tensor."""
         fmt: Format | None = self.__dict__.get("_packed_format")
         if fmt is None:
             return None
         fields = {n.removeprefix(self._PACKED): t for n, t in self._buffers.items() if n.startswith(self._PACKED)}
-        return QTensor(fmt, self._packed_shape, **fields)  # type: ignore[arg-type]
+        return unpack_codes(fields, fmt, self._packed_shape)  # type: ignore[arg-type]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weight is held as codes."""
+        return self.__dict__.get("_packed_format") is not None
 
     def pack_weight(self, packed: QTensor, dtype: torch.dtype) -> None:
-        """Hold the weight as codes from now on; its parameter is dropped and its weight quantizer switched off."""
-        self._drop_float_weight()
-        self._packed_format, self._packed_shape, self._packed_dtype = packed.format, tuple(packed.shape), dtype
-        for name, tensor in packed.tensors().items():
-            self.register_buffer(self._PACKED + name, tensor)
-        self.weight_quantizer.disable()
+        """Hold the weight as codes from now on; its parameter is dropped and its weight quantizer switched off.
 
-    def _drop_float_weight(self) -> None:
+        Args:
+            packed: the codes, output channels first.
+            dtype: what they are dequantized to.
+        """
+        self.expect_packed(packed.format, tuple(packed.shape), dtype)
+        for name, tensor in pack_codes(packed).items():
+            self.register_buffer(self._PACKED + name, tensor)
+        quantizer = self.weight_quantizer
+        quantizer.disable()
+        for member in quantizer.modules():
+            if isinstance(member, TensorQuantizer):
+                member.reset_amax()
+
+    def expect_packed(self, fmt: Format, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Become a module whose weight is packed, its codes still to come with a `state_dict`."""
         self.refresh_weight()
-        if "weight" in self._parameters:
-            del self._parameters["weight"]
+        self._parameters.pop("weight", None)
+        self._packed_format, self._packed_shape, self._packed_dtype = fmt, shape, dtype
+
+    # ---- the weight in use ------------------------------------------------------------------------------------------
 
     def refresh_weight(self) -> None:
         """Forget the kept quantized weight."""
@@ -105,42 +142,61 @@ class QuantWeightBase(QuantModule):
 
     def quantized_weight(self) -> Tensor:
         """The weight as the forward pass uses it."""
-        parameter = self._parameters.get("weight")
-        if parameter is None:
+        if self.is_packed:
             return self.weight
         quantizer = self.weight_quantizer
-        if not _acts(quantizer):
+        parameter = self.weight_parameter
+        if parameter is None:
+            return self.quantize_weight(self.weight)
+        if not quantizer.transforms:
             return parameter
-        if self.training or (torch.is_grad_enabled() and parameter.requires_grad) or torch.compiler.is_compiling():
+        may_change = self.training or (torch.is_grad_enabled() and parameter.requires_grad)
+        if may_change or torch.compiler.is_compiling() or _is_observing(quantizer):
             return self.quantize_weight(parameter)
-        key = (parameter.data_ptr(), parameter._version, parameter.dtype, parameter.device, quantizer.state_key())
-        kept = self.__dict__.get("_kept_weight")
-        if kept is None or kept[0] != key:
-            with torch.no_grad():
-                kept = (key, self.quantize_weight(parameter))
+        handed_out = self.__dict__.pop("_weight_handed_out", False)
+        kept: KeptWeight | None = self.__dict__.get("_kept_weight")
+        if kept is None or not kept.is_current(parameter, quantizer, handed_out):
+            # A tensor made in inference mode could not take part in a later backward pass.
+            with torch.inference_mode(False), torch.no_grad():
+                kept = KeptWeight(parameter, quantizer, self.quantize_weight(parameter))
             self.__dict__["_kept_weight"] = kept
-        return kept[1]
+        return kept.value
 
     def quantize_weight(self, weight: Tensor) -> Tensor:
         """`weight` through the weight quantizer, output channels first on the way."""
-        return self.from_output_first(self.weight_quantizer(self.to_output_first(weight, self)), self)
+        y = self.weight_quantizer(self.to_output_first(weight, self))
+        return self.from_output_first(decode(y, weight.dtype) if isinstance(y, QTensor) else y, self)
+
+    # ---- what modules do --------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """A packed weight follows a model to another device; another dtype changes what it is dequantized to."""
+        self.refresh_weight()
+        before = {name: t for name, t in self._buffers.items() if name.startswith(self._PACKED) and t is not None}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        if self.is_packed:
+            self._packed_dtype = fn(torch.empty(0, dtype=self._packed_dtype)).dtype
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):  # type: ignore[no-untyped-def]
+        """Buffers of a packed weight that came with a description but without tensors are created here."""
+        if self.is_packed:
+            for key in [k for k in state_dict if k.startswith(prefix + self._PACKED)]:
+                name = key.removeprefix(prefix)
+                if self._buffers.get(name) is None:
+                    self.register_buffer(name, torch.empty_like(state_dict[key]))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_kept_weight"}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        from copy import deepcopy
 
-        copy = self.__class__.__new__(self.__class__)
-        memo[id(self)] = copy
-        copy.__dict__ = {k: deepcopy(v, memo) for k, v in self.__getstate__().items()}
-        return copy
-
-
-def _acts(quantizer: Quantizer) -> bool:
-    """Whether calling the quantizer does anything."""
-    members = list(quantizer) if isinstance(quantizer, SequentialQuantizer) else [quantizer]
-    return any(isinstance(q, TensorQuantizer) and q.transforms for q in members)
+def _is_observing(quantizer: Quantizer) -> bool:
+    return any(isinstance(q, TensorQuantizer) and q._if_calib for q in quantizer.modules())
 
 
 class QuantLinearConvBase(QuantWeightBase):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
+from detent.distributed import ParallelState
 from detent.errors import DetentError
 from detent.nn.quant_module import QuantModule
 
@@ -79,6 +80,14 @@ class _Registry:
                 return self._combine(self._entries[base][1], original)
         return None
 
+    def overridden(self, kind: type[nn.Module]) -> type[nn.Module] | None:
+        """The registered class that `kind` derives from with a forward of its own, so that it isn't converted."""
+        if self.get(kind) is not None or issubclass(kind, QuantModule):
+            return None
+        found = (base for base in kind.__mro__[1:] if base in self._entries)
+        base = next(found, None)
+        return None if base is None or issubclass(kind, self._entries[base][1]) else base
+
     def names_of(self, module: nn.Module) -> set[str]:
         """The configuration names that a (quantized) module answers to as ``parent_class``."""
         return {name for original, (name, _) in self._entries.items() if isinstance(module, original)}
@@ -98,8 +107,14 @@ class _Registry:
         quantized = self.get(type(module))
         if quantized is None:
             raise DetentError(f"{type(module).__name__} is not registered; see register()")
+        children = set(module._modules)
         module.__class__ = quantized
+        if not hasattr(module, "parallel_state"):
+            module.parallel_state = ParallelState()  # type: ignore[assignment]
         module._setup()  # type: ignore[operator]
+        for name, child in module.named_children():
+            if name not in children:
+                child.train(module.training)
         return module
 
     def _combine(self, quantized: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
@@ -109,9 +124,26 @@ class _Registry:
         key = (quantized, original)
         if key not in self._mixed:
             self._mixed[key] = type(
-                f"Quant{original.__name__}", (quantized, original), {"__module__": original.__module__}
+                f"Quant{original.__name__}",
+                (quantized, original),
+                {"__module__": original.__module__, "__reduce_ex__": _reduce, "_made_of": key},
             )
         return self._mixed[key]
+
+    def instance(self, quantized: type[nn.Module], original: type[nn.Module]) -> nn.Module:
+        """An empty module of the class of both, whose state is to come."""
+        kind = self._combine(quantized, original)
+        return kind.__new__(kind)
+
+
+def _reduce(module: Any, protocol: int) -> tuple[Any, ...]:
+    """How a module of a class that was made on the spot is copied or stored: by the two classes it was made of."""
+    state = module.__getstate__() if hasattr(module, "__getstate__") else module.__dict__
+    return _instance, module._made_of, state
+
+
+def _instance(quantized: type[nn.Module], original: type[nn.Module]) -> nn.Module:
+    return QuantModuleRegistry.instance(quantized, original)
 
 
 QuantModuleRegistry = _Registry()

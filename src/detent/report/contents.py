@@ -47,19 +47,27 @@ def contents(folder: Path) -> dict[str, Any]:
 
 def _quantized(checkpoint: QuantizedCheckpoint) -> list[dict[str, Any]]:
     """The quantized layers. Whatever a layer stores beside its kept tensors belongs to its weight or activations."""
-    kept = set(checkpoint.kept)
-    owned = [name for name in checkpoint.source.tensors if name not in kept]
+    kept, layers = set(checkpoint.kept), checkpoint.formats.layers
+    sizes = dict.fromkeys(layers, 0)
+    others = []
+    for name in checkpoint.source.tensors:
+        if name in kept:
+            continue
+        # <layer>.weight_scale in compressed-tensors, <layer>.weight.scale in Detent's own layout
+        owner = next((part for part in (name.rpartition(".")[0], name.rsplit(".", 2)[0]) if part in layers), None)
+        if owner is None:
+            others.append(name)
+        else:
+            sizes[owner] += checkpoint.source.info(name).nbytes
     rows = []
-    for layer, formats in checkpoint.formats.layers.items():
-        stored = [name for name in owned if name.startswith(f"{layer}.")]
-        size = sum(checkpoint.source.info(name).nbytes for name in stored)
+    for layer, formats in layers.items():
+        size = sizes[layer]
         words = [f"{side} {f}" for side, f in (("input", formats.input), ("output", formats.output)) if f is not None]
         if formats.weight is not None:
             rows.append(_row(f"{layer}.weight", formats.shape, "; ".join([str(formats.weight), *words]), size, True))
         else:
             rows.append(_row(f"{layer} (activations)", (), "; ".join(words), size, True))
-        owned = [name for name in owned if name not in stored]
-    for name in owned:
+    for name in others:
         info = checkpoint.source.info(name)
         rows.append(_row(name, info.shape, f"scale ({str(info.dtype).removeprefix('torch.')})", info.nbytes, False))
     return rows

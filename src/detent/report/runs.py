@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from detent._version import __version__
-from detent.checkpoints import Source, add_to_manifest, check_replaceable, quant_method
+from detent.checkpoints import Source, add_to_manifest, check_target, open_quantized, quant_method
 from detent.config import Scheme, kv_cache_format, parse_scheme
 from detent.data import (
     CalibrationBatches,
+    check_source,
     check_vocabulary,
     load_texts,
     max_sequence_length,
@@ -25,108 +26,24 @@ from detent.data import (
     token_batches,
     vocabulary_size,
 )
-from detent.engine.checkpoint import SimulatedLayer, floor_kv_scales, load_quantized, simulate, write
-from detent.engine.models import (
-    DTYPES,
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_on_meta,
-    resolve_folder,
-)
+from detent.engine.checkpoint import floor_kv_scales, load_quantized, simulate, write
+from detent.engine.models import load_config, load_model, load_tokenizer, model_dtype, model_on_meta, resolve_folder
 from detent.engine.plan import Plan, make_plan, with_scale_dtype
 from detent.errors import DetentError
-from detent.evaluation import evaluation_ids, perplexity
+from detent.evaluation import DEFAULT_WINDOW, evaluation_ids, perplexity
 from detent.formats import Format
+from detent.report.options import CalibrationOptions, EvaluationOptions, ModelOptions, SchemeOptions
+from detent.report.parts import calibration_report, layer_report, planned_weights, stored_parts
 from detent.report.resources import peak_device_memory_bytes, peak_memory_bytes
-from detent.report.run_report import (
-    REPORT_NAME,
-    BeforeAfterBytes,
-    Calibration,
-    Evaluation,
-    LayerReport,
-    Perplexity,
-    RunReport,
-    Weights,
-)
+from detent.report.run_report import REPORT_NAME, BeforeAfterBytes, Evaluation, Perplexity, RunReport
 
 DEFAULT_SCHEME = "w_int4_per_group_sym"
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Where a model comes from and how it is held.
-
-    Attributes:
-        model_dir: a folder, a hub name, or None for the built-in sample model.
-        data_type: ``auto``, ``float16``, ``bfloat16`` or ``float32``.
-        device: ``cpu``, ``cuda``, ``cuda:1``, ...
-        attention: the attention implementation.
-        trust_remote_code: whether Python code that comes with the checkpoint may run.
-        revision: of a hub model.
-    """
-
-    model_dir: str | None = None
-    data_type: str = "auto"
-    device: str = "cpu"
-    attention: str | None = None
-    trust_remote_code: bool = False
-    revision: str | None = None
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """What perplexity is measured on.
-
-    Attributes:
-        skip: measure nothing.
-        dataset: a file, a hub data set, ``builtin``, or None for WikiText-2's test text (without a network: the
-            built-in one).
-        windows: use only so many windows; None for all.
-        batch_size: windows that run at once.
-    """
-
-    skip: bool = False
-    dataset: str | None = None
-    windows: int | None = None
-    batch_size: int = 1
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """What ranges are calibrated on.
-
-    Attributes:
-        dataset: a file, a hub data set, ``builtin``, or None for the default one (without a network: the built-in
-            text).
-        seq_len: tokens in a sample. num_samples: how many. batch_size: samples that run at once.
-    """
-
-    dataset: str | None = None
-    seq_len: int = 512
-    num_samples: int = 512
-    batch_size: int = 1
-
-
-@dataclass(frozen=True)
-class SchemeOptions:
-    """What is quantized and how; see `detent.config.parse_scheme`.
-
-    Attributes:
-        name: the scheme; None for the default one, where the model is the built-in one too.
-        group_size: None where the user gave none.
-        group_size_per_layer: (wildcard on module names, group size) pairs; the last match wins.
-        exclude: wildcards on module names; None for the usual ones.
-    """
-
-    name: str | None = None
-    group_size: int | None = None
-    group_size_per_layer: tuple[tuple[str, int], ...] = ()
-    scale_format: str | None = None
-    scale_calculation_mode: str = "even"
-    kv_cache: str | None = None
-    min_kv_scale: float = 0.0
-    exclude: list[str] | None = None
+BUILTIN_MODEL = "the built-in sample model"
+#: Windows that perplexity is measured on at once, unless their logits in float32 take more than `LOGITS_BYTES`.
+DEFAULT_BATCH = 8
+LOGITS_BYTES = 1 << 30
+#: The part of a model that may stay in floating point unasked before the user is told.
+OVERLOOKED_SHARE = 0.2
 
 
 @dataclass
@@ -167,7 +84,9 @@ def quantize_checkpoint(
     overwrite: bool = False,
     run: Run | None = None,
 ) -> RunReport:
-    """Quantize a checkpoint into a new folder: plan, calibrate, simulate, write, read back, measure.
+    """Quantize a checkpoint into a new folder: plan, calibrate, simulate, measure, write, read back.
+
+    Everything that can be refused is refused before the weights are read.
 
     Returns:
         The report, which also lies in the folder as ``detent_report.json``.
@@ -180,74 +99,120 @@ def quantize_checkpoint(
     output = Path(output_dir)
     folder, builtin = _folder(model_options)
     scheme, kv_cache = _formats(scheme_options, builtin)
-    check_replaceable(output, overwrite=overwrite)
+    check_target(output, source=folder, overwrite=overwrite)
     source = Source(folder)
-    config = load_config(folder, trust_remote_code=model_options.trust_remote_code)
-    dtype = _model_dtype(model_options, config)
-    scheme = with_scale_dtype(scheme, dtype)
-    plan = _plan(source, config, model_options, scheme_options, scheme, kv_cache)
-    for note in plan.layout_notes:
-        run.notify(f"Written in Detent's own layout, which other engines don't read: {note}")
-    tokenizer = None
-    if plan.needs_data or not evaluation.skip:
-        tokenizer = load_tokenizer(folder, trust_remote_code=model_options.trust_remote_code)
-    batches = _batches(calibration, tokenizer, config, builtin, run) if plan.needs_data else None
-    measure = _Measure(evaluation, tokenizer, builtin, run)
+    trust = model_options.trust_remote_code
+    config = load_config(folder, trust_remote_code=trust)
+    dtype = model_dtype(model_options.data_type, config, source)
+    plan = _plan(source, config, model_options, scheme_options, with_scale_dtype(scheme, dtype), kv_cache, dtype)
+    _tell_about(plan, run)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust) if plan.needs_data or not evaluation.skip else None
+    batches = None
+    if plan.needs_data:
+        batches = _batches(calibration, tokenizer, config, builtin, run)
+    elif calibration.dataset is not None:
+        check_source(calibration.dataset)  # not read, but a misspelled name shouldn't pass for a used one
+    measure = _Measure(evaluation, tokenizer, config, builtin, run)
 
-    model = _load(folder, model_options)
+    model = load_model(
+        source,
+        config,
+        dtype=dtype,
+        device=model_options.device,
+        attention=model_options.attention,
+        trust_remote_code=trust,
+        notify=run.notify,
+    )
     before = measure(model)
-    loop = None if batches is None else (lambda m: run_batches(m, batches))
-    layers = simulate(model, plan, loop)
+    layers = simulate(model, plan, None if batches is None else (lambda m: run_batches(m, batches)))
     if kv_cache is not None:
         floor_kv_scales(model, scheme_options.min_kv_scale)
     after = measure(model)
-    cast = None if model_options.data_type == "auto" else DTYPES[model_options.data_type]
-    size_before = source.nbytes
-    if cast is not None:
-        source.config["dtype"] = model_options.data_type
-        source.config.pop("torch_dtype", None)
-    size_after = write(output, source, plan, model, layers, dtype=cast, overwrite=overwrite)
-    report = run.report(
-        model=model_options.model_dir or "the built-in sample model",
-        scheme=scheme.name,
-        perplexity=None if evaluation.skip else Perplexity(before=before, after=after),
-        evaluation=measure.details,
-        size_bytes=BeforeAfterBytes(before=size_before, after=size_after),
-        weights=_weights(source, plan),
-        layers=[_layer(name, layer) for name, layer in layers.items()],
-        calibration=None if batches is None else _calibration(batches),
-        output_dir=str(output),
-    )
-    report.write(output)
-    add_to_manifest(output, REPORT_NAME)
+    report: RunReport | None = None
+
+    def complete(folder: Path, size: int) -> None:
+        nonlocal report
+        report = run.report(
+            model=model_options.model_dir or BUILTIN_MODEL,
+            scheme=scheme.name,
+            perplexity=None if evaluation.skip else Perplexity(before=before, after=after),
+            evaluation=measure.details,
+            size_bytes=BeforeAfterBytes(before=source.nbytes, after=size),
+            weights=planned_weights(source, plan),
+            layers=[layer_report(name, layer) for name, layer in layers.items()],
+            calibration=None if batches is None else calibration_report(batches),
+            output_dir=str(output),
+        )
+        report.write(folder)
+        add_to_manifest(folder, REPORT_NAME)
+
+    convert = model_options.data_type != "auto"
+    write(output, source, plan, model, layers, dtype=dtype, convert=convert, overwrite=overwrite, complete=complete)
+    assert report is not None
     return report
 
 
 def evaluate_checkpoint(
-    model_options: ModelOptions, evaluation: EvaluationOptions | None = None, *, run: Run | None = None
+    model_options: ModelOptions,
+    evaluation: EvaluationOptions | None = None,
+    *,
+    quantized: bool | None = None,
+    run: Run | None = None,
 ) -> RunReport:
-    """Measure the perplexity of a checkpoint, quantized or not. The figure stands under ``perplexity.after`` for a
-    quantized checkpoint and under ``perplexity.before`` for a float one.
+    """Measure the perplexity of a checkpoint. The figure stands under ``perplexity.after`` for a quantized checkpoint
+    and under ``perplexity.before`` for a float one; sizes likewise.
+
+    Args:
+        model_options, evaluation: what to measure, on what.
+        quantized: whether the checkpoint has to be quantized, or must not be; None takes both.
+        run: the run in progress.
 
     Raises:
-        DetentError: the checkpoint can't be read, or there is no text.
+        DetentError: the checkpoint can't be read, is of the wrong kind, or there is no text.
     """
     run = run or Run()
     evaluation = evaluation or EvaluationOptions()
     folder, builtin = _folder(model_options)
-    source = Source(folder, quantized=True)
-    quantized = quant_method(source.config) is not None
-    tokenizer = load_tokenizer(folder, trust_remote_code=model_options.trust_remote_code)
-    measure = _Measure(evaluation, tokenizer, builtin, run)
-    model = _load(folder, model_options, quantized=quantized)
-    figure = measure(model)
+    source = Source(folder, quantized=quantized is not False)
+    method = quant_method(source.config)
+    if quantized and method is None:
+        raise DetentError(f"{folder} is not quantized: its config.json has no quantization_config")
+    trust = model_options.trust_remote_code
+    checkpoint = None if method is None else open_quantized(folder)
+    config = load_config(folder, trust_remote_code=trust, values=checkpoint.config if checkpoint else None)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust)
+    measure = _Measure(evaluation, tokenizer, config, builtin, run)
+    common: dict[str, Any] = {
+        "device": model_options.device,
+        "attention": model_options.attention,
+        "trust_remote_code": trust,
+        "notify": run.notify,
+    }
+    if checkpoint is None:
+        model = load_model(source, config, dtype=model_dtype(model_options.data_type, config, source), **common)
+        parts: dict[str, Any] = {"perplexity": Perplexity(before=measure(model))}
+    else:
+        model = load_quantized(folder, data_type=model_options.data_type, **common)
+        parts = {"perplexity": Perplexity(after=measure(model)), **stored_parts(checkpoint)}
     return run.report(
-        model=model_options.model_dir or "the built-in sample model",
-        scheme=quant_method(source.config),
-        perplexity=None if evaluation.skip else Perplexity(**{"after" if quantized else "before": figure}),
+        model=model_options.model_dir or BUILTIN_MODEL,
+        scheme=method,
         evaluation=measure.details,
         size_bytes=BeforeAfterBytes(before=source.nbytes),
+        **parts,
     )
+
+
+def _tell_about(plan: Plan, run: Run) -> None:
+    """What a user might not expect of the plan."""
+    for note in plan.layout_notes:
+        run.notify(f"Written in Detent's own layout, which other engines don't read: {note}")
+    if plan.overlooked_share > OVERLOOKED_SHARE:
+        name = next(iter(plan.overlooked))
+        run.notify(
+            f"{plan.overlooked_share:.0%} of the parameters in matrices (embeddings aside) stay in floating point:"
+            f" {len(plan.overlooked)} tensors, for instance {name} ({plan.kept[name]})"
+        )
 
 
 def _folder(options: ModelOptions) -> tuple[Path, bool]:
@@ -281,13 +246,6 @@ def _formats(options: SchemeOptions, builtin: bool) -> tuple[Scheme, Format | No
     return scheme, kv_cache
 
 
-def _model_dtype(options: ModelOptions, config: Any) -> torch.dtype:
-    if options.data_type != "auto":
-        return DTYPES[options.data_type]
-    dtype = getattr(config, "dtype", None) or torch.float32
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
-
-
 def _plan(
     source: Source,
     config: Any,
@@ -295,12 +253,13 @@ def _plan(
     options: SchemeOptions,
     scheme: Scheme,
     kv_cache: Format | None,
+    dtype: torch.dtype,
 ) -> Plan:
     model = model_on_meta(config, trust_remote_code=model_options.trust_remote_code)
     groups = {
         pattern: with_scale_dtype(
             parse_scheme(scheme.name, size, options.scale_format, options.scale_calculation_mode),
-            _model_dtype(model_options, config),
+            dtype,
         )
         for pattern, size in options.group_size_per_layer
     }
@@ -326,7 +285,7 @@ def _batches(options: CalibrationOptions, tokenizer: Any, config: Any, builtin: 
 class _Measure:
     """Perplexity on one text, tokenized once; None where evaluation is skipped."""
 
-    def __init__(self, options: EvaluationOptions, tokenizer: Any, builtin: bool, run: Run) -> None:
+    def __init__(self, options: EvaluationOptions, tokenizer: Any, config: Any, builtin: bool, run: Run) -> None:
         self.details: Evaluation | None = None
         self._options = options
         if options.skip:
@@ -336,48 +295,20 @@ class _Measure:
             run.notify(text.notice)
         self._dataset = text.description
         self._ids = evaluation_ids(text, tokenizer)
+        self._batch_size = _windows_at_once(options, config)
 
     def __call__(self, model: nn.Module) -> float | None:
         if self._options.skip:
             return None
-        result = perplexity(model, self._ids, max_windows=self._options.windows, batch_size=self._options.batch_size)
+        result = perplexity(model, self._ids, max_windows=self._options.windows, batch_size=self._batch_size)
         self.details = Evaluation(dataset=self._dataset, window=result.window, tokens=result.tokens)
         return result.perplexity
 
 
-def _load(folder: Path, options: ModelOptions, *, quantized: bool = False) -> nn.Module:
-    common: dict[str, Any] = {
-        "data_type": options.data_type,
-        "device": options.device,
-        "attention": options.attention,
-        "trust_remote_code": options.trust_remote_code,
-    }
-    return load_quantized(folder, **common) if quantized else load_model(folder, **common)
-
-
-def _weights(source: Source, plan: Plan) -> Weights:
-    kept = {name: math.prod(source.info(name).shape) for name in plan.kept}
-    return Weights(
-        quantized=sum(f.weight is not None for f in plan.formats.layers.values()),
-        kept=len(kept),
-        quantized_parameters=sum(math.prod(f.shape) for f in plan.formats.layers.values() if f.weight is not None),
-        kept_parameters=sum(kept.values()),
-        kept_reasons=plan.kept,
-    )
-
-
-def _layer(name: str, layer: SimulatedLayer) -> LayerReport:
-    formats = layer.record.formats
-    parts = [f"{side} {fmt}" for side, fmt in (("input", formats.input), ("output", formats.output)) if fmt is not None]
-    weight = formats.weight
-    return LayerReport(
-        name=name,
-        format="; ".join([str(weight) if weight else "weight as it was", *parts]),
-        relative_error=layer.relative_error,
-        shape=list(formats.shape),
-        bits_per_weight=None if weight is None else weight.bits_per_element(formats.shape),
-    )
-
-
-def _calibration(batches: CalibrationBatches) -> Calibration:
-    return Calibration(source=batches.description, samples=len(batches.samples), tokens=batches.tokens)
+def _windows_at_once(options: EvaluationOptions, config: Any) -> int:
+    """The number asked for, or by default as many as keep the logits within `LOGITS_BYTES`, between 1 and 8."""
+    if options.batch_size is not None:
+        return options.batch_size
+    window = min(DEFAULT_WINDOW, max_sequence_length(config) or DEFAULT_WINDOW)
+    size = window * (vocabulary_size(config) or 1) * torch.float32.itemsize
+    return max(1, min(options.max_batch_size or DEFAULT_BATCH, LOGITS_BYTES // size))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from detent.checkpoints import LayerFormats, ModelFormats, choose
+from detent.checkpoints import LayerFormats, ModelFormats, layouts
 from detent.config import all_schemes, parse_scheme
 from detent.engine.plan import exported_format, with_scale_dtype
 
@@ -15,16 +15,18 @@ SHAPE = (4096, 4096)
 
 
 def scheme_rows() -> list[dict[str, Any]]:
-    """One dictionary a scheme: name, aliases, weight and activation formats in words, bits_per_weight, checkpoint."""
+    """One dictionary a scheme: ``name``, ``aliases``, ``weight`` and ``activations`` (formats in words),
+    ``bits_per_weight``, and ``held_by``: the checkpoint formats that can hold it, the one that is written first.
+    """
     rows = []
     for name in all_schemes():
         scheme = with_scale_dtype(parse_scheme(name), torch.bfloat16)
         weight = scheme.weight
         input_, output = (None if f is None else exported_format(f) for f in (scheme.input, scheme.output))
-        held = None
+        held = []
         if weight is not None or input_ is not None:
-            layer = LayerFormats(SHAPE, weight, input_, output)
-            held = choose(ModelFormats({"model.layers.0.mlp.up_proj": layer}))[0].name
+            formats = ModelFormats({"model.layers.0.mlp.up_proj": LayerFormats(SHAPE, weight, input_, output)})
+            held = [layout.name for layout in layouts.values() if layout.can_hold(formats) is None]
         rows.append(
             {
                 "name": name,
@@ -32,7 +34,7 @@ def scheme_rows() -> list[dict[str, Any]]:
                 "weight": None if weight is None else str(weight),
                 "activations": "; ".join(str(f) for f in (scheme.input, scheme.output) if f is not None),
                 "bits_per_weight": None if weight is None else weight.bits_per_element(SHAPE),
-                "checkpoint": held,
+                "held_by": held,
             }
         )
     return rows

@@ -91,6 +91,8 @@ def _fact_rows(report: RunReport) -> list[tuple[str, str]]:
 
 def _weight_rows(report: RunReport) -> list[tuple[str, str]]:
     weights = report.weights
+    if not weights.quantized and not weights.kept:
+        return []  # a float model that was only measured
     rows = [("weights quantized", f"{weights.quantized:,} ({weights.quantized_parameters:,} parameters)")]
     by_reason: dict[str, list[str]] = {}
     for name, reason in weights.kept_reasons.items():

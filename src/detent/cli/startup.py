@@ -1,0 +1,53 @@
+"""What commands that run a model have in common: loading libraries, the device, and how much to evaluate at once."""
+
+from __future__ import annotations
+
+import importlib
+import re
+
+from detent.errors import DetentError
+from detent.progress import track
+
+#: Most of the time before anything happens goes into these.
+_LIBRARIES = ("torch", "transformers", "transformers.modeling_utils", "detent.report.runs")
+
+
+def load_libraries() -> None:
+    """Import what takes long, with progress."""
+    for name in track(_LIBRARIES, "Loading libraries", len(_LIBRARIES)):
+        importlib.import_module(name)
+
+
+def choose_device(name: str | None) -> str:
+    """`name`, or by default CUDA where it is present, else the CPU. Raises DetentError if this machine lacks it."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise DetentError(f"--device {name!r}: known are cpu, cuda and cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DetentError(f"--device {name}: this machine has no CUDA device; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DetentError(f"--device {name}: this machine has CUDA devices 0 to {torch.cuda.device_count() - 1}")
+    return name
+
+
+def windows(number: int) -> int | None:
+    """What --num_eval_data asks for: so many windows, or None for all."""
+    if number == 0:
+        raise DetentError("--num_eval_data 0: there is nothing to evaluate; pass --skip_evaluation, or -1 for all")
+    return None if number == -1 else number
+
+
+def batch_size_of(text: str | None) -> int | None:
+    """What --eval_batch_size asks for: a number, or None for the most that memory allows (``auto``, ``auto:N``)."""
+    if text is None or re.fullmatch(r"auto(:[1-9]\d*)?", text):
+        return None
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise DetentError(f"--eval_batch_size {text!r}: a positive number, auto or auto:N")
+    return int(text)

@@ -1,0 +1,83 @@
+"""What a run is asked for: the model, the scheme, and the texts to calibrate on and to measure with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Where a model comes from and how it is held.
+
+    Attributes:
+        model_dir: a folder, a hub name, or None for the built-in sample model.
+        data_type: ``auto``, ``float16``, ``bfloat16`` or ``float32``.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ...
+        attention: the attention implementation.
+        trust_remote_code: whether Python code that comes with the checkpoint may run.
+        revision: of a hub model.
+    """
+
+    model_dir: str | None = None
+    data_type: str = "auto"
+    device: str = "cpu"
+    attention: str | None = None
+    trust_remote_code: bool = False
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What perplexity is measured on.
+
+    Attributes:
+        skip: measure nothing.
+        dataset: a file, a hub data set, ``builtin``, or None for WikiText-2's test text (without a network: the
+            built-in one).
+        windows: use only so many windows; None for all.
+        batch_size: windows that run at once; None for 8, or fewer where their logits would take more than 1 GiB.
+        max_batch_size: in place of that 8.
+    """
+
+    skip: bool = False
+    dataset: str | None = None
+    windows: int | None = None
+    batch_size: int | None = None
+    max_batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What ranges are calibrated on.
+
+    Attributes:
+        dataset: a file, a hub data set, ``builtin``, or None for the default one (without a network: the built-in
+            text).
+        seq_len: tokens in a sample. num_samples: how many. batch_size: samples that run at once.
+    """
+
+    dataset: str | None = None
+    seq_len: int = 512
+    num_samples: int = 512
+    batch_size: int = 1
+
+
+@dataclass(frozen=True)
+class SchemeOptions:
+    """What is quantized and how; see `detent.config.parse_scheme`.
+
+    Attributes:
+        name: the scheme; None for the default one, where the model is the built-in one too.
+        group_size: None where the user gave none.
+        group_size_per_layer: (wildcard on module names, group size) pairs; the last match wins.
+        exclude: wildcards on module names; None for the usual ones.
+    """
+
+    name: str | None = None
+    group_size: int | None = None
+    group_size_per_layer: tuple[tuple[str, int], ...] = ()
+    scale_format: str | None = None
+    scale_calculation_mode: str = "even"
+    kv_cache: str | None = None
+    min_kv_scale: float = 0.0
+    exclude: list[str] | None = None
