@@ -179,6 +179,11 @@ def measure(runs: dict[str, Run], x: Tensor, rounds: int) -> dict[str, float | s
     return {name: failed.get(name) or statistics.median(seconds[name]) for name in runs}
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    integers = torch.int32 if a.element_size() == 4 else torch.int16
+    return torch.equal(a.view(integers), b.view(integers))
+
+
 def once(run: Run, x: Tensor) -> float:
     synchronize(x)
     start = time.perf_counter()
@@ -239,7 +244,10 @@ def main() -> None:
         times = {}
         for dtype in (torch.float32, torch.bfloat16):
             gc.collect()
-            times[dtype] = measure(contenders(case, peers), floats.to(dtype), args.rounds)
+            x = floats.to(dtype)
+            if not same_bits(detent_run(case.format, True)(x), detent_run(case.format, False)(x)):
+                raise AssertionError(f"{name}, {dtype}: the compiled path and the plain path give different bits")
+            times[dtype] = measure(contenders(case, peers), x, args.rounds)
         for who in times[torch.float32]:
             cells = [
                 describe(t[who], t["copy"]) + ("" if isinstance(t[who], str) else f" / {t[who] / t['copy_']:.2f}")  # type: ignore

@@ -17,7 +17,7 @@ from detent.checkpoints import Source
 from detent.config import all_schemes, parse_scheme
 from detent.data import load_texts, run_batches, sample_model_dir, token_batches
 from detent.engine.checkpoint import simulate
-from detent.engine.models import load_config, load_model, load_tokenizer, model_on_meta
+from detent.engine.models import load_config, load_model, load_tokenizer, model_dtype, model_on_meta
 from detent.engine.plan import make_plan, with_scale_dtype
 from detent.evaluation import evaluation_ids, perplexity
 
@@ -30,15 +30,16 @@ Row = tuple[str, str, str, str, str]
 def rows(names: list[str]) -> list[Row]:
     """(scheme, weights, activations, bits per weight, perplexity), the float model first."""
     folder = sample_model_dir()
-    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    source, config, tokenizer = Source(folder), load_config(folder), load_tokenizer(folder)
+    dtype = model_dtype("auto", config, source)
     ids = evaluation_ids(load_texts("builtin", "evaluation"), tokenizer)
     batches = token_batches(load_texts("builtin", "calibration"), tokenizer, 512)
-    before = perplexity(load_model(folder), ids).perplexity
+    before = perplexity(load_model(source, config, dtype=dtype), ids).perplexity
     table = [("(the model as it is)", "bfloat16", "-", "16.000", f"{before:.3f}")]
     for name in names:
-        model = load_model(folder)
-        scheme = with_scale_dtype(parse_scheme(name), next(model.parameters()).dtype)
-        plan = make_plan(Source(folder), model_on_meta(config), scheme)
+        model = load_model(source, config, dtype=dtype)
+        scheme = with_scale_dtype(parse_scheme(name), dtype)
+        plan = make_plan(source, model_on_meta(config), scheme)
         layers = simulate(model, plan, lambda m: run_batches(m, batches))
         weights = [layer.record.weight for layer in layers.values() if layer.record.weight is not None]
         parameters = sum(w.codes.numel() for w in weights)
