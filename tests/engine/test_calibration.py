@@ -112,13 +112,14 @@ FAILURES: list[tuple[Any, Any, type[BaseException], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("config", "loop", "error", "message"), FAILURES)
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize(
+    ("config", "loop", "error", "message", "again"),
+    # A model that is calibrated already needs no data, so without any nothing fails there.
+    [(*case, again) for case in FAILURES for again in (False, True) if not (again and case[:2] == (W8A8, None))],
+)
 def test_failures_leave_the_model_as_it_was(
     config: Any, loop: Any, error: type[BaseException], message: str, again: bool
 ) -> None:
-    if again and config is W8A8 and loop is None:
-        pytest.skip("a model that is calibrated needs no data")
     model = mlp()
     model[3].eval()
     if again:  # quantized once already

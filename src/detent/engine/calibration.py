@@ -21,6 +21,7 @@ from detent.errors import DetentError
 from detent.formats import FloatScale
 from detent.nn import QuantWeightBase, TensorQuantizer, quantizers_of
 from detent.nn.sequential import Quantizer, members_of
+from detent.progress import track
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +79,8 @@ def _warn_uncalibrated(model: nn.Module) -> None:
 
 
 def _calibrate_weights(model: nn.Module, config: QuantizeAlgorithmConfig) -> None:
-    for name, quantizer, weight in _weights(model):
+    total = sum(1 for _ in _weights(model))
+    for name, quantizer, weight in track(_weights(model), "Calibrating weights", total):
         if not bool(torch.isfinite(weight).all()):
             raise DetentError(f"{name}: NaN or infinity in the weight; check the checkpoint")
         for member in members_of(quantizer):
