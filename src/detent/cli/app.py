@@ -53,7 +53,9 @@ def run(arguments: list[str]) -> int:
     Misspelled flags are the parser library's to explain, with code 2 too, as is Ctrl-C, with code 130.
     """
     # What library code warns of is in the plan, which the report tells in the user's words.
-    logging.getLogger("detent").setLevel(logging.ERROR)
+    logger = logging.getLogger("detent")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     bars = console.Bars()
     try:
         with use_reporter(bars):
@@ -75,6 +77,7 @@ def run(arguments: list[str]) -> int:
         return 2
     finally:
         bars.close()
+        logger.setLevel(level)
     return 0
 
 
