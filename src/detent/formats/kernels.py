@@ -72,7 +72,7 @@ def simulate_dynamic(tiles: Tensor, fmt: Format, outer: Tensor | None) -> tuple[
     if pays and _has_float32_kernel(tiles, fmt):
         tiles = tiles.contiguous()
         low, high = _range(tiles, fmt)
-        largest = torch.maximum(-low.amin(), high.amax())
+        largest = high.amax() if low is None else torch.maximum(-low.amin(), high.amax())
         unit, zero_point = _units(fmt, low, high, _outer(fmt, largest) if outer is None else outer)
         return _quantize(tiles, fmt, unit, zero_point), largest
     if outer is None and isinstance(fmt.scale, FloatScale) and fmt.scale.outer:
@@ -215,16 +215,17 @@ def _has_float32_kernel(tiles: Tensor, fmt: Format) -> bool:
     return tiles.device.type == "cpu" and float32.supports(fmt) and not _chooses(fmt)
 
 
-def _range(tiles: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+def _range(tiles: Tensor, fmt: Format) -> tuple[Tensor | None, Tensor]:
+    """(low, high) as `tiles.tile_range`, but None for a low that is -high."""
     if tiles.shape[0] == 1:
-        return tl.tile_range(tiles, fmt)
+        return _range_body(tl.needs_sign(fmt), tiles)
     return _kernel(_range_body, tl.needs_sign(fmt), tiles)
 
 
-def _units(fmt: Format, low: Tensor, high: Tensor, outer: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if low.shape[0] < _PIECE:
-        return _units_body(fmt, low, high, outer)
-    return _kernel(_units_body, _anywhere(fmt), low, high, outer)
+def _units(fmt: Format, low: Tensor | None, high: Tensor, outer: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if high.shape[0] < _PIECE:
+        return _units_body(fmt, high, low, outer)
+    return _kernel(_units_body, _anywhere(fmt), high, low, outer)
 
 
 def _quantize(tiles: Tensor, fmt: Format, unit: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -237,12 +238,13 @@ def _quantize(tiles: Tensor, fmt: Format, unit: Tensor, zero_point: Tensor | Non
     return out
 
 
-def _range_body(needs_sign: bool, tiles: Tensor) -> tuple[Tensor, Tensor]:
-    return tl.low_and_high(tiles, needs_sign)
+def _range_body(needs_sign: bool, tiles: Tensor) -> tuple[Tensor | None, Tensor]:
+    low, high = tl.low_and_high(tiles, needs_sign)
+    return low if needs_sign else None, high
 
 
-def _units_body(fmt: Format, low: Tensor, high: Tensor, outer: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    scale = tl.scale_from_range(fmt, low, high, outer)
+def _units_body(fmt: Format, high: Tensor, low: Tensor | None, outer: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    scale = tl.scale_from_range(fmt, -high if low is None else low, high, outer)
     return tl.multiplier(fmt, scale).to(torch.float32), scale.zero_point
 
 
