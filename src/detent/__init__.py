@@ -38,6 +38,12 @@ _HOMES = {
     "register_quant_backend": "detent.nn",
     "unregister_quant_backend": "detent.nn",
     "ParallelState": "detent.distributed",
+    "ModeloptField": "detent.config.base",
+    "ConfigField": "detent.config.base",
+    "CalibrateModeRegistry": "detent.engine.modes",
+    "BaseCalibrateModeDescriptor": "detent.engine.modes",
+    "ConvertEntrypoint": "detent.engine.modes",
+    "find_structure": "detent.structure",
     "quantize": "detent.engine.quantization",
     "calibrate": "detent.engine.calibration",
     "replace_quant_module": "detent.engine.conversion",
@@ -68,6 +74,8 @@ _SUBMODULES = {
     "formats",
     "nn",
     "report",
+    "statistics",
+    "structure",
 }
 
 if TYPE_CHECKING:
@@ -79,6 +87,7 @@ if TYPE_CHECKING:
         need_calibration,
         parse_scheme,
     )
+    from detent.config.base import ConfigField, ModeloptField
     from detent.config.presets import *  # noqa: F403
     from detent.config.presets import choices, update_quant_cfg_with_kv_cache_quant
     from detent.distributed import ParallelState
@@ -91,6 +100,7 @@ if TYPE_CHECKING:
         set_quantizer_by_cfg,
         set_quantizer_by_cfg_context,
     )
+    from detent.engine.modes import BaseCalibrateModeDescriptor, CalibrateModeRegistry, ConvertEntrypoint
     from detent.engine.quantization import quantize
     from detent.engine.state import (
         detent_state,
@@ -114,6 +124,7 @@ if TYPE_CHECKING:
         unregister_quant_backend,
     )
     from detent.progress import use_reporter
+    from detent.structure import find_structure
 
 
 def __getattr__(name: str) -> Any:

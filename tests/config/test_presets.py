@@ -229,7 +229,7 @@ def test_algorithms() -> None:
     assert defaults.fp8_scale_sweep is False
     for spec, message in (
         ("maxx", "did you mean 'max'"),
-        ("awq_lite", "not there yet"),
+        ("awq_light", "did you mean 'awq_lite'"),
         ({"method": "mse", "steps": 3}, "unknown field 'steps'"),
         ({"method": "mse", "start_multiplier": 5.0}, "lies above"),
     ):

@@ -98,7 +98,7 @@ FAILURES: list[tuple[Any, Any, type[BaseException], str]] = [
     (W8A8, BATCHES, DetentError, "forward_loop: a function"),
     ({**W8A8, "algorithm": "maxx"}, failing, DetentError, "unknown algorithm 'maxx'; did you mean 'max'"),
     ({**W8A8, "algorithm": {"method": "mse", "steps": 3}}, failing, DetentError, "unknown field 'steps'"),
-    ({**W8A8, "algorithm": ["max", "smoothquant"]}, failing, DetentError, "comes in a later version"),
+    ({**W8A8, "algorithm": ["max", "smothquant"]}, failing, DetentError, "did you mean 'smoothquant'"),
     (
         {"quant_cfg": {"*": {"num_bits": 8, "calibrator": "entropy", "axis": 0}}},
         failing,

@@ -62,7 +62,8 @@ def test_logits_of_the_simulated_model(
 
 
 def test_fused_layers_share_their_outer_scale(folder: Path) -> None:
-    _, _, _, layers = simulated(folder, "w_fp4_scale_fp8", torch.float32)
+    _, _, _, simulation = simulated(folder, "w_fp4_scale_fp8", torch.float32)
+    layers = simulation.layers
     weights = {name.removeprefix("model.layers.0."): layer.record.weight for name, layer in layers.items()}
     q, k, v, o = (weights[f"self_attn.{n}_proj"].outer_scale for n in "qkvo")
     assert q == k == v != o
@@ -95,7 +96,7 @@ class TestVerify:
         out = tmp_path / "out"
         _, model, layers = self.written(folder, out)
         scales = kv_scales(model)
-        verify(out, layers, scales)
+        verify(out, layers.layers, scales)
         with safe_open(out / "model.safetensors", "pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -103,7 +104,7 @@ class TestVerify:
         tensors[name].view(-1).view(torch.uint8)[0] ^= 1
         save_file(tensors, out / "model.safetensors", metadata=metadata)
         with pytest.raises(DetentError, match="differs"):
-            verify(out, layers, scales)
+            verify(out, layers.layers, scales)
 
     def test_failure_leaves_nothing(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def differ(*_: object) -> None:
@@ -120,5 +121,5 @@ def test_several_files(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     source, plan, model, layers = simulated(folder, "w_mx6", torch.float32)
     write(tmp_path / "out", source, plan, model, layers, dtype=torch.float32)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
-    assert set(open_quantized(tmp_path / "out").formats.layers) == set(layers)
+    assert set(open_quantized(tmp_path / "out").formats.layers) == set(layers.layers)
     assert torch.equal(logits(model), logits(load_quantized(tmp_path / "out")))

@@ -117,8 +117,9 @@ def test_rotation_is_the_orthogonal_hadamard_matrix() -> None:
     turned = x @ h
     expected = plain_quant.integers(turned, turned.abs().amax()) @ h
     torch.testing.assert_close(back(x), expected)
-    with pytest.raises(DetentError, match="power of two"):
-        off(torch.randn(2, 6))
+    off.name = "layer.input_quantizer"
+    with pytest.raises(DetentError, match=r"layer\.input_quantizer: no Hadamard matrix exists for a width of 7"):
+        off(torch.randn(2, 7))
 
 
 def test_nan_and_infinity_name_the_quantizer() -> None:

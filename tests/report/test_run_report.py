@@ -87,6 +87,7 @@ class TestJson:
             "relative_error": 0.02,
             "shape": [4, 8],
             "bits_per_weight": None,
+            "algorithms": [],
         }
         assert data["seconds"] == 75.4
         assert data["peak_memory_bytes"] == 3 * 1024**3

@@ -45,10 +45,15 @@ class CompressedTensorsLayout:
     def can_hold(self, formats: ModelFormats) -> str | None:
         """None, or the reason why this layout cannot hold the model: the first layer's that it cannot."""
         for name, layer in formats.layers.items():
+            if layer.rotated or layer.low_rank:
+                what = "an input that is rotated at run time" if layer.rotated else "a low-rank branch"
+                return f"compressed-tensors does not hold {name}: {what}"
             try:
                 _scheme(layer)
             except ct.NotHeld as reason:
                 return f"compressed-tensors does not hold {name}: {reason}"
+        if formats.keys_rotated:
+            return "compressed-tensors does not hold keys that are rotated at run time"
         if formats.kv_cache is not None:
             try:
                 ct.kv_cache_args(formats.kv_cache)

@@ -1,9 +1,9 @@
 """Detent's own layout: any format, at its true number of bits.
 
 Tensors are named ``<module>.weight.codes``, ``.scale``, ``.zero_point``, ``.outer_scale``, ``.micro``, likewise
-``<module>.input.*`` and ``.output.*``, and ``<attention>.k.scale``, ``.v.scale``. Codes, integer zero points and
-micro-exponents of b < 8 bits are packed densely, least significant bit first, each row (first axis) on its own,
-negative integers in two's complement. All else is in config.json: see `describe`.
+``<module>.input.*`` and ``.output.*``, ``<module>.low_rank.a`` and ``.b``, and ``<attention>.k.scale``, ``.v.scale``.
+Codes, integer zero points and micro-exponents of b < 8 bits are packed densely, least significant bit first, each row
+(first axis) on its own, negative integers in two's complement. All else is in config.json: see `describe`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from detent.checkpoints.records import (
     LayerCheckpoint,
+    LayerFormats,
     ModelFormats,
     assemble,
     describe,
@@ -50,6 +51,8 @@ class DetentLayout:
         for side, activation in (("input", layer.input), ("output", layer.output)):
             if activation is not None and activation.scales is not None:
                 tensors |= _scale_tensors(side, activation.format, activation.scales)
+        if layer.low_rank is not None:
+            tensors |= dict(zip(("low_rank.a", "low_rank.b"), layer.low_rank, strict=True))
         return {f"{layer.name}.{name}": tensor for name, tensor in tensors.items()}
 
     def kv_tensors(self, module: str, key: Scales, value: Scales) -> dict[str, Tensor]:
@@ -119,6 +122,7 @@ class DetentReader:
             for side in ("weight", "input", "output")
             if getattr(layer, side) is not None
         }
+        parts |= {f"{name}.low_rank." for name, layer in self.formats.layers.items() if layer.low_rank}
         self._kv_modules = [] if self.formats.kv_cache is None else [n[:-8] for n in source if n.endswith(".k.scale")]
         parts |= {f"{module}.{side}." for module in self._kv_modules for side in ("k", "v")}
         self.used = {name for name in source if name[: name.rfind(".") + 1] in parts}
@@ -135,7 +139,19 @@ class DetentReader:
             layer,
             lambda fmt: self._weight(name, fmt, layer.shape),
             lambda side, fmt: self._calibrated(f"{name}.{side}", fmt),
+            self._low_rank(name, layer) if layer.low_rank else None,
         )
+
+    def _low_rank(self, name: str, layer: LayerFormats) -> tuple[Tensor, Tensor]:
+        out, width = layer.shape[0], math.prod(layer.shape[1:])
+        matrices = []
+        for matrix, shape in (("a", (layer.low_rank, width)), ("b", (out, layer.low_rank))):
+            full = f"{name}.low_rank.{matrix}"
+            info = self.source.info(full)
+            if info.shape != shape:
+                raise DetentError(f"{self.source.path / info.file}: {full} is {info.shape}, not {shape}")
+            matrices.append(self.source.tensor(full))
+        return matrices[0], matrices[1]
 
     def kv_scales(self) -> dict[str, tuple[Scales, Scales]]:
         """(scales of keys, scales of values) by attention module; empty where none were calibrated."""

@@ -11,11 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from detent.errors import DetentError
 from detent.formats import FloatScale, Format, QTensor, Scales
 
 #: The version of the JSON description that `describe` writes.
 DESCRIPTION_VERSION = 1
+#: What few layers have; written only for those.
+_EXTRAS = ("rotated", "low_rank")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class LayerFormats:
         shape: the logical shape of its weight, say (out, in).
         weight, input, output: a format, or None for what stays in floating point.
         kind: the class of its module: "Linear", "Embedding", "Conv2d", ...
+        rotated: size of the blocks in which its input is first rotated by a Hadamard matrix; 0: it isn't.
+        low_rank: rank of a branch in floating point beside the weight; 0: there is none.
     """
 
     shape: tuple[int, ...]
@@ -54,6 +60,8 @@ class LayerFormats:
     input: Format | None = None
     output: Format | None = None
     kind: str = "Linear"
+    rotated: int = 0
+    low_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class ModelFormats:
     Attributes:
         layers: by module name ("model.layers.0.self_attn.q_proj"), every layer of which anything is quantized.
         kv_cache: the format of keys and values, or None.
+        keys_rotated: whether queries and keys are rotated by a Hadamard matrix before keys are quantized.
         ignored: names of modules that could have been quantized and were not. Every linear layer of the model must be
             either here or in `layers`: engines read "all linear layers but these".
     """
@@ -70,6 +79,7 @@ class ModelFormats:
     layers: Mapping[str, LayerFormats]
     kv_cache: Format | None = None
     ignored: tuple[str, ...] = ()
+    keys_rotated: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,8 @@ class LayerCheckpoint:
         weight: codes and scales, or None where the weight stays in floating point.
         input, output: see `Activation`; None where not quantized.
         kind: the class of its module.
+        rotated: see `LayerFormats`.
+        low_rank: the branch's matrices [rank, in] and [out, rank], or None.
     """
 
     name: str
@@ -90,6 +102,8 @@ class LayerCheckpoint:
     input: Activation | None = None
     output: Activation | None = None
     kind: str = "Linear"
+    rotated: int = 0
+    low_rank: tuple[Tensor, Tensor] | None = None
 
     @property
     def formats(self) -> LayerFormats:
@@ -99,6 +113,8 @@ class LayerCheckpoint:
             input=self.input.format if self.input else None,
             output=self.output.format if self.output else None,
             kind=self.kind,
+            rotated=self.rotated,
+            low_rank=0 if self.low_rank is None else len(self.low_rank[0]),
         )
 
 
@@ -107,6 +123,7 @@ def assemble(
     layer: LayerFormats,
     weight: Callable[[Format], QTensor],
     calibrated: Callable[[str, Format], Scales],
+    low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> LayerCheckpoint:
     """A layer's contents from two readers: of the weight, and of the calibrated scales of "input" or "output"."""
 
@@ -122,6 +139,8 @@ def assemble(
         input=activation("input", layer.input),
         output=activation("output", layer.output),
         kind=layer.kind,
+        rotated=layer.rotated,
+        low_rank=low_rank,
     )
 
 
@@ -150,6 +169,7 @@ def describe(formats: ModelFormats) -> dict[str, Any]:
             "weight": table.number(layer.weight),
             "input": table.number(layer.input),
             "output": table.number(layer.output),
+            **{key: value for key in _EXTRAS if (value := getattr(layer, key))},
         }
         for name, layer in formats.layers.items()
     }
@@ -160,6 +180,7 @@ def describe(formats: ModelFormats) -> dict[str, Any]:
         "layers": layers,
         "kv_cache": kv_cache,
         "ignored": list(formats.ignored),
+        **({"keys_rotated": True} if formats.keys_rotated else {}),
     }
 
 
@@ -188,9 +209,15 @@ def parse_description(description: dict[str, Any], where: str) -> ModelFormats:
                 input=numbered(layer["input"]),
                 output=numbered(layer["output"]),
                 kind=str(layer["kind"]),
+                **{key: int(layer[key]) for key in _EXTRAS if key in layer},
             )
             for name, layer in description["layers"].items()
         }
-        return ModelFormats(layers, numbered(description["kv_cache"]), tuple(description["ignored"]))
+        return ModelFormats(
+            layers,
+            numbered(description["kv_cache"]),
+            tuple(description["ignored"]),
+            bool(description.get("keys_rotated", False)),
+        )
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise DetentError(f"{where}: the description of its formats is damaged ({error!r})") from error

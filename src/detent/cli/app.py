@@ -14,6 +14,7 @@ from detent.cli.evaluate import evaluate
 from detent.cli.inspect import inspect
 from detent.cli.quantize import quantize
 from detent.cli.schemes import schemes
+from detent.cli.structure import structure
 from detent.errors import DetentError
 from detent.progress import use_reporter
 
@@ -45,6 +46,7 @@ app.command()(quantize)
 app.command()(schemes)
 app.command()(evaluate)
 app.command()(inspect)
+app.command()(structure)
 
 
 def run(arguments: list[str]) -> int:

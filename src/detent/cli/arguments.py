@@ -2,13 +2,14 @@
 
 The second guide's flags are spelled with underscores; hyphens mean the same. ``--exclude_layers`` takes any number of
 names, none of them meaning "exclude nothing", which the parser library can't express: each name gets the flag put
-before it. ``--group_size_per_layer PATTERN SIZE`` likewise becomes one value, ``PATTERN=SIZE``.
+before it. So does ``--pre_quantization_optimization``. ``--group_size_per_layer PATTERN SIZE`` likewise becomes one
+value, ``PATTERN=SIZE``.
 """
 
 from __future__ import annotations
 
 #: Flags that take every argument up to the next flag.
-MANY = ("--exclude_layers",)
+MANY = ("--exclude_layers", "--pre_quantization_optimization")
 #: Flags that take two arguments.
 PAIRS = ("--group_size_per_layer",)
 #: What stands for such a flag with no arguments at all.

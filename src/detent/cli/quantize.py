@@ -21,10 +21,6 @@ _LATER_FLAGS: dict[str, Any] = {
     "multi_device": False,
     "fp8_attention_quant": False,
     "moe_experts_second_step_config": None,
-    "pre_quantization_optimization": None,
-    "pre_optimization_config_file_path": None,
-    "quant_algo": None,
-    "quant_algo_config_file_path": None,
     "custom_mode": "quark",
     "pack_method": "reorder",
     "export_weight_format": "real_quantized",
@@ -91,6 +87,19 @@ def quantize(
         list[str] | None,
         _option("exclude_layers", "NAMES (wildcards) of layers that stay; none given: exclude nothing."),
     ] = None,
+    quant_algo: Annotated[
+        str | None, _option("quant_algo", "What improves the weights: awq, gptq, best, ... (several: with commas).")
+    ] = None,
+    quant_algo_config_file_path: Annotated[
+        str | None, _option("quant_algo_config_file_path", "JSON file with the algorithm's settings.")
+    ] = None,
+    pre_quantization_optimization: Annotated[
+        list[str] | None,
+        _option("pre_quantization_optimization", "What prepares the model: rotation, quarot or smoothquant."),
+    ] = None,
+    pre_optimization_config_file_path: Annotated[
+        str | None, _option("pre_optimization_config_file_path", "JSON file with its settings.")
+    ] = None,
     model_export: Annotated[
         list[str] | None,
         _option(
@@ -139,10 +148,6 @@ def quantize(
     multi_device: Annotated[bool, _later("multi_device")] = False,
     fp8_attention_quant: Annotated[bool, _later("fp8_attention_quant")] = False,
     moe_experts_second_step_config: Annotated[str | None, _later("moe_experts_second_step_config")] = None,
-    pre_quantization_optimization: Annotated[list[str] | None, _later("pre_quantization_optimization")] = None,
-    pre_optimization_config_file_path: Annotated[str | None, _later("pre_optimization_config_file_path")] = None,
-    quant_algo: Annotated[str | None, _later("quant_algo")] = None,
-    quant_algo_config_file_path: Annotated[str | None, _later("quant_algo_config_file_path")] = None,
     custom_mode: Annotated[Literal["quark", "awq", "fp8"], _later("custom_mode")] = "quark",
     pack_method: Annotated[Literal["reorder", "order"], _later("pack_method")] = "reorder",
     export_weight_format: Annotated[
@@ -177,7 +182,13 @@ def quantize(
     _check_together(given)
     load_libraries()
     from detent.report import summary_table
-    from detent.report.options import CalibrationOptions, EvaluationOptions, ModelOptions, SchemeOptions
+    from detent.report.options import (
+        AlgorithmOptions,
+        CalibrationOptions,
+        EvaluationOptions,
+        ModelOptions,
+        SchemeOptions,
+    )
     from detent.report.runs import Run, evaluate_checkpoint, quantize_checkpoint
 
     model = ModelOptions(
@@ -206,10 +217,17 @@ def quantize(
             None if exclude_layers is None else [name for name in exclude_layers if name != NOTHING],
         )
         calibration = CalibrationOptions(dataset, seq_len, num_calib_data, batch_size)
+        algorithms = AlgorithmOptions(
+            tuple(name for name in pre_quantization_optimization or [] if name != NOTHING),
+            quant_algo,
+            pre_optimization_config_file_path,
+            quant_algo_config_file_path,
+        )
         report = quantize_checkpoint(
             model,
             scheme,
             output_dir,
+            algorithms=algorithms,
             calibration=calibration,
             evaluation=evaluation,
             overwrite=overwrite,
@@ -260,6 +278,10 @@ def _check_together(given: dict[str, Any]) -> None:
             "group_size",
             "group_size_per_layer",
             "scale_format",
+            "quant_algo",
+            "quant_algo_config_file_path",
+            "pre_quantization_optimization",
+            "pre_optimization_config_file_path",
             "model_export",
             "exclude_layers",
             "overwrite",

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from pydantic import field_validator
+
 from detent.config.base import ConfigField, ConfigModel, nearest
 from detent.errors import DetentError
 
@@ -83,22 +85,157 @@ class MseCalibConfig(QuantizeAlgorithmConfig):
         return False
 
 
+class DataAlgorithmConfig(QuantizeAlgorithmConfig):
+    """The base of algorithms that learn from what calibration data leaves behind at each site.
+
+    Attributes:
+        layerwise: traverse the model block by block; False: all of it in one forward pass; None: as the algorithm does
+            best. A dictionary with ``enable`` means that entry.
+        inputs: what a block sees when it is observed: what the float blocks before it give (``"float"``) or what the
+            quantized ones do (``"quantized"``); None: as the algorithm does best.
+        spill: keep the inputs of blocks on disk instead of in memory.
+        min_tokens: layers of experts that see fewer tokens are rounded without data, with the scales of least squared
+            error, and named.
+    """
+
+    layerwise: bool | None = ConfigField(None)
+    inputs: Literal["float", "quantized"] | None = ConfigField(None)
+    spill: bool = ConfigField(False)
+    min_tokens: int = ConfigField(16, ge=0)
+
+    @field_validator("layerwise", mode="before")
+    @classmethod
+    def _enabled(cls, value: Any) -> Any:
+        return value["enable"] if isinstance(value, Mapping) and "enable" in value else value
+
+
+class SmoothQuantCalibConfig(DataAlgorithmConfig):
+    """Move range from activations to weights, channel by channel, where both are quantized.
+
+    Attributes:
+        alpha: how much of it: 0 leaves activations as they are, 1 gives every channel of them the same range;
+            ``"auto"`` searches it for each site on a sample of tokens.
+        sample_size: tokens in that sample.
+    """
+
+    method: Literal["smoothquant"] = ConfigField("smoothquant")
+    alpha: float | Literal["auto"] = ConfigField(1.0)
+    sample_size: int = ConfigField(256, ge=1)
+
+    def model_post_init(self, context: Any) -> None:
+        if self.alpha != "auto" and not 0 <= float(self.alpha) <= 1:
+            raise DetentError(f"smoothquant: alpha lies between 0 and 1, or is 'auto'; not {self.alpha}")
+
+
+class AutoSmoothQuantCalibConfig(SmoothQuantCalibConfig):
+    """`smoothquant` with alpha searched for each site."""
+
+    method: Literal["autosmoothquant"] = ConfigField("autosmoothquant")  # type: ignore[assignment]
+    alpha: float | Literal["auto"] = ConfigField("auto")
+
+
+class AWQLiteCalibConfig(DataAlgorithmConfig):
+    """Search a scale per input channel that protects the salient ones.
+
+    Attributes:
+        alpha_step: distance of the exponents tried in [0, 1].
+        refine: try also what lies between the best one and its neighbours.
+    """
+
+    method: Literal["awq_lite"] = ConfigField("awq_lite")
+    alpha_step: float = ConfigField(0.1, gt=0, le=1)
+    refine: bool = ConfigField(True)
+
+
+class AWQClipCalibConfig(DataAlgorithmConfig):
+    """Search how much of each tile's range to give up.
+
+    Attributes:
+        min_clip_ratio: the smallest share of the range that is tried.
+        shrink_step: distance of the shares tried.
+        max_co_batch_size, max_tokens_per_batch: accepted for configurations that set them; clipping is computed from
+            second moments here, whose cost doesn't depend on tokens.
+    """
+
+    method: Literal["awq_clip"] = ConfigField("awq_clip")
+    min_clip_ratio: float = ConfigField(0.5, gt=0, le=1)
+    shrink_step: float = ConfigField(0.05, gt=0, lt=1)
+    max_co_batch_size: int | None = ConfigField(None)
+    max_tokens_per_batch: int | None = ConfigField(None)
+
+
+class AWQFullCalibConfig(AWQLiteCalibConfig):
+    """`awq_lite`, then `awq_clip`, with the attributes of both."""
+
+    method: Literal["awq_full"] = ConfigField("awq_full")  # type: ignore[assignment]
+    min_clip_ratio: float = ConfigField(0.5, gt=0, le=1)
+    shrink_step: float = ConfigField(0.05, gt=0, lt=1)
+    max_co_batch_size: int | None = ConfigField(None)
+    max_tokens_per_batch: int | None = ConfigField(None)
+
+
+class LocalHessianCalibConfig(DataAlgorithmConfig):
+    """`mse` with the error weighed by the inputs' second moment.
+
+    Attributes:
+        step_size, start_multiplier, stop_multiplier: the multiples of the plain range tried.
+        fp8_scale_sweep: for formats with E4M3 scales: try every scale there is instead.
+        weighting: by each group's own block of the second moment (``"block"``), or by its diagonal alone
+            (``"diagonal"``). Formats without groups take the diagonal.
+        block_size: accepted for configurations that set it; blocks are the format's groups.
+    """
+
+    method: Literal["local_hessian"] = ConfigField("local_hessian")
+    step_size: float = ConfigField(0.05, gt=0, allow_inf_nan=False)
+    start_multiplier: float = ConfigField(0.5, gt=0, allow_inf_nan=False)
+    stop_multiplier: float = ConfigField(1.5, gt=0, allow_inf_nan=False)
+    fp8_scale_sweep: bool = ConfigField(False)
+    weighting: Literal["block", "diagonal"] = ConfigField("block")
+    block_size: int | None = ConfigField(None)
+    distributed_sync: bool = ConfigField(True)
+
+
+class GPTQCalibConfig(DataAlgorithmConfig):
+    """Round one input column after the other and let the rest make up for the error.
+
+    Attributes:
+        perc_damp: share of the mean diagonal added to the second moment.
+        block_size: columns between two updates of all later ones.
+        act_order: take columns by falling second moment; nothing extra has to be stored for it.
+        scale_search: begin with the ranges of least error under the second moment's diagonal, unless an algorithm
+            before this one chose ranges.
+        retarget: come near the outputs of the float model instead of those that the float weights give on the inputs
+            at hand, so that errors of earlier blocks are made up for (as GPTAQ does). Needs block by block.
+        retarget_damping: share of the mean diagonal added to the second moment where the target is computed.
+        sequential: observe each site of a block anew, with the sites before it rounded. Takes a forward pass of the
+            block for each site.
+    """
+
+    method: Literal["gptq"] = ConfigField("gptq")
+    perc_damp: float = ConfigField(0.01, ge=0, allow_inf_nan=False)
+    block_size: int = ConfigField(128, ge=1)
+    act_order: bool = ConfigField(True)
+    scale_search: bool = ConfigField(True)
+    retarget: bool = ConfigField(False)
+    retarget_damping: float = ConfigField(0.001, gt=0, allow_inf_nan=False)
+    sequential: bool = ConfigField(False)
+
+
 #: The algorithms that are there, by method.
 ALGORITHMS: dict[str | None, type[QuantizeAlgorithmConfig]] = {
     None: NoCalibConfig,
     "max": MaxCalibConfig,
     "mse": MseCalibConfig,
+    "smoothquant": SmoothQuantCalibConfig,
+    "autosmoothquant": AutoSmoothQuantCalibConfig,
+    "awq_lite": AWQLiteCalibConfig,
+    "awq_clip": AWQClipCalibConfig,
+    "awq_full": AWQFullCalibConfig,
+    "local_hessian": LocalHessianCalibConfig,
+    "gptq": GPTQCalibConfig,
 }
 #: Known by name, but not there yet.
-PLANNED_ALGORITHMS = (
-    "smoothquant",
-    "awq_lite",
-    "awq_clip",
-    "awq_full",
-    "svdquant",
-    "local_hessian",
-    "gptq",
-)
+PLANNED_ALGORITHMS = ("svdquant",)
 
 
 def algorithm_steps(spec: Any) -> list[dict[str, Any]]:

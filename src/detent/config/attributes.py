@@ -38,8 +38,9 @@ class RotateConfig(ConfigModel):
     Attributes:
         enable: whether to rotate.
         mode: ``rotate``, or ``rotate_back`` to undo the rotation after quantizing.
-        rotate_fp32: rotate in float32 whatever the type of the input.
-        block_size: rotate in blocks of this many elements; None: the whole axis.
+        rotate_fp32: without effect: half-precision inputs are always summed in float32 and rounded once.
+        block_size: rotate in blocks of this many elements; None: the whole axis, or the largest blocks of it that have
+            a Hadamard matrix.
     """
 
     enable: bool = ConfigField(True)

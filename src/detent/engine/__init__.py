@@ -10,12 +10,15 @@ from detent.engine.conversion import (
     set_quantizer_by_cfg,
     set_quantizer_by_cfg_context,
 )
+from detent.engine.modes import BaseCalibrateModeDescriptor, CalibrateModeRegistry
 from detent.engine.plan import Plan, make_plan
 from detent.engine.quantization import quantize
 from detent.engine.state import detent_state, restore, restore_from_detent_state, save
 from detent.engine.weights import compress, fold_weight, print_quant_summary
 
 __all__ = [
+    "BaseCalibrateModeDescriptor",
+    "CalibrateModeRegistry",
     "Plan",
     "calibrate",
     "compress",

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from detent.algorithms import least_error_range, multipliers
-from detent.config import MseCalibConfig, QuantizeAlgorithmConfig, parse_algorithm
-from detent.data.padding import current_token_mask, token_mask
+from detent.config import QuantizeAlgorithmConfig, parse_algorithm
+from detent.config.algorithm import DataAlgorithmConfig
 from detent.distributed import ParallelState
 from detent.engine.conversion import named_members
+from detent.engine.data_loop import DataLoop, ForwardLoop
+from detent.engine.folding import Folding
+from detent.engine.modes import mode_of
 from detent.engine.rollback import unchanged_on_failure
+from detent.engine.solve import Solver, describe
+from detent.engine.traversal import layers_of, solve_model
+from detent.engine.weight_ranges import calibrate_weight, quantized_weights
 from detent.errors import DetentError
-from detent.formats import FloatScale
-from detent.nn import QuantWeightBase, TensorQuantizer, quantizers_of
-from detent.nn.sequential import Quantizer, members_of
+from detent.nn import TensorQuantizer, quantizers_of
+from detent.nn.sequential import members_of
 from detent.progress import track
 
 _log = logging.getLogger(__name__)
-
-ForwardLoop = Callable[[nn.Module], Any]
 
 
 def calibrate(
     model: nn.Module,
     algorithm: str | dict[str, Any] | list[Any] | None = "max",
     forward_loop: ForwardLoop | None = None,
+    *,
+    folding: Folding | None = None,
 ) -> nn.Module:
-    """Find the range of every enabled quantizer that needs one.
+    """Find the range of every enabled quantizer that needs one, and run the algorithms that change weights.
 
     Args:
         model: a model with quantizers. It runs in eval mode, without gradients; every module's train flag is restored.
@@ -48,7 +51,8 @@ def calibrate(
 
     Raises:
         DetentError: the algorithm is unknown; data is needed and missing; the loop never calls the model or never
-            reaches a quantizer that needs data; NaN or infinity is met. Ranges and train flags are then as they were.
+            reaches a quantizer or layer that needs data; NaN or infinity is met; an algorithm can't serve a format.
+            Weights, ranges and train flags are then as they were.
     """
     if forward_loop is not None and not callable(forward_loop):
         raise DetentError(
@@ -59,14 +63,38 @@ def calibrate(
     if not steps:
         _warn_uncalibrated(model)
         return model
+    loop = DataLoop(forward_loop)
     with unchanged_on_failure(model), torch.no_grad():
         with _eval_mode(model):
-            _calibrate_activations(model, forward_loop)
-            for step in steps:
-                _calibrate_weights(model, step)
+            for group in _groups(steps):
+                _run_group(model, group, loop, folding)
         if any(getattr(step, "distributed_sync", False) for step in steps):
             _synchronize(model)
     return model
+
+
+def _groups(steps: list[QuantizeAlgorithmConfig]) -> list[list[QuantizeAlgorithmConfig]]:
+    """Steps that are done together: those between steps that change the model as a whole, which stand alone."""
+    groups: list[list[QuantizeAlgorithmConfig]] = []
+    for step in steps:
+        alone = mode_of(step) is not None
+        if alone or not groups or mode_of(groups[-1][0]) is not None:
+            groups.append([step])
+        else:
+            groups[-1].append(step)
+    return groups
+
+
+def _run_group(model: nn.Module, steps: list[QuantizeAlgorithmConfig], loop: DataLoop, folding: Folding | None) -> None:
+    mode = mode_of(steps[0])
+    if mode is not None:
+        mode.apply(model, steps[0], loop.forward_loop)
+    elif any(isinstance(step, DataAlgorithmConfig) for step in steps):
+        _calibrate_on_data(model, steps, loop, folding)
+    else:
+        _calibrate_activations(model, loop)
+        for step in steps:
+            _calibrate_weights(model, step)
 
 
 def _warn_uncalibrated(model: nn.Module) -> None:
@@ -79,60 +107,52 @@ def _warn_uncalibrated(model: nn.Module) -> None:
 
 
 def _calibrate_weights(model: nn.Module, config: QuantizeAlgorithmConfig) -> None:
-    total = sum(1 for _ in _weights(model))
-    for name, quantizer, weight in track(_weights(model), "Calibrating weights", total):
-        if not bool(torch.isfinite(weight).all()):
-            raise DetentError(f"{name}: NaN or infinity in the weight; check the checkpoint")
-        for member in members_of(quantizer):
-            if member.needs_calibration or member.needs_bias:
-                member.calibrate_on(weight)
-                _improve(member, member.centred(member.transform(weight)), config)
-            if member is not members_of(quantizer)[-1]:
-                output = member(weight)  # a sequence quantizes what its earlier members leave
-                assert isinstance(output, Tensor)
-                weight = output
+    total = sum(1 for _ in quantized_weights(model))
+    for name, quantizer, weight in track(quantized_weights(model), "Calibrating weights", total):
+        calibrate_weight(name, quantizer, weight, config)
 
 
-def _improve(quantizer: TensorQuantizer, weight: Tensor, config: QuantizeAlgorithmConfig) -> None:
-    """From the plain range of a weight to the one that the algorithm and the format ask for."""
-    rule = quantizer.format.scale
-    if quantizer.format.dynamic or not isinstance(rule, FloatScale):
-        return
-    if rule.outer:
-        quantizer.global_amax = weight.abs().amax()
-    if isinstance(config, MseCalibConfig) and quantizer.needs_calibration:
-        factors = multipliers(config.step_size, config.start_multiplier, config.stop_multiplier)
-        sweep = config.fp8_scale_sweep and rule.outer
-        quantizer.set_range(*least_error_range(weight, quantizer.format, factors, fp8_scale_sweep=sweep))
-    elif rule.four_over_six:  # an amax of 6/4 is what maps the largest magnitude to 4
-        quantizer.set_range(*least_error_range(weight, quantizer.format, [1.5]))
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[str, Quantizer, Tensor]]:
-    """(name, quantizer, weight with output channels first) for each enabled ``X_quantizer`` beside a weight ``X``."""
-    for module_name, module in model.named_modules():
-        for child_name, child in quantizers_of(module):
-            attribute = child_name.removesuffix("_quantizer")
-            if not child.is_enabled or attribute == child_name:
-                continue
-            weight = _weight_of(module, attribute)
-            if weight is not None:
-                yield f"{module_name}.{attribute}".removeprefix("."), child, weight.detach()
-
-
-def _weight_of(module: nn.Module, attribute: str) -> Tensor | None:
-    if isinstance(module, QuantWeightBase) and attribute == "weight":
-        return None if module.is_packed else module.to_output_first(module.weight, module)
-    return module._parameters.get(attribute)
+def _calibrate_on_data(
+    model: nn.Module, steps: list[QuantizeAlgorithmConfig], loop: DataLoop, folding: Folding | None
+) -> None:
+    """Algorithms that learn from data: statistics, then one site after the other; activation ranges on the way."""
+    if not loop:
+        raise DetentError(
+            f"{describe(steps)}: this algorithm learns from data; pass a forward_loop that runs the model on calibration"
+            " data"
+        )
+    solver = Solver(steps, folding)
+    waiting = _waiting(model)
+    together = _ActivationPass(model, waiting, loop)
+    solve_model(model, steps, loop, solver, lambda: list(named_members(model)), together)
+    solved = {id(layer.module) for layer in layers_of(model) if layer.has_rows}
+    for name, quantizer, weight in quantized_weights(model):
+        if id(model.get_submodule(name.rpartition(".")[0])) not in solved:
+            calibrate_weight(name, quantizer, weight, None)
+    elsewhere = any(not q.name.endswith("input_quantizer") for q in waiting)
+    if not together.done or (folding is not None and folding.rows and elsewhere):
+        _calibrate_activations(model, loop)
+    elif solver.scaled:
+        stale = [
+            quantizer
+            for layer in layers_of(model)
+            if layer.name in solver.scaled and (quantizer := layer.input_quantizer) is not None
+        ]
+        _observe_activations(model, [q for q in stale if any(q is other for other in waiting)], loop)
 
 
 # ---- activations ----------------------------------------------------------------------------------------------------
 
 
-def _calibrate_activations(model: nn.Module, forward_loop: ForwardLoop | None) -> None:
-    direct = {id(member) for _, quantizer, _ in _weights(model) for member in members_of(quantizer)}
-    waiting = [q for q in named_members(model) if id(q) not in direct and (q.needs_calibration or q.needs_bias)]
-    if forward_loop is None:
+def _waiting(model: nn.Module) -> list[TensorQuantizer]:
+    """Quantizers that have to see data: those that aren't a weight's."""
+    direct = {id(member) for _, quantizer, _ in quantized_weights(model) for member in members_of(quantizer)}
+    return [q for q in named_members(model) if id(q) not in direct and (q.needs_calibration or q.needs_bias)]
+
+
+def _calibrate_activations(model: nn.Module, loop: DataLoop) -> None:
+    waiting = _waiting(model)
+    if not loop:
         needing = [q.name for q in waiting if _cannot_do_without_data(q)]
         if needing:
             raise DetentError(
@@ -140,18 +160,41 @@ def _calibrate_activations(model: nn.Module, forward_loop: ForwardLoop | None) -
                 " forward_loop that runs the model on calibration data, or make them dynamic (type: 'dynamic')"
             )
         return
+    _observe_activations(model, waiting, loop)
+
+
+def _observe_activations(model: nn.Module, waiting: list[TensorQuantizer], loop: DataLoop) -> None:
     if not waiting:
         return
-    with _observing(model, waiting):
-        calls = _run(forward_loop, model)
-        unseen = [q.name for q in waiting if not _take_over(q)]
-    if len(unseen) == len(waiting) and not calls:
-        raise DetentError("the forward_loop never called the model, so there is nothing to calibrate with")
-    if unseen:
-        raise DetentError(
-            f"the calibration data never reached {len(unseen)} quantizers (for instance {', '.join(unseen[:3])});"
-            " exclude them in the configuration, make them dynamic, or feed data that uses them"
-        )
+    activations = _ActivationPass(model, waiting, loop)
+    with activations():
+        loop(model)
+
+
+class _ActivationPass:
+    """A run of the loop in which quantizers find their ranges, together with whatever else looks on.
+
+    Attributes:
+        done: whether the ranges have been found.
+    """
+
+    def __init__(self, model: nn.Module, waiting: list[TensorQuantizer], loop: DataLoop) -> None:
+        self._model, self._waiting, self._loop = model, waiting, loop
+        self.done = False
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with _observing(self._model, self._waiting):
+            yield
+            unseen = [q.name for q in self._waiting if not _take_over(q)]
+        self.done = True
+        if unseen and len(unseen) == len(self._waiting) and not self._loop.calls:
+            raise DetentError("the forward_loop never called the model, so there is nothing to calibrate with")
+        if unseen:
+            raise DetentError(
+                f"the calibration data never reached {len(unseen)} quantizers (for instance {', '.join(unseen[:3])});"
+                " exclude them in the configuration, make them dynamic, or feed data that uses them"
+            )
 
 
 def _cannot_do_without_data(quantizer: TensorQuantizer) -> bool:
@@ -171,34 +214,6 @@ def _take_over(quantizer: TensorQuantizer) -> bool:
     return True
 
 
-def _run(forward_loop: Callable[..., Any], model: nn.Module) -> int:
-    """Run the loop, with the model or without an argument, as it takes it; how often it called the model."""
-    calls = 0
-
-    def count(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-
-    hook = model.register_forward_hook(count)
-    try:
-        with _mask_from_arguments(model):
-            if _takes_an_argument(forward_loop):
-                forward_loop(model)
-            else:
-                forward_loop()
-    finally:
-        hook.remove()
-    return calls
-
-
-def _takes_an_argument(function: Callable[..., Any]) -> bool:
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # a function of C without a signature
-        return True
-    return any(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL) for p in parameters)
-
-
 @contextmanager
 def _observing(model: nn.Module, observers: list[TensorQuantizer]) -> Iterator[None]:
     """Every quantizer passes its tensor through unquantized; `observers` look at it."""
@@ -214,51 +229,6 @@ def _observing(model: nn.Module, observers: list[TensorQuantizer]) -> Iterator[N
             quantizer.disable_calib()
         for quantizer in quantizing:
             quantizer.enable_quant()
-
-
-@contextmanager
-def _mask_from_arguments(model: nn.Module) -> Iterator[None]:
-    """Padding never enters statistics: where a call passes an `attention_mask` [batch, seq], its zeros are left out."""
-    active: list[ExitStack] = []
-    try:
-        signature = inspect.signature(model.forward)
-    except ValueError:
-        signature = inspect.Signature()
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = _mask_argument(signature, args, kwargs) if current_token_mask() is None else None
-        stack = ExitStack()
-        if mask is not None:
-            stack.enter_context(token_mask(mask))
-        active.append(stack)
-
-    def after(*_: Any) -> None:
-        active.pop().close()
-
-    hooks = [
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after, always_call=True),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        while active:
-            active.pop().close()
-
-
-def _mask_argument(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The `attention_mask` of a call: by keyword, by position, or inside a batch that is passed as a mapping."""
-    mask = kwargs.get("attention_mask")
-    if mask is None and "attention_mask" in signature.parameters:
-        try:
-            mask = signature.bind_partial(*args, **kwargs).arguments.get("attention_mask")
-        except TypeError:  # the call itself will fail, with a better message
-            return None
-    if mask is None and args and isinstance(args[0], Mapping):
-        mask = args[0].get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 @contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from detent.algorithms.outcome import Outcome
 from detent.checkpoints import (
     Activation,
     LayerCheckpoint,
@@ -19,8 +20,10 @@ from detent.checkpoints import (
     Source,
     open_quantized,
 )
-from detent.engine.calibration import ForwardLoop
 from detent.engine.conversion import replace_quant_module, set_quantizer_attribute
+from detent.engine.data_loop import ForwardLoop
+from detent.engine.folding import Folding
+from detent.engine.layers import outcomes
 from detent.engine.models import load_config, load_model, model_dtype, read_weights
 from detent.engine.plan import Plan, exported_format
 from detent.engine.quantization import quantize
@@ -29,7 +32,7 @@ from detent.formats import FloatScale, QTensor, Scales, decode
 from detent.nn import QuantWeightBase, TensorQuantizer
 from detent.nn.attention import attention_modules, route_attention
 from detent.progress import track
-from detent.structure import linears_sharing_input
+from detent.structure import find_structure, linears_sharing_input
 
 _log = logging.getLogger(__name__)
 
@@ -49,9 +52,23 @@ class SimulatedLayer:
 
     record: LayerCheckpoint
     relative_error: float | None
+    outcomes: list[Outcome] = field(default_factory=list)
 
 
-def simulate(model: nn.Module, plan: Plan, forward_loop: ForwardLoop | None) -> dict[str, SimulatedLayer]:
+@dataclass(frozen=True)
+class Simulation:
+    """A model quantized by its plan.
+
+    Attributes:
+        layers: by name, with codes, scales and errors.
+        changed: names of other parameters that algorithms gave new values.
+    """
+
+    layers: dict[str, SimulatedLayer]
+    changed: set[str]
+
+
+def simulate(model: nn.Module, plan: Plan, forward_loop: ForwardLoop | None) -> Simulation:
     """Quantize a loaded model by its plan; afterwards its weights hold exactly what their codes decode to.
 
     Args:
@@ -59,14 +76,14 @@ def simulate(model: nn.Module, plan: Plan, forward_loop: ForwardLoop | None) -> 
         plan: from `make_plan`.
         forward_loop: runs calibration data, where `plan.needs_data`.
 
-    Returns:
-        The layers by name, with codes, scales and errors.
-
     Raises:
-        DetentError: NaN or infinity in a weight or an activation; data is needed and missing.
+        DetentError: NaN or infinity in a weight or an activation; data is needed and missing; an algorithm can't serve
+            a format.
     """
     groups = _groups_with_common_scale(model, plan)
-    quantize(model, {"quant_cfg": plan.quant_cfg, "algorithm": "max"}, forward_loop)
+    folding = Folding(model, find_structure(model)) if plan.algorithms else None
+    config = {"quant_cfg": plan.quant_cfg, "algorithm": plan.algorithms or "max"}
+    quantize(model, config, forward_loop, folding=folding)
     for names in groups:
         _share_outer_scale(model, names)
     layers = {}
@@ -74,7 +91,7 @@ def simulate(model: nn.Module, plan: Plan, forward_loop: ForwardLoop | None) -> 
         module = model.get_submodule(name)
         assert isinstance(module, QuantWeightBase)
         layers[name] = _simulate_layer(name, module, plan)
-    return layers
+    return Simulation(layers, set() if folding is None else folding.changed)
 
 
 def _groups_with_common_scale(model: nn.Module, plan: Plan) -> list[list[str]]:
@@ -123,7 +140,7 @@ def _simulate_layer(name: str, module: QuantWeightBase, plan: Plan) -> Simulated
         output=_activation(module, "output"),
         kind=formats.kind,
     )
-    return SimulatedLayer(record, error)
+    return SimulatedLayer(record, error, list(outcomes(module)))
 
 
 def _fold(module: QuantWeightBase, values: Tensor) -> None:
@@ -182,7 +199,7 @@ def write(
     source: Source,
     plan: Plan,
     model: nn.Module,
-    layers: dict[str, SimulatedLayer],
+    simulation: Simulation,
     *,
     dtype: torch.dtype,
     convert: bool = False,
@@ -194,7 +211,7 @@ def write(
     Args:
         out_dir: the folder to appear.
         source: the original checkpoint; tensors that aren't quantized are copied from it.
-        plan, model, layers: as planned and simulated.
+        plan, model, simulation: as planned and simulated.
         dtype: the dtype that the model was held in, which config.json then names.
         convert: write tensors that stay in the dtype that the model held them in; else as they are in `source`.
         overwrite: replace a folder that Detent wrote.
@@ -204,13 +221,17 @@ def write(
     Raises:
         DetentError: the folder can't be written, or what is read back differs from what was simulated.
     """
-    scales = kv_scales(model)
+    scales, layers = kv_scales(model), simulation.layers
     config = {key: value for key, value in source.config.items() if key not in ("torch_dtype", "dtype")}
     config["dtype"] = str(dtype).removeprefix("torch.")
     if plan.unties:
         config["tie_word_embeddings"] = False
     source.config = config
     held = {name: p.dtype for name, p in model.named_parameters()} if convert else {}
+    changed = {
+        name: model.get_parameter(name) for name in simulation.changed if name.removesuffix(".weight") not in layers
+    }
+    kept = [*plan.kept, *sorted(changed.keys() - plan.kept.keys())]
 
     def check(folder: Path) -> None:
         verify(folder, layers, scales)
@@ -219,9 +240,11 @@ def write(
     with QuantizedWriter(
         out_dir, source=source, formats=plan.formats, overwrite=overwrite, max_shard_size=SHARD_SIZE
     ) as writer:
-        for name in track([*layers, *plan.kept], "Writing", len(layers) + len(plan.kept)):
+        for name in track([*layers, *kept], "Writing", len(layers) + len(kept)):
             if name in layers:
                 writer.add_layer(layers[name].record)
+            elif name in changed:
+                writer.add_tensor(name, changed[name].detach().cpu())
             else:
                 tensor = source.tensor(name)
                 writer.add_tensor(name, tensor.to(held.get(name, tensor.dtype)))

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from detent.checkpoints import LayerFormats, ModelFormats, Source, choose
-from detent.config import QuantCfg, Scheme, quant_cfg_for
+from detent.config import QuantCfg, Scheme, parse_algorithm, quant_cfg_for
 from detent.engine.conversion import replace_quant_module, set_quantizer_by_cfg
 from detent.errors import DetentError
 from detent.formats import FloatScale, Format, Integer
@@ -53,6 +53,7 @@ class Plan:
         overlooked: {tensor name: number of elements} of the matrices that stay although nothing asked for that: no
             embedding, no output embedding, not excluded by the user. Their modules are of kinds that aren't quantized.
         unties: whether the output embedding is quantized, and so no longer the same as the input embedding.
+        algorithms: what runs on the weights, in order; plain rounding where there is none.
     """
 
     scheme: Scheme
@@ -64,6 +65,7 @@ class Plan:
     layout_notes: list[str] = field(default_factory=list)
     overlooked: dict[str, int] = field(default_factory=dict)
     unties: bool = False
+    algorithms: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def overlooked_share(self) -> float:
@@ -73,7 +75,11 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        """Whether calibration data is needed: some activation, key or value has a calibrated scale."""
+        """Whether calibration data is needed: some activation, key or value has a calibrated scale, or an algorithm
+        learns
+        from data."""
+        if any(step.needs_data for step in parse_algorithm(self.algorithms)):
+            return True
         sides = [fmt for layer in self.formats.layers.values() for fmt in (layer.input, layer.output)]
         return any(fmt is not None and not fmt.dynamic for fmt in [*sides, self.formats.kv_cache])
 
@@ -86,6 +92,7 @@ def make_plan(
     kv_cache: Format | None = None,
     exclude: list[str] | None = None,
     per_layer: Mapping[str, Scheme] | None = None,
+    algorithms: list[dict[str, Any]] | None = None,
 ) -> Plan:
     """Plan the quantization of a checkpoint.
 
@@ -96,6 +103,7 @@ def make_plan(
         kv_cache: the format of keys and values, or None.
         exclude: wildcards on module names that stay; None for the output embedding, routers and vision parts.
         per_layer: {wildcard on module names: the scheme for these}; later ones win, exclusions win over all.
+        algorithms: what runs on the weights, as `parse_algorithm` takes it.
 
     Raises:
         DetentError: a pattern of `exclude` matches nothing; nothing is left to quantize; a weight of the model isn't in
@@ -137,6 +145,7 @@ def make_plan(
         notes,
         overlooked={} if scheme.weight is None else _overlooked(source, model, kept, why),
         unties=any(_is_tied(model, name) for name, layer in layers.items() if layer.weight is not None),
+        algorithms=list(algorithms or []),
     )
 
 

@@ -8,13 +8,15 @@ from typing import Any
 from torch import nn
 
 from detent.config import QuantizeConfig, parse_algorithm
-from detent.engine.calibration import ForwardLoop, calibrate
+from detent.engine.calibration import calibrate
 from detent.engine.conversion import (
     check_something_enabled,
     named_quantizers,
     replace_quant_module,
     set_quantizer_by_cfg,
 )
+from detent.engine.data_loop import ForwardLoop
+from detent.engine.folding import Folding
 from detent.engine.rollback import unchanged_on_failure
 from detent.engine.weights import check_packable, pack_module
 from detent.nn import QuantWeightBase
@@ -29,6 +31,7 @@ def quantize(
     forward_loop: ForwardLoop | None = None,
     *,
     strict: bool = True,
+    folding: Folding | None = None,
 ) -> nn.Module:
     """Put quantizers into a model, set them by a configuration and calibrate them.
 
@@ -39,6 +42,7 @@ def quantize(
         forward_loop: a function that calls the model it is given on calibration data; needed where activations have
             static ranges.
         strict: whether a rule that matches nothing, or a configuration that quantizes nothing, is an error.
+        folding: see `calibrate`.
 
     Returns:
         `model`.
@@ -61,7 +65,7 @@ def quantize(
         replace_quant_module(model)
         set_quantizer_by_cfg(model, config.quant_cfg, strict=strict)
         check_something_enabled(model, config.quant_cfg, strict=strict)
-        calibrate(model, config.algorithm, forward_loop)
+        calibrate(model, config.algorithm, forward_loop, folding=folding)
         _hold_codes(model)
     on = sum(quantizer.is_enabled for _, quantizer in named_quantizers(model))
     _log.info("%d quantizers are on", on)

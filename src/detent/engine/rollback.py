@@ -1,7 +1,8 @@
 """Leaving a model as it was when something fails half way.
 
-What is remembered: the class of every module, its attributes, and which parameters, buffers and submodules it has. Not
-the values inside tensors: whoever changes those does it last, after everything that can fail.
+What is remembered: the class of every module, its attributes, which parameters, buffers and submodules it has, and the
+tensor that each parameter holds. Not the values inside those tensors: whoever changes a weight gives its parameter
+another tensor (``parameter.data = ...``), or does it last, after everything that can fail.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class ModuleMemory:
         self._tables: list[tuple[Any, Any]] = [
             (t, t.copy()) for name in _TABLES if (t := module.__dict__.get(name)) is not None
         ]
+        self._data = [(p, p.data) for p in module._parameters.values() if p is not None]
 
     def restore(self) -> None:
         self._module.__class__ = self._kind
@@ -34,6 +36,9 @@ class ModuleMemory:
         for table, before in self._tables:
             table.clear()
             table.update(before)
+        for parameter, data in self._data:
+            if parameter.data is not data:
+                parameter.data = data
 
 
 def remember(modules: Iterable[nn.Module]) -> list[ModuleMemory]:

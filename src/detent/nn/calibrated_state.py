@@ -44,6 +44,9 @@ class CalibratedState(nn.Module):
         "_outer_scale",
         "_pre_quant_scale",
         "_bias_value",
+        "_svdquant_lora_a",
+        "_svdquant_lora_b",
+        "_fused_rotation",
     )
     #: Those of them that say what range or scale is used.
     _RANGE = _STATE[:7]
@@ -57,6 +60,10 @@ class CalibratedState(nn.Module):
     _outer_scale: Tensor | None
     _pre_quant_scale: Tensor | None
     _bias_value: Tensor | None
+    #: A low-rank branch beside the weight that this quantizer rounds: see `detent.nn.low_rank`.
+    _svdquant_lora_a: Tensor | None
+    _svdquant_lora_b: Tensor | None
+    _fused_rotation: Tensor | None
 
     name: str
     attributes: QuantizerAttributeConfig
@@ -67,6 +74,8 @@ class CalibratedState(nn.Module):
         for name in self._STATE:
             self.register_buffer(name, None)
         self._cached_scales: tuple[Any, list[Tensor], Scales] | None = None
+        #: `fused_rotation` as a number, with the revision at which it was read.
+        self._fused_rotation_read: tuple[int, int] | None = None
         self._changed()
 
     def _changed(self) -> None:
@@ -155,6 +164,39 @@ class CalibratedState(nn.Module):
             if not bool(torch.isfinite(value).all()):
                 raise DetentError(f"{self.name}: pre_quant_scale must be finite")
         self._set_buffer("_pre_quant_scale", value)
+
+    @property
+    def fused_rotation(self) -> int | None:
+        """Size of the blocks in which the tensor is rotated because a weight was turned to match; 0: blocks as large as
+        can be; None: it isn't. Unlike the attribute `rotate` it outlives a change of attributes: without it the model
+        would compute something else."""
+        if self._fused_rotation is None:
+            return None
+        if self._fused_rotation_read is None or self._fused_rotation_read[0] != self._revision:
+            self._fused_rotation_read = (self._revision, int(self._fused_rotation))
+        return self._fused_rotation_read[1]
+
+    @fused_rotation.setter
+    def fused_rotation(self, value: int | None) -> None:
+        self._set_buffer("_fused_rotation", None if value is None else torch.tensor(value, dtype=torch.int32))
+
+    @property
+    def svdquant_lora_a(self) -> Tensor | None:
+        """[rank, in]: the first matrix of the low-rank branch beside the weight; None without a branch."""
+        return self._svdquant_lora_a
+
+    @svdquant_lora_a.setter
+    def svdquant_lora_a(self, value: Tensor | None) -> None:
+        self._set_buffer("_svdquant_lora_a", None if value is None else value.detach().clone())
+
+    @property
+    def svdquant_lora_b(self) -> Tensor | None:
+        """[out, rank]: its second matrix."""
+        return self._svdquant_lora_b
+
+    @svdquant_lora_b.setter
+    def svdquant_lora_b(self, value: Tensor | None) -> None:
+        self._set_buffer("_svdquant_lora_b", None if value is None else value.detach().clone())
 
     def export_amax(self) -> Tensor | None:
         """`amax` as a checkpoint wants it: a copy, zeros replaced by 1 so that no scale is 0."""

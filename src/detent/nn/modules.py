@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detent.nn.low_rank import add_low_rank
 from detent.nn.quant_module import QuantInputBase, QuantLinearConvBase, QuantWeightBase
 from detent.nn.registry import QuantModuleRegistry
 from detent.nn.tensor_quantizer import TensorQuantizer
@@ -18,7 +19,8 @@ class QuantLinear(QuantLinearConvBase, nn.Linear):
     """`nn.Linear` with quantized input, weight and output."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.output_quantizer(F.linear(self.input_quantizer(input), self.quantized_weight(), self.bias))
+        y = F.linear(self.input_quantizer(input), self.quantized_weight(), self.bias)
+        return self.output_quantizer(add_low_rank(self, input, y))
 
 
 class _QuantConv(QuantLinearConvBase):

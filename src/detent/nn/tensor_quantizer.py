@@ -19,7 +19,7 @@ from detent.formats import FloatScale, Format, QTensor, encode, fake_quantize, p
 from detent.nn.backends import quant_backend
 from detent.nn.bias import BiasObserver, bias_of, is_static
 from detent.nn.calibrated_state import CalibratedState
-from detent.nn.hadamard import hadamard
+from detent.nn.hadamard import hadamard_transform
 from detent.nn.observers import MinMaxObserver, Observer, make_observer
 
 
@@ -113,6 +113,9 @@ class TensorQuantizer(CalibratedState):
 
     @property
     def _rotation(self) -> RotateConfig | None:
+        fused = self.fused_rotation
+        if fused is not None:
+            return RotateConfig(block_size=fused or None)
         rotate = self.attributes.rotate
         if isinstance(rotate, RotateConfig):
             return rotate if rotate.enable else None
@@ -271,7 +274,7 @@ class TensorQuantizer(CalibratedState):
         y = self._quantize(x) if self._if_quant else x
         rotation = self._rotation
         if rotation is not None and rotation.mode == "rotate_back" and isinstance(y, Tensor):
-            return hadamard(y, rotation.block_size, in_float32=rotation.rotate_fp32)
+            return self._rotate(y, rotation, inverse=True)
         return y
 
     def transform(self, x: Tensor) -> Tensor:
@@ -287,8 +290,14 @@ class TensorQuantizer(CalibratedState):
             x = x * scale.to(x.device, x.dtype)
         rotation = self._rotation
         if rotation is not None:
-            x = hadamard(x, rotation.block_size, in_float32=rotation.rotate_fp32)
+            x = self._rotate(x, rotation)
         return x
+
+    def _rotate(self, x: Tensor, rotation: RotateConfig, inverse: bool = False) -> Tensor:
+        try:
+            return hadamard_transform(x, rotation.block_size, inverse=inverse)
+        except DetentError as error:
+            raise DetentError(f"{self.name}: {error}") from None
 
     def centred(self, x: Tensor) -> Tensor:
         """A transformed tensor without its bias: what is quantized in the end. float32 where there is a bias."""

@@ -81,3 +81,19 @@ class SchemeOptions:
     kv_cache: str | None = None
     min_kv_scale: float = 0.0
     exclude: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class AlgorithmOptions:
+    """What runs on the weights beside plain rounding; see `detent.config.algorithm_names.named_algorithms`.
+
+    Attributes:
+        before: names of algorithms that prepare the model.
+        algorithm: names of those that quantize it, with commas between.
+        before_file, file: JSON files with their settings.
+    """
+
+    before: tuple[str, ...] = ()
+    algorithm: str | None = None
+    before_file: str | None = None
+    file: str | None = None

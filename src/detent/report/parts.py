@@ -9,7 +9,7 @@ from detent.checkpoints import LayerFormats, QuantizedCheckpoint, Source
 from detent.data import CalibrationBatches
 from detent.engine.checkpoint import SimulatedLayer
 from detent.engine.plan import Plan
-from detent.report.run_report import Calibration, LayerReport, Weights
+from detent.report.run_report import AlgorithmReport, Calibration, LayerReport, Weights
 
 
 def planned_weights(source: Source, plan: Plan) -> Weights:
@@ -40,7 +40,9 @@ def stored_parts(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
 
 def layer_report(name: str, layer: SimulatedLayer) -> LayerReport:
     """One quantized layer of a run."""
-    return _layer(name, layer.record.formats, layer.relative_error)
+    report = _layer(name, layer.record.formats, layer.relative_error)
+    report.algorithms = [AlgorithmReport(**outcome.to_dict()) for outcome in layer.outcomes]
+    return report
 
 
 def calibration_report(batches: CalibrationBatches) -> Calibration:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -55,6 +56,21 @@ class Weights(_Part):
     kept_reasons: dict[str, str] = Field(default_factory=dict)
 
 
+class AlgorithmReport(_Part):
+    """What one algorithm did to one weight."""
+
+    algorithm: str
+    #: What it minimises.
+    objective: str
+    #: The objective with plain rounding, and with what was chosen.
+    before: float
+    after: float
+    #: The objective of a weight of zeros; None if not measured.
+    energy: float | None = None
+    decided: dict[str, Any] = Field(default_factory=dict)
+    notice: str = ""
+
+
 class LayerReport(_Part):
     """One quantized weight."""
 
@@ -66,6 +82,8 @@ class LayerReport(_Part):
     shape: list[int] = Field(default_factory=list)
     #: Bits for each weight, its scales and zero points included.
     bits_per_weight: float | None = None
+    #: What algorithms did to it, in order.
+    algorithms: list[AlgorithmReport] = Field(default_factory=list)
 
 
 class Calibration(_Part):

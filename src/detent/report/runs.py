@@ -15,6 +15,7 @@ from torch import nn
 from detent._version import __version__
 from detent.checkpoints import Source, add_to_manifest, check_target, open_quantized, quant_method
 from detent.config import Scheme, kv_cache_format, parse_scheme
+from detent.config.algorithm_names import named_algorithms
 from detent.data import (
     CalibrationBatches,
     check_source,
@@ -26,13 +27,14 @@ from detent.data import (
     token_batches,
     vocabulary_size,
 )
-from detent.engine.checkpoint import floor_kv_scales, load_quantized, simulate, write
+from detent.engine.checkpoint import Simulation, floor_kv_scales, load_quantized, simulate, write
 from detent.engine.models import load_config, load_model, load_tokenizer, model_dtype, model_on_meta, resolve_folder
+from detent.engine.notices import collected_notices
 from detent.engine.plan import Plan, make_plan, with_scale_dtype
 from detent.errors import DetentError
 from detent.evaluation import DEFAULT_WINDOW, evaluation_ids, perplexity
 from detent.formats import Format
-from detent.report.options import CalibrationOptions, EvaluationOptions, ModelOptions, SchemeOptions
+from detent.report.options import AlgorithmOptions, CalibrationOptions, EvaluationOptions, ModelOptions, SchemeOptions
 from detent.report.parts import calibration_report, layer_report, planned_weights, stored_parts
 from detent.report.resources import peak_device_memory_bytes, peak_memory_bytes
 from detent.report.run_report import REPORT_NAME, BeforeAfterBytes, Evaluation, Perplexity, RunReport
@@ -79,6 +81,7 @@ def quantize_checkpoint(
     scheme_options: SchemeOptions,
     output_dir: str | Path,
     *,
+    algorithms: AlgorithmOptions | None = None,
     calibration: CalibrationOptions | None = None,
     evaluation: EvaluationOptions | None = None,
     overwrite: bool = False,
@@ -99,12 +102,13 @@ def quantize_checkpoint(
     output = Path(output_dir)
     folder, builtin = _folder(model_options)
     scheme, kv_cache = _formats(scheme_options, builtin)
+    steps = _algorithms(algorithms or AlgorithmOptions(), run)
     check_target(output, source=folder, overwrite=overwrite)
     source = Source(folder)
     trust = model_options.trust_remote_code
     config = load_config(folder, trust_remote_code=trust)
     dtype = model_dtype(model_options.data_type, config, source)
-    plan = _plan(source, config, model_options, scheme_options, with_scale_dtype(scheme, dtype), kv_cache, dtype)
+    plan = _plan(source, config, model_options, scheme_options, with_scale_dtype(scheme, dtype), kv_cache, dtype, steps)
     _tell_about(plan, run)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust) if plan.needs_data or not evaluation.skip else None
     batches = None
@@ -124,7 +128,10 @@ def quantize_checkpoint(
         notify=run.notify,
     )
     before = measure(model)
-    layers = simulate(model, plan, None if batches is None else (lambda m: run_batches(m, batches)))
+    with collected_notices() as notices:
+        simulation = simulate(model, plan, None if batches is None else (lambda m: run_batches(m, batches)))
+    for notice in [*notices, *_kept_plain(simulation)]:
+        run.notify(notice)
     if kv_cache is not None:
         floor_kv_scales(model, scheme_options.min_kv_scale)
     after = measure(model)
@@ -139,7 +146,7 @@ def quantize_checkpoint(
             evaluation=measure.details,
             size_bytes=BeforeAfterBytes(before=source.nbytes, after=size),
             weights=planned_weights(source, plan),
-            layers=[layer_report(name, layer) for name, layer in layers.items()],
+            layers=[layer_report(name, layer) for name, layer in simulation.layers.items()],
             calibration=None if batches is None else calibration_report(batches),
             output_dir=str(output),
         )
@@ -147,7 +154,7 @@ def quantize_checkpoint(
         add_to_manifest(folder, REPORT_NAME)
 
     convert = model_options.data_type != "auto"
-    write(output, source, plan, model, layers, dtype=dtype, convert=convert, overwrite=overwrite, complete=complete)
+    write(output, source, plan, model, simulation, dtype=dtype, convert=convert, overwrite=overwrite, complete=complete)
     assert report is not None
     return report
 
@@ -254,6 +261,7 @@ def _plan(
     scheme: Scheme,
     kv_cache: Format | None,
     dtype: torch.dtype,
+    algorithms: list[dict[str, Any]],
 ) -> Plan:
     model = model_on_meta(config, trust_remote_code=model_options.trust_remote_code)
     groups = {
@@ -263,7 +271,29 @@ def _plan(
         )
         for pattern, size in options.group_size_per_layer
     }
-    return make_plan(source, model, scheme, kv_cache=kv_cache, exclude=options.exclude, per_layer=groups)
+    return make_plan(
+        source, model, scheme, kv_cache=kv_cache, exclude=options.exclude, per_layer=groups, algorithms=algorithms
+    )
+
+
+def _algorithms(options: AlgorithmOptions, run: Run) -> list[dict[str, Any]]:
+    steps, notices = named_algorithms(options.before, options.algorithm, options.before_file, options.file)
+    for notice in notices:
+        run.notify(notice)
+    return steps
+
+
+def _kept_plain(simulation: Simulation) -> list[str]:
+    """One line for each reason why an algorithm kept plain rounding somewhere."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name, layer in simulation.layers.items():
+        for outcome in layer.outcomes:
+            if "plain rounding is kept" in outcome.notice or outcome.notice.startswith("needed damping"):
+                reasons.setdefault((outcome.algorithm, outcome.notice), []).append(name)
+    return [
+        f"{algorithm}: {len(names)} of {len(simulation.layers)} layers, such as {names[0]}: {notice}"
+        for (algorithm, notice), names in reasons.items()
+    ]
 
 
 def _batches(options: CalibrationOptions, tokenizer: Any, config: Any, builtin: bool, run: Run) -> CalibrationBatches:

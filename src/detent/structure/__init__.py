@@ -1,5 +1,31 @@
 """What a model's structure says about quantizing it: found by running it, not listed per model."""
 
+from detent.structure.discovery import find_structure
 from detent.structure.shared_inputs import linears_sharing_input
+from detent.structure.site import (
+    Fold,
+    Norm,
+    Reader,
+    Site,
+    Stream,
+    Structure,
+    fold_scale,
+    scale_columns,
+    tie_scale,
+    weight_parameter,
+)
 
-__all__ = ["linears_sharing_input"]
+__all__ = [
+    "Fold",
+    "Norm",
+    "Reader",
+    "Site",
+    "Stream",
+    "Structure",
+    "find_structure",
+    "fold_scale",
+    "linears_sharing_input",
+    "scale_columns",
+    "tie_scale",
+    "weight_parameter",
+]

@@ -1,0 +1,216 @@
+"""Channel scales: moving range between activations and weights (`smoothquant`), and protecting salient channels
+(`awq`).
+
+A scale s per input channel divides the activation and multiplies the weight's columns; the product is unchanged until
+both are rounded.
+
+* SmoothQuant (arXiv 2211.10438, eq. 4): ``s_j = amax|x_j|^alpha / amax|W_:j|^(1 - alpha)``. With ``alpha="auto"`` the
+  alpha with the least squared error of the outputs on a sample of tokens, activations and weights both rounded.
+* AWQ (arXiv 2306.00978, eq. 4, 5): ``s = mean|x|^alpha / w_mean^beta``, normalised so that ``max(s) * min(s) = 1``;
+  searched on ``tr((W - Q(W s) / s) G (W - Q(W s) / s)^T)``, over all weights that read the activation: first on a grid
+  with beta = 1 - alpha and with beta = 0, then between the neighbours of the best. The plain weight wins ties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from detent.algorithms.max import weight_range
+from detent.algorithms.objective import output_error, requantize, tile_values
+from detent.algorithms.scale_search import weighted_range
+from detent.errors import DetentError
+from detent.formats import FloatScale, Format, fake_quantize, scales_from_range
+from detent.formats.granularity import from_tiles, to_tiles
+from detent.formats.tiles import scale_from_range
+from detent.statistics import SiteStatistics
+
+_LEAST, _MOST = 1e-4, 1e4
+#: Scales that are compared after clipping.
+_FINALISTS = 3
+
+#: From a scale to the one that can be used, such as equal ones for channels that share a producer.
+Tie = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ScaleChoice:
+    """Attributes: scale: float32 [in]. alpha, beta: exponents of activation and weight. before, after: the objective
+    without and with it."""
+
+    scale: Tensor
+    alpha: float
+    beta: float
+    before: float
+    after: float
+
+
+def smoothquant_scale(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """s of SmoothQuant, float32 [channels]: what columns are multiplied with and the activation is divided by.
+
+    Channels that never carry a value, or that no weight reads, get 1.
+
+    Args:
+        activation: the largest magnitude of each channel.
+        weight: the largest magnitude of each channel's columns, over all weights that read it.
+        alpha: how much of the range moves, from 0 to 1.
+    """
+    a, w = activation.double(), weight.double()
+    scale = a**alpha / w.clamp_min(1e-300) ** (1 - alpha)
+    dead = (a == 0) | (w == 0)
+    return torch.where(dead, 1.0, scale.clamp(_LEAST, _MOST)).float()
+
+
+def smoothquant_search(
+    statistics: SiteStatistics,
+    weights: Sequence[Tensor],
+    formats: Sequence[Format],
+    input_format: Format,
+    *,
+    alphas: Sequence[float] = tuple(i / 10 for i in range(11)),
+    tie: Tie = lambda scale: scale,
+) -> ScaleChoice:
+    """The SmoothQuant scale whose alpha gives the rounded layer the least squared error on the sample of tokens.
+
+    Objective: ``||Q(x / s) Q(W s)^T - x W^T||^2`` over the rows of `statistics.sample`. Static activation ranges are
+        taken
+    from the channel ranges of all tokens. No scale at all is among the candidates and wins ties.
+
+    Raises:
+        DetentError: no sample was drawn.
+    """
+    x = statistics.sample
+    if x is None or not x.shape[0]:
+        raise DetentError("smoothquant: alpha='auto' needs a sample of tokens, and none was drawn")
+    targets = [x @ w.detach().float().T for w in weights]
+    largest = torch.stack([w.detach().abs().amax(0).float() for w in weights]).amax(0)
+
+    def loss(scale: Tensor) -> float:
+        smooth = _activation_values(x / scale, statistics.divided(scale), input_format)
+        total = 0.0
+        for w, fmt, target in zip(weights, formats, targets, strict=True):
+            total += float((smooth @ fake_quantize(w.detach().float() * scale, fmt).T - target).square().sum())
+        return total
+
+    ones = torch.ones_like(statistics.amax)
+    plain = loss(ones)
+    best = ScaleChoice(ones, 0.0, 0.0, plain, plain)
+    for alpha in alphas:
+        scale = tie(smoothquant_scale(statistics.amax, largest, alpha))
+        error = loss(scale)
+        if error < best.after:
+            best = ScaleChoice(scale, alpha, 1 - alpha, plain, error)
+    return best
+
+
+def _activation_values(x: Tensor, statistics: SiteStatistics, fmt: Format) -> Tensor:
+    """`x` quantized: dynamically, or under the range of all tokens that were seen."""
+    if fmt.dynamic or fmt.granularity.kind != "per_tensor" or not isinstance(fmt.scale, FloatScale) or fmt.scale.outer:
+        return fake_quantize(x, fmt)
+    low, high = statistics.low.amin().reshape(1, 1), statistics.high.amax().reshape(1, 1)
+    return tile_values(x.reshape(1, -1), fmt, scale_from_range(fmt, low, high)).reshape(x.shape)
+
+
+def awq_scale(
+    statistics: SiteStatistics,
+    weights: Sequence[Tensor],
+    formats: Sequence[Format],
+    *,
+    alpha_step: float = 0.1,
+    refine: bool = True,
+    clip: Sequence[float] = (),
+    tie: Tie = lambda scale: scale,
+) -> ScaleChoice:
+    """The channel scale under which the weights of a site, rounded, change its outputs least.
+
+    Args:
+        statistics: of the site, with its second moment.
+        weights: float [out, in] of every layer that reads the site.
+        formats: their formats.
+        alpha_step: distance of the exponents tried in [0, 1].
+        refine: try also what lies between the best grid point and its neighbours.
+        clip: shares of the range that each tile may be clipped to afterwards: the best scales, and none at all, are
+            then compared as they are after clipping, and the objectives are those of clipped weights.
+        tie: makes a scale usable.
+    """
+    moment = statistics.moment()
+    ones = torch.ones_like(statistics.amax)
+    plain = _loss(ones, weights, formats, moment)
+    tried = [ScaleChoice(ones, 0.0, 0.0, plain, plain)]
+    magnitude = _weight_magnitude(weights, formats)
+    activation = statistics.mean_abs.double()
+    dead = activation == 0
+
+    def attempt(alpha: float, beta: float) -> None:
+        scale = (activation.clamp_min(1e-30) ** alpha / magnitude**beta).clamp(_LEAST, _MOST)
+        live = scale[~dead] if bool((~dead).any()) else scale
+        scale = scale / (live.amax() * live.amin()).sqrt()
+        scale = tie(torch.where(dead, 1.0, scale).clamp(_LEAST, _MOST).float())
+        tried.append(ScaleChoice(scale, alpha, beta, plain, _loss(scale, weights, formats, moment)))
+
+    steps = max(1, round(1 / alpha_step))
+    for i in range(steps + 1):
+        attempt(i / steps, 1 - i / steps)
+    for i in range(1, steps + 1, 2):
+        attempt(i / steps, 0.0)
+    best = min(tried, key=lambda choice: choice.after)
+    if refine and best.after < plain:
+        half = 0.5 / steps
+        for da, db in ((-half, 0.0), (half, 0.0), (0.0, -2 * half), (0.0, 2 * half)):
+            attempt(max(0.0, best.alpha + da), max(0.0, best.beta + db))
+    ranked = sorted(tried, key=lambda choice: choice.after)
+    if not clip:
+        return ranked[0]
+    unclipped = tried[0]
+    finalists = [unclipped, *[choice for choice in ranked[:_FINALISTS] if choice is not unclipped]]
+    losses = [_clipped_loss(choice.scale, weights, formats, moment, clip) for choice in finalists]
+    return min(
+        (
+            ScaleChoice(choice.scale, choice.alpha, choice.beta, losses[0], loss)
+            for choice, loss in zip(finalists, losses, strict=True)
+        ),
+        key=lambda choice: choice.after,
+    )
+
+
+def _clipped_loss(
+    scale: Tensor, weights: Sequence[Tensor], formats: Sequence[Format], moment: Tensor, clip: Sequence[float]
+) -> float:
+    inverse = 1 / scale
+    scaled_moment = moment * (inverse[:, None] * inverse)
+    total = 0.0
+    for weight, fmt in zip(weights, formats, strict=True):
+        wide = weight.detach().float() * scale
+        choice = weighted_range(wide, fmt, scaled_moment, clip, block=fmt.granularity.group_size is not None)
+        clipped = requantize(wide, fmt, scales_from_range(fmt, choice.low, choice.high, amax_tensor=wide.abs().amax()))
+        total += float(output_error(clipped - wide, scaled_moment))
+    return total
+
+
+def _loss(scale: Tensor, weights: Sequence[Tensor], formats: Sequence[Format], moment: Tensor) -> float:
+    total = 0.0
+    for weight, fmt in zip(weights, formats, strict=True):
+        w = weight.detach().float()
+        total += float(output_error(fake_quantize(w * scale, fmt) / scale - w, moment))
+    return total
+
+
+def _weight_magnitude(weights: Sequence[Tensor], formats: Sequence[Format]) -> Tensor:
+    """The mean over rows of |w| relative to the largest of its tile, float64 [in]: how much of the grid a column uses."""
+    rows = []
+    for weight, fmt in zip(weights, formats, strict=True):
+        w = weight.detach().float().abs()
+        low, high = weight_range(w, fmt)
+        tiles = to_tiles(w, fmt.granularity)
+        largest = torch.maximum(-low, high).reshape(-1, 1).clamp_min(1e-30)
+        rows.append(from_tiles(tiles / largest, fmt.granularity, tuple(w.shape)))
+    return torch.cat(rows).mean(0, dtype=torch.float64).clamp_min(1e-6)
+
+
+def clip_factors(min_clip_ratio: float, shrink_step: float) -> list[float]:
+    """The shares of a tile's range that AWQ's clipping tries, 1 excluded."""
+    steps = round((1 - min_clip_ratio) / shrink_step)
+    return [1 - i * shrink_step for i in range(1, steps + 1)]

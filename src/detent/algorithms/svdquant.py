@@ -1,0 +1,150 @@
+"""`svdquant`: a low-rank branch in full precision beside the rounded weight (SVDQuant, arXiv 2411.05007).
+
+``W ~ B A + Q(W - B A)`` with A [rank, in] and B [out, rank]. Objective: ``tr(D G D^T)``, ``D = W - B A - Q(W - B A)``,
+G the second moment of the layer's inputs; ``sum D^2`` where there is none.
+
+For a fixed rounded rest Q the best branch is known: with U the leading eigenvectors of ``E G E^T``, ``E = W - Q``, it
+is ``B = U, A = U^T E`` (the truncated singular value decomposition of ``E G^1/2``, and G is never inverted). So branch
+and rest are fitted in turns, from two starts: no branch, which makes the first branch that of plain rounding's error,
+and the leading part of W itself, as in the paper, which leaves a smaller range to round. The best pair wins. Plain
+rounding is never better than what the first start gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from detent.algorithms.objective import output_error
+from detent.errors import DetentError
+from detent.formats import Format, fake_quantize
+
+#: Up to this many rows eigenvectors are computed exactly, beyond by subspace iteration.
+_EXACT = 256
+_ITERATIONS, _OVERSAMPLING = 6, 16
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A weight as a branch and a rest.
+
+    Attributes:
+        a: [rank, in], in the weight's dtype.
+        b: [out, rank], likewise.
+        rest: [out, in], likewise: what is to be rounded in the weight's place.
+        before: the objective of plain rounding without a branch.
+        after: the objective with `a` and `b` and the rounded rest; never above `before`.
+        energy: the objective of a weight of zeros.
+    """
+
+    a: Tensor
+    b: Tensor
+    rest: Tensor
+    before: float
+    after: float
+    energy: float
+
+    @property
+    def rank(self) -> int:
+        return len(self.a)
+
+
+def svdquant(
+    weight: Tensor,
+    fmt: Format,
+    rank: int = 32,
+    *,
+    moment: Tensor | None = None,
+    rounds: int = 4,
+    quantize: Callable[[Tensor], Tensor] | None = None,
+) -> LowRank | None:
+    """Split a weight into a low-rank branch and a rest to be rounded.
+
+    Args:
+        weight: float [out, in].
+        fmt: the format of the rest.
+        rank: of the branch; at most the smaller side of the weight is used.
+        moment: G, float32 [in, in], or its diagonal [in]; None weighs all inputs alike.
+        rounds: how often branch and rest are fitted to each other, from each start.
+        quantize: rounds a rest [out, in]; by default with the scales that it asks for itself.
+
+    Returns:
+        The split, or None where no branch gives a smaller objective than plain rounding (an exact format, or a branch
+        that its dtype can't hold well enough).
+
+    Raises:
+        DetentError: the weight isn't a matrix, the rank isn't positive, or the moment has another width.
+    """
+    if weight.dim() != 2:
+        raise DetentError(
+            f"svdquant: a low-rank branch needs a weight [out, in], not one of shape {tuple(weight.shape)}"
+        )
+    if rank < 1 or rounds < 1:
+        raise DetentError(f"svdquant: rank and rounds are at least 1, not {rank} and {rounds}")
+    width = weight.shape[1]
+    if moment is not None and moment.shape not in ((width,), (width, width)):
+        raise DetentError(
+            f"svdquant: a weight with {width} inputs needs a moment of as many, not {tuple(moment.shape)}"
+        )
+    dtype = weight.dtype
+    weight = weight.detach().to(torch.float32)
+    rounded = quantize or (lambda rest: fake_quantize(rest, fmt))
+    rank = min(rank, *weight.shape)
+
+    def measure(difference: Tensor) -> float:
+        return _measure(difference, moment)
+
+    plain = rounded(weight)
+    before, energy = _measure(weight - plain, moment), _measure(weight, moment)
+    best: LowRank | None = None
+    none = (weight.new_zeros(rank, width).to(dtype), weight.new_zeros(len(weight), rank).to(dtype))
+    for branch in (_branch(weight, moment, rank, dtype), none):
+        for _ in range(rounds):
+            rest = (weight - _product(branch)).to(dtype)
+            values = rounded(rest.to(torch.float32))
+            branch = _branch(weight - values, moment, rank, dtype)
+            after = _measure(weight - values - _product(branch), moment)
+            if after < (before if best is None else best.after):
+                best = LowRank(*branch, rest, before, after, energy)
+    return best
+
+
+def _measure(difference: Tensor, moment: Tensor | None) -> float:
+    if moment is None:
+        return float(difference.pow(2).sum(dtype=torch.float64))
+    if moment.dim() == 1:
+        return float((difference.pow(2) * moment).sum(dtype=torch.float64))
+    return float(output_error(difference, moment))
+
+
+def _product(branch: tuple[Tensor, Tensor]) -> Tensor:
+    a, b = branch
+    return b.to(torch.float32) @ a.to(torch.float32)
+
+
+def _branch(error: Tensor, moment: Tensor | None, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(A, B) of the best approximation B A of `error` [out, in] under G, rounded to `dtype`."""
+    u = _leading(error, moment, rank)
+    return (u.T @ error).to(dtype), u.to(dtype)
+
+
+def _leading(error: Tensor, moment: Tensor | None, rank: int) -> Tensor:
+    """The `rank` leading eigenvectors of E G E^T as orthonormal columns, float32 [out, rank]."""
+    weighed = error if moment is None else error * moment if moment.dim() == 1 else error @ moment
+    out = error.shape[0]
+    if out <= _EXACT:
+        gram = weighed.double() @ error.double().T
+        _, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+        return vectors[:, -rank:].flip(1).float()
+    # Any orthonormal columns give a valid branch, and the error of a nearly leading subspace is nearly the least.
+    columns = min(out, rank + _OVERSAMPLING)
+    start = torch.randn(error.shape[1], columns, generator=torch.Generator().manual_seed(0)).to(error)
+    basis = torch.linalg.qr(weighed @ start).Q
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(weighed @ (error.T @ basis)).Q
+    small = (basis.T @ weighed).double() @ (error.T @ basis).double()
+    _, vectors = torch.linalg.eigh((small + small.T) / 2)
+    return (basis.double() @ vectors[:, -rank:].flip(1)).float()

@@ -1,0 +1,135 @@
+"""The algorithms as the second guide's command line names them, and the files that tell them more.
+
+A file is a JSON object: the fields of the algorithm's configuration, or the names that Quark's files use for them.
+Entries of Quark's files that describe a model's structure are not needed: structure is found. They are read, and the
+user is told that they have no effect.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from detent.config.algorithm import ALGORITHMS, parse_algorithm
+from detent.config.base import nearest
+from detent.errors import DetentError
+
+#: Name on the command line -> the algorithm, with what sets it apart.
+_NAMES: dict[str, dict[str, Any]] = {
+    "awq": {"method": "awq_full"},
+    "gptaq": {"method": "gptq", "retarget": True},
+    "smoothquant": {"method": "smoothquant", "alpha": 0.5},
+    "quarot": {"method": "rotation"},
+}
+#: Quark's word -> Detent's field, where they differ.
+_FIELDS = {
+    "damp_percent": "perc_damp",
+    "desc_act": "act_order",
+    "iters": "iterations",
+    "rank": "lowrank",
+}
+#: Entries of Quark's files about a model's structure.
+_STRUCTURE = (
+    "name",
+    "scaling_layers",
+    "model_decoder_layers",
+    "inside_layer_modules",
+    "embedding_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "backbone",
+    "head",
+    "layers",
+    "norms",
+    "scaling_params",
+)
+#: Settings of Quark's algorithms that say what Detent's do anyway.
+_IMPLIED = ("static_groups", "true_sequential")
+
+
+def named_algorithms(
+    before: Sequence[str], algorithm: str | None, before_file: str | None, file: str | None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The algorithms of a command line, in the order in which they run, as `parse_algorithm` takes them.
+
+    Args:
+        before: names of what prepares a model (``rotation``, ``quarot``, ``smoothquant``, ...).
+        algorithm: names of what quantizes it, with commas between.
+        before_file, file: JSON files with their settings: of the one algorithm, or of several by name.
+
+    Returns:
+        The list, and what the user has to be told.
+
+    Raises:
+        DetentError: an unknown name; a file that isn't there, isn't JSON, or says what the algorithm doesn't take; a
+            file without an algorithm.
+    """
+    notices: list[str] = []
+    steps = _steps([n for name in before for n in _split(name)], before_file, "pre_quantization_optimization", notices)
+    steps += _steps(_split(algorithm or ""), file, "quant_algo", notices)
+    return steps, notices
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip().lower() for name in names.split(",") if name.strip()]
+
+
+def _steps(names: list[str], file: str | None, flag: str, notices: list[str]) -> list[dict[str, Any]]:
+    file_flag = "pre_optimization_config_file_path" if flag.startswith("pre") else "quant_algo_config_file_path"
+    if file is not None and not names:
+        raise DetentError(f"--{file_flag} tells an algorithm more; name the algorithm with --{flag}")
+    settings = {} if file is None else _read(file, file_flag)
+    several = any(name in settings and isinstance(settings[name], dict) for name in names)
+    if several and (strangers := [key for key in settings if key not in names]):
+        raise DetentError(f"--{file_flag} {file}: {strangers[0]!r} is no algorithm that --{flag} names")
+    if len(names) > 1 and settings and not several:
+        raise DetentError(f"--{file_flag} {file}: with several algorithms, give each its settings under its name")
+    steps = []
+    for name in names:
+        own = settings.get(name, {}) if several else settings
+        step = {**_named(name, flag), **_translated(own, f"--{file_flag} {file}", notices)}
+        try:
+            parse_algorithm(step)
+        except DetentError as error:
+            raise DetentError(f"--{file_flag} {file}: {error}" if own else f"--{flag} {name}: {error}") from None
+        steps.append(step)
+    return steps
+
+
+def _named(name: str, flag: str) -> dict[str, Any]:
+    if name in _NAMES:
+        return dict(_NAMES[name])
+    if name in ALGORITHMS:
+        return {"method": name}
+    known = [*_NAMES, *(str(method) for method in ALGORITHMS if method and method not in _NAMES)]
+    close = nearest(name, known)
+    raise DetentError(
+        f"--{flag} {name!r}: no such algorithm"
+        + (f"; did you mean {close[0]!r}?" if close else "")
+        + f" Known: {', '.join(sorted(known))}"
+    )
+
+
+def _read(file: str, flag: str) -> dict[str, Any]:
+    path = Path(file)
+    if not path.is_file():
+        raise DetentError(f"--{flag}: there is no file {file}")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DetentError(f"--{flag} {file}: not JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise DetentError(f"--{flag} {file}: a JSON object of settings is wanted, not a {type(settings).__name__}")
+    return settings
+
+
+def _translated(settings: dict[str, Any], where: str, notices: list[str]) -> dict[str, Any]:
+    ignored = [key for key in settings if key in _STRUCTURE]
+    if ignored:
+        notices.append(
+            f"{where}: {', '.join(ignored)} not used, since the model's structure is found (detent structure)"
+        )
+    kept = {key: value for key, value in settings.items() if key not in (*_STRUCTURE, *_IMPLIED)}
+    return {_FIELDS.get(key, key): value for key, value in kept.items()}

@@ -1,0 +1,355 @@
+"""Running a model block by block: what enters the first block is recorded once, then each block runs by itself.
+
+The calibration loop runs once over a model whose blocks (all but for the first batch) pass their input on. What every
+block is called with besides (masks, positions) is recorded then, per batch. Replaying a block on recorded inputs is
+compared with the real run on the first batch; if anything differs (state that blocks hand on otherwise, caches), the
+model is not traversed block by block, and the reason is given.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from detent.data.padding import current_token_mask, token_mask
+from detent.progress import track
+
+_log = logging.getLogger(__name__)
+
+#: How far a replayed block may be from the real run, relative to the largest magnitude of its output.
+_TOLERANCE = 1e-3
+_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+
+Run = Callable[[nn.Module], Any]
+
+
+class TensorStore:
+    """Tensors by number, in memory or, with `folder`, in files of their own there."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder, self._held, self._count = folder, [], 0  # type: tuple[Path | None, list[Tensor], int]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, tensor: Tensor) -> None:
+        if self._folder is None:
+            self._held.append(tensor)
+        else:
+            save_file({"x": tensor.contiguous().cpu()}, self._path(self._count))
+        self._count += 1
+
+    def get(self, index: int, device: torch.device) -> Tensor:
+        if self._folder is None:
+            return self._held[index]
+        return load_file(self._path(index))["x"].to(device)
+
+    def _path(self, index: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{index}.safetensors"
+
+    def clear(self) -> None:
+        if self._folder is not None:
+            for index in range(self._count):
+                self._path(index).unlink(missing_ok=True)
+        self._held, self._count = [], 0
+
+
+@dataclass
+class _Call:
+    """What a block was called with in one batch, its hidden state left out."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class BlockChain:
+    """The blocks of a model and what calibration data makes of their inputs.
+
+    Attributes:
+        names, blocks: in the order in which they run.
+        calls: for each block, for each batch.
+        masks: which tokens are real, for each batch.
+        inputs: of the first block.
+    """
+
+    names: list[str]
+    blocks: list[nn.Module]
+    calls: list[list[_Call]]
+    masks: list[Tensor | None]
+    inputs: TensorStore
+    _spill: tempfile.TemporaryDirectory[str] | None = None
+    _stores: int = field(default=0)
+
+    @property
+    def batches(self) -> int:
+        return len(self.masks)
+
+    def store(self) -> TensorStore:
+        """An empty store, on disk if that was asked for."""
+        if self._spill is None:
+            return TensorStore()
+        self._stores += 1
+        folder = Path(self._spill.name) / str(self._stores)
+        folder.mkdir()
+        return TensorStore(folder)
+
+    def close(self) -> None:
+        """Remove what was spilled."""
+        if self._spill is not None:
+            self._spill.cleanup()
+
+    def run(self, index: int, batch: int, hidden: Tensor, block: nn.Module | None = None) -> Tensor:
+        """The output of a block for `hidden`, called as in that batch. `block`: another in its place."""
+        call = self.calls[index][batch]
+        args, kwargs = _with_hidden(call, hidden)
+        with token_mask(self.masks[batch]):
+            return _hidden_of((block or self.blocks[index])(*args, **kwargs))
+
+    def run_all(self, index: int, inputs: TensorStore, task: str = "") -> Iterator[tuple[int, Tensor]]:
+        """(batch, output) of a block for every batch of inputs."""
+        device = next((p.device for p in self.blocks[index].parameters()), torch.device("cpu"))
+        numbers: Any = range(len(inputs))
+        for batch in track(numbers, task, len(inputs)) if task else numbers:
+            yield batch, self.run(index, batch, inputs.get(batch, device))
+
+
+@dataclass(frozen=True)
+class NoChain:
+    """Why a model isn't traversed block by block."""
+
+    reason: str
+
+
+def record_chain(model: nn.Module, names: Sequence[str], run: Run, *, spill: bool = False) -> BlockChain | NoChain:
+    """Run the calibration loop once and record what enters the blocks.
+
+    Args:
+        model: in eval mode, quantizers off.
+        names: of the blocks, in order.
+        run: the calibration loop.
+        spill: keep hidden states on disk instead of in memory.
+    """
+    if len(names) < 2:
+        return NoChain("no chain of repeated blocks was found in it")
+    blocks = [model.get_submodule(name) for name in names]
+    recorder = _Recorder(blocks, spill)
+    try:
+        with recorder.installed(model):
+            run(model)
+        chain = BlockChain(list(names), blocks, recorder.calls, recorder.masks, recorder.inputs, recorder.spill)
+        reason = recorder.trouble or _mismatch(chain, recorder)
+    except BaseException:
+        recorder.close()
+        raise
+    if reason:
+        recorder.close()
+        return NoChain(reason)
+    return chain
+
+
+class _Recorder:
+    """Stands in for the blocks while the loop runs."""
+
+    def __init__(self, blocks: list[nn.Module], spill: bool) -> None:
+        self._blocks = blocks
+        self.calls: list[list[_Call]] = [[] for _ in blocks]
+        self.masks: list[Tensor | None] = []
+        self.spill = tempfile.TemporaryDirectory(prefix="detent-") if spill else None
+        folder = None
+        if self.spill is not None:
+            folder = Path(self.spill.name) / "0"
+            folder.mkdir()
+        self.inputs = TensorStore(folder)
+        self.first: list[tuple[Tensor, Tensor]] = []  # (input, output) of each block in the first batch
+        self.trouble = ""
+        self._template: list[Any] = [None for _ in blocks]
+        self._last: list[_Call | None] = [None for _ in blocks]
+
+    def close(self) -> None:
+        if self.spill is not None:
+            self.spill.cleanup()
+
+    @contextmanager
+    def installed(self, model: nn.Module) -> Iterator[None]:
+        for index, block in enumerate(self._blocks):
+            original = block.forward
+            block.forward = self._stand_in(index, original)  # type: ignore[method-assign]
+        try:
+            with without_cache(model):
+                yield
+        finally:
+            for block in self._blocks:
+                del block.forward
+
+    def _stand_in(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.trouble:
+                return original(*args, **kwargs)
+            found = _find_hidden(args, kwargs)
+            if found is None:
+                self.trouble = "a block is called without a hidden state that could be recognised"
+                return original(*args, **kwargs)
+            hidden, call, cached = found
+            if cached:
+                self.trouble = "the calibration loop generates with a cache, which replaying blocks can't follow"
+                return original(*args, **kwargs)
+            if index == 0:
+                self.masks.append(current_token_mask())
+                self.inputs.append(hidden.detach())
+            batch = len(self.masks) - 1
+            if len(self.calls[index]) != batch:
+                self.trouble = "blocks run more than once, or not in the order of their list"
+                return original(*args, **kwargs)
+            self.calls[index].append(self._shared(index, call))
+            if batch:
+                return _like(self._template[index], hidden)
+            output = original(*args, **kwargs)
+            self.first.append((hidden.detach().clone(), _hidden_of(output).detach().clone()))
+            self._template[index] = output
+            return output
+
+        return forward
+
+    def _shared(self, index: int, call: _Call) -> _Call:
+        """`call` with tensors of an earlier one where they are equal, so that masks are held once."""
+        earlier = self._last[index - 1] if index and self._last[index - 1] is not None else self._last[index]
+        previous = self._last[index] or earlier
+
+        def same(new: Any, old: Any) -> Any:
+            if isinstance(new, Tensor) and isinstance(old, Tensor) and new is not old:
+                alike = new.shape == old.shape and new.dtype == old.dtype and new.device == old.device
+                return old if alike and torch.equal(new, old) else new
+            if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
+                return tuple(same(a, b) for a, b in zip(new, old, strict=True))
+            return new
+
+        if previous is not None:
+            call.kwargs = {k: same(v, previous.kwargs.get(k)) for k, v in call.kwargs.items()}
+            if len(call.args) == len(previous.args):
+                call.args = same(call.args, previous.args)
+        self._last[index] = call
+        return call
+
+
+def _mismatch(chain: BlockChain, recorder: _Recorder) -> str:
+    """Why replaying the first batch doesn't give what really came out; "" if it does."""
+    if not chain.batches:
+        return "the calibration data never reached the blocks"
+    if any(len(calls) != chain.batches for calls in chain.calls):
+        return "some blocks don't run for every batch"
+    for index in range(len(chain.blocks)):
+        entered, left = recorder.first[index]
+        before = recorder.first[index - 1][1]
+        if index and not torch.equal(entered.nan_to_num(), before.nan_to_num()):
+            return f"what enters {chain.names[index]} is not what left the block before it"
+        again = chain.run(index, 0, entered)
+        if again.shape != left.shape or not _close(again, left):
+            return f"{chain.names[index]} run by itself doesn't give what it gives inside the model"
+    return ""
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    finite = torch.isfinite(b)
+    if not torch.equal(finite, torch.isfinite(a)):
+        return False
+    a, b = a[finite].float(), b[finite].float()
+    return not b.numel() or bool((a - b).abs().max() <= _TOLERANCE * b.abs().max())
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Language models keep no keys and values of earlier calls inside the block."""
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if before is None:
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = before
+
+
+@contextmanager
+def replaced_outputs(chain: BlockChain, outputs: TensorStore) -> Iterator[None]:
+    """While active, the model skips its blocks: the last one gives `outputs`, batch after batch."""
+    batch = -1
+    last = len(chain.blocks) - 1
+
+    def stand_in(index: int, template: Any) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal batch
+            found = _find_hidden(args, kwargs)
+            assert found is not None
+            if index == 0:
+                batch += 1
+            return _like(template, outputs.get(batch, found[0].device) if index == last else found[0])
+
+        return forward
+
+    device = next((p.device for p in chain.blocks[0].parameters()), torch.device("cpu"))
+    templates = []
+    for index, block in enumerate(chain.blocks):
+        args, kwargs = _with_hidden(chain.calls[index][0], chain.inputs.get(0, device))
+        templates.append(block(*args, **kwargs))
+    for index, block in enumerate(chain.blocks):
+        block.forward = stand_in(index, templates[index])  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block in chain.blocks:
+            del block.forward
+
+
+# ---- a block's arguments and results --------------------------------------------------------------------------------
+
+_HIDDEN = object()
+
+
+def _find_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call, bool] | None:
+    """(hidden state, the call without it, whether a cache already held something)."""
+    cached = False
+    rest = {}
+    for name, value in kwargs.items():
+        if name in _CACHES and value is not None:
+            length = value.get_seq_length() if hasattr(value, "get_seq_length") else 0
+            cached = cached or bool(length)
+            value = None
+        rest[name] = False if name == "use_cache" else value
+    if args and isinstance(args[0], Tensor):
+        return args[0], _Call((_HIDDEN, *args[1:]), rest), cached
+    if isinstance(rest.get("hidden_states"), Tensor):
+        hidden = rest["hidden_states"]
+        return hidden, _Call(args, {**rest, "hidden_states": _HIDDEN}), cached
+    return None
+
+
+def _with_hidden(call: _Call, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args = tuple(hidden if a is _HIDDEN else a for a in call.args)
+    return args, {name: hidden if value is _HIDDEN else value for name, value in call.kwargs.items()}
+
+
+def _hidden_of(output: Any) -> Tensor:
+    """The hidden state in what a block returns: the tensor, or the first of a tuple."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _like(template: Any, hidden: Tensor) -> Any:
+    """`hidden` returned in the way in which `template` holds one."""
+    if isinstance(template, Tensor):
+        return hidden
+    if isinstance(template, tuple) and not hasattr(template, "_fields"):
+        return (hidden, *template[1:])
+    return [hidden, *template[1:]]

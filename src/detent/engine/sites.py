@@ -1,0 +1,196 @@
+"""Sites of a model at work: the layers that read one activation, and what data leaves behind there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detent.data.padding import drop_padding
+from detent.engine.layers import Layer
+from detent.statistics import SiteStatistics
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which statistics a run needs beyond channel ranges and means."""
+
+    second_moment: bool = False
+    cross_moment: bool = False
+    sample_size: int = 0
+
+    def __or__(self, other: Wanted) -> Wanted:
+        return Wanted(
+            self.second_moment or other.second_moment,
+            self.cross_moment or other.cross_moment,
+            max(self.sample_size, other.sample_size),
+        )
+
+
+@dataclass
+class Site:
+    """Attributes: layers: that read the activation, in call order. statistics: of its rows, transformed as the layers'
+    input quantizers do, before rounding."""
+
+    layers: list[Layer]
+    statistics: SiteStatistics
+    #: The last tensor seen, to recognise it when another layer reads it too.
+    _last: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """What messages call the site."""
+        return f"the input of {self.layers[0].name}"
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].module.weight.device
+
+    def divide(self, scale: Tensor) -> None:
+        """Note that the activation is divided by `scale` [channels] from now on."""
+        self.statistics = self.statistics.divided(self.layers[0].columns(scale))
+
+
+class SiteObserver:
+    """Gathers statistics of what `layers` read while it is active (a context manager).
+
+    Layers that are called with the very same tensor form a site; which do is seen at their first call, and where two
+    layers of a site are called with different tensors later, they part.
+
+    What the layers read in the float model can be kept for a batch by `keeping_references`; what is observed next is
+    paired with it.
+
+    `blocks`: names of the model's blocks, for messages.
+
+    Attributes:
+        batch: number of the batch that runs, for messages.
+    """
+
+    def __init__(self, layers: Iterable[Layer], wanted: Wanted, blocks: Sequence[str] = ()) -> None:
+        self._layers = [layer for layer in layers if layer.has_rows]
+        self._wanted, self._blocks = wanted, blocks
+        self._site_of: dict[str, Site] = {}
+        self._hooks: list[Any] = []
+        self._references: dict[str, list[Tensor]] = {}
+        self.batch = 0
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites seen so far, in the order of their first call."""
+        return list({id(site): site for site in self._site_of.values()}.values())
+
+    @property
+    def unseen(self) -> list[Layer]:
+        """Layers that were never called."""
+        return [layer for layer in self._layers if layer.name not in self._site_of]
+
+    def __enter__(self) -> SiteObserver:
+        for layer in self._layers:
+            self._hooks.append(
+                layer.module.register_forward_pre_hook(
+                    lambda _, args, kwargs, layer=layer: self._see(layer, args, kwargs), with_kwargs=True
+                )
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._references.clear()
+        for site in self.sites:
+            site._last = None
+
+    @contextmanager
+    def keeping_references(self, twins: Iterable[Layer]) -> Iterator[None]:
+        """Inside the block, what `twins` read is kept as what layers of the same names are to be paired with."""
+        self._references.clear()
+        hooks = [
+            twin.module.register_forward_pre_hook(
+                lambda _, args, twin=twin: self._references.setdefault(twin.name, []).append(args[0])
+            )
+            for twin in twins
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _see(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs.get("input")
+        if not isinstance(x, Tensor):
+            return
+        site = self._site_of.get(layer.name)
+        if site is None:
+            site = self._join(layer, x)
+        elif site.layers[0] is not layer and site._last is not x:
+            site = self._part(site, layer)
+        if site.layers[0] is layer:
+            reference = self._references[layer.name].pop(0) if self._references.get(layer.name) else None
+            site._last = x
+            self._update(site, x, reference)
+
+    def _join(self, layer: Layer, x: Tensor) -> Site:
+        for site in self.sites:
+            if site._last is x and type(site.layers[0].module) is type(layer.module) and _alike(site.layers[0], layer):
+                site.layers.append(layer)
+                self._site_of[layer.name] = site
+                return site
+        statistics = SiteStatistics.empty(
+            layer.width,
+            second_moment=self._wanted.second_moment,
+            cross_moment=self._wanted.cross_moment,
+            sample_size=self._wanted.sample_size,
+            device=layer.module.weight.device,
+        )
+        site = self._site_of[layer.name] = Site([layer], statistics)
+        return site
+
+    def _part(self, site: Site, layer: Layer) -> Site:
+        """A site of its own for a layer that used to share one."""
+        site.layers.remove(layer)
+        own = self._site_of[layer.name] = Site([layer], site.statistics.divided(torch.ones_like(site.statistics.low)))
+        return own
+
+    def _update(self, site: Site, x: Tensor, reference: Tensor | None) -> None:
+        layer = site.layers[0]
+        block = next((f"block {name}, " for name in self._blocks if layer.name.startswith(f"{name}.")), "")
+        where = f"{block}batch {self.batch}: {site.name}"
+        site.statistics.update(
+            layer.rows(_transformed(layer, x)),
+            where,
+            None if reference is None else layer.rows(_transformed(layer, reference)),
+        )
+
+
+def _alike(a: Layer, b: Layer) -> bool:
+    """Whether two layers see the same rows of the same tensor."""
+    first, second = a.input_quantizer, b.input_quantizer
+    if (first is None) != (second is None) or a.width != b.width:
+        return False
+    if isinstance(a.module, nn.Linear) or first is None or second is None:
+        same = True
+    else:  # convolutions: the same patches
+        keys = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+        same = all(getattr(a.module, key) == getattr(b.module, key) for key in keys)
+    if first is None or second is None:
+        return same
+    scales = first.pre_quant_scale, second.pre_quant_scale
+    if (scales[0] is None) != (scales[1] is None):
+        return False
+    equal = scales[0] is None or scales[1] is None or torch.equal(scales[0], scales[1])
+    return same and equal and first._rotation == second._rotation
+
+
+def _transformed(layer: Layer, x: Tensor) -> Tensor:
+    x = drop_padding(x) if isinstance(layer.module, nn.Linear) else x
+    quantizer = layer.input_quantizer
+    return x if quantizer is None or x.numel() == 0 else quantizer.transform(x)

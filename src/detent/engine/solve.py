@@ -1,0 +1,478 @@
+"""From statistics to weights: the algorithms of a list, one after the other, at one site.
+
+Algorithms are pure functions; here they are handed what they need, and what they answer with is put into the modules.
+What each did is kept as an `Outcome` on the layer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detent.algorithms.gptq import gptq
+from detent.algorithms.mse import least_error_range, multipliers
+from detent.algorithms.objective import check_elementwise, output_error
+from detent.algorithms.outcome import Outcome
+from detent.algorithms.retarget import retarget
+from detent.algorithms.scale_search import RangeChoice, weighted_range
+from detent.algorithms.smooth import ScaleChoice, Tie, awq_scale, clip_factors, smoothquant_scale, smoothquant_search
+from detent.config.algorithm import (
+    AWQClipCalibConfig,
+    AWQFullCalibConfig,
+    AWQLiteCalibConfig,
+    DataAlgorithmConfig,
+    GPTQCalibConfig,
+    LocalHessianCalibConfig,
+    QuantizeAlgorithmConfig,
+    SmoothQuantCalibConfig,
+)
+from detent.engine.folding import Folding
+from detent.engine.layers import Layer
+from detent.engine.notices import notify
+from detent.engine.sites import Site, Wanted
+from detent.engine.weight_ranges import calibrate_weight
+from detent.errors import DetentError
+from detent.formats import FloatScale, fake_quantize
+from detent.formats.qtensor import scales_from_range
+from detent.progress import track
+
+_log = logging.getLogger(__name__)
+
+#: Multiples of the plain range that `gptq` begins with a search over.
+_GPTQ_FACTORS = [0.3 + 0.05 * i for i in range(21) if i != 14]
+
+
+def wanted(steps: Sequence[QuantizeAlgorithmConfig]) -> Wanted:
+    """The statistics that the steps need together."""
+    need = Wanted()
+    for step in steps:
+        if isinstance(step, SmoothQuantCalibConfig):
+            need |= Wanted(sample_size=step.sample_size if step.alpha == "auto" else 0)
+        elif isinstance(step, DataAlgorithmConfig):
+            need |= Wanted(second_moment=True, cross_moment=bool(getattr(step, "retarget", False)))
+    return need
+
+
+@dataclass
+class Solver:
+    """The algorithms of a list, at work on the sites of a block or of a model.
+
+    Attributes:
+        steps: their configurations, in order.
+        folding: where channel scales are folded to; None: they stay in the input quantizers.
+        scaled: names of the layers whose inputs are scaled now and whose input ranges have to be found anew.
+    """
+
+    steps: Sequence[QuantizeAlgorithmConfig]
+    folding: Folding | None = None
+    scaled: set[str] = field(default_factory=set)
+    #: Layers whose weight quantizers hold a range for the weight as it is now; of these, those that a step chose.
+    ranged: set[str] = field(default_factory=set)
+    searched: set[str] = field(default_factory=set)
+
+    @torch.no_grad()
+    def solve(
+        self, sites: Sequence[Site], task: str = "", steps: Sequence[QuantizeAlgorithmConfig] | None = None
+    ) -> None:
+        """Run the steps, each on all sites before the next: a scale that is folded changes another site's weights.
+
+        Args:
+            sites: of a block, or of the model.
+            task: what progress is shown as; "" for none.
+            steps: only these of the steps.
+
+        Raises:
+            DetentError: an algorithm can't serve a layer's format; named.
+        """
+        work = [_AtWork(self, site) for site in sites]
+        for step in self.steps if steps is None else steps:
+            for one in track(work, f"{task}: {step.method}", len(work)) if task else work:
+                if isinstance(step, DataAlgorithmConfig) and one.tokens < step.min_tokens:
+                    one.without_data(step)
+                else:
+                    for changed in one.run(step):
+                        self.forget(changed)
+        for one in work:
+            one.finish()
+
+    def forget(self, layer: str) -> None:
+        """Note that a layer's weight has changed, so that its range no longer fits."""
+        self.ranged.discard(layer)
+        self.searched.discard(layer)
+
+
+class _AtWork:
+    """One site while it is solved."""
+
+    def __init__(self, solver: Solver, site: Site) -> None:
+        self._solver, self._site = solver, site
+        self.layers = [layer for layer in site.layers if layer.quantizer.is_enabled]
+        #: Modules that the running step changed beside the site's own layers.
+        self._changed: list[str] = []
+
+    @property
+    def tokens(self) -> int:
+        return self._site.statistics.tokens
+
+    # ---- steps ------------------------------------------------------------------------------------------------------
+
+    def run(self, step: QuantizeAlgorithmConfig) -> list[str]:
+        """Run one step; the names of modules that it changed beside the site's layers."""
+        self._changed = []
+        self._run(step)
+        return self._changed
+
+    def _run(self, step: QuantizeAlgorithmConfig) -> None:
+        match step:
+            case SmoothQuantCalibConfig():
+                self._smooth(step)
+            case AWQFullCalibConfig():
+                clip = clip_factors(step.min_clip_ratio, step.shrink_step)
+                self._awq(step, clip)
+                self._clip(clip, step.method)
+            case AWQLiteCalibConfig():
+                self._awq(step)
+            case AWQClipCalibConfig():
+                self._clip(clip_factors(step.min_clip_ratio, step.shrink_step), step.method)
+            case LocalHessianCalibConfig():
+                self._search(step)
+            case GPTQCalibConfig():
+                for layer in self.layers:
+                    self._round(layer, step)
+            case _:
+                for layer in self.layers:
+                    self._range(layer, step)
+
+    def without_data(self, step: DataAlgorithmConfig) -> None:
+        """The rule for layers that saw too few tokens: the scales of least squared error, data-free."""
+        for layer in self.layers:
+            text = (
+                f"{layer.name}: only {self._site.statistics.tokens} tokens reached it ({step.method} wants"
+                f" {step.min_tokens}), so its scales are those of least squared error, without data"
+            )
+            notify(text)
+            self._range(layer, None)
+            fmt = layer.format
+            if isinstance(fmt.scale, FloatScale) and layer.quantizer.needs_calibration:
+                low, high = least_error_range(layer.matrix(), fmt, multipliers(0.05, 0.4, 1.0))
+                self._set_range(layer, low, high)
+            error = _squares(layer)
+            layer.note(Outcome(str(step.method), "squared error of the weight", error, error, notice=text))
+
+    def finish(self) -> None:
+        """Ranges for layers that no step gave one, and for what comes after the first quantizer of a sequence."""
+        for layer in self.layers:
+            if layer.name not in self._solver.ranged:
+                self._range(layer, None)
+            members = layer.module.weight_quantizer
+            calibrate_weight(layer.name, members, layer.module.weight.detach(), None, skip_first=True)
+        self._follow_inputs()
+
+    # ---- channel scales ---------------------------------------------------------------------------------------------
+
+    def _smooth(self, step: SmoothQuantCalibConfig) -> None:
+        layers = self._site.layers
+        quantizers = [layer.input_quantizer for layer in layers]
+        on = [q for q in quantizers if q is not None and q.is_enabled]
+        name = str(step.method)
+        if len(on) != len(layers):
+            _log.info("%s: %s isn't quantized, so it is left alone", name, self._site.name)
+            return
+        reason = self._cannot_scale()
+        if reason:
+            self._left_alone(name, "largest activation times largest weight", reason)
+            return
+        tie = self._tie()
+        magnitude = torch.stack([self._per_channel(layer) for layer in layers]).amax(0)
+        activation = self._channel_amax()
+        if step.alpha != "auto":
+            scale = tie(smoothquant_scale(activation, magnitude, float(step.alpha)))
+            before = float(activation.amax() * magnitude.amax())
+            after = float((activation / scale).amax() * (magnitude * scale).amax())
+            decided = {"alpha": step.alpha}
+            for layer in self.layers:
+                layer.note(Outcome(name, "largest activation times largest weight", before, after, decided=decided))
+            self._scale(scale)
+            return
+        if any(layer.width != layer.channels for layer in layers):
+            raise DetentError(
+                f"{layers[0].name}: smoothquant searches alpha for linear layers; give a number for others"
+            )
+        choice = smoothquant_search(
+            self._site.statistics,
+            [layer.matrix() for layer in layers],
+            [layer.format for layer in layers],
+            on[0].format,
+            tie=tie,
+        )
+        self._take(name, "squared error of the outputs on a sample of tokens", choice)
+
+    def _awq(self, step: AWQLiteCalibConfig, clip: Sequence[float] = ()) -> None:
+        name = str(step.method)
+        reason = self._cannot_scale()
+        if not reason and any(layer.width != layer.channels for layer in self._site.layers):
+            reason = "channel scales are searched for linear layers"
+        if reason:
+            self._left_alone(name, "tr(D G D^T)", reason)
+            return
+        tie = self._tie()
+        choice = awq_scale(
+            self._site.statistics,
+            [layer.matrix() for layer in self.layers],
+            [layer.format for layer in self.layers],
+            alpha_step=step.alpha_step,
+            refine=step.refine,
+            clip=clip,
+            tie=tie,
+        )
+        self._take(name, "tr(D G D^T)" + (" after clipping" if clip else ""), choice)
+
+    def _take(self, name: str, objective: str, choice: ScaleChoice) -> None:
+        """Use a scale that a search found, or say that none is better than plain rounding."""
+        moment = self._site.statistics.second_moment
+        helps = choice.after < choice.before
+        share = len(self.layers)
+        for layer in self.layers:
+            energy = None if moment is None else float(output_error(layer.matrix(), moment))
+            layer.note(
+                Outcome(
+                    name,
+                    objective + (f", {share} layers together" if share > 1 else ""),
+                    choice.before,
+                    choice.after,
+                    energy if share == 1 else None,
+                    {"alpha": choice.alpha, "beta": choice.beta} if helps else {},
+                    "" if helps else "no channel scale is better than none, so plain rounding is kept",
+                )
+            )
+        if helps:
+            self._scale(choice.scale)
+
+    def _left_alone(self, name: str, objective: str, why: str) -> None:
+        for layer in self.layers:
+            error = self._output_error(layer)
+            layer.note(Outcome(name, objective, error, error, notice=f"plain rounding is kept: {why}"))
+
+    def _cannot_scale(self) -> str:
+        """Why the site takes no channel scale; "" if it does."""
+        if self._solver.folding is not None:
+            return self._solver.folding.reason(self._names)
+        if any(layer.input_quantizer is None for layer in self._site.layers):
+            return "there is no input quantizer to hold a scale"
+        return ""
+
+    def _tie(self) -> Tie:
+        folding = self._solver.folding
+        return (lambda scale: scale) if folding is None else folding.tie(self._names)
+
+    @property
+    def _names(self) -> list[str]:
+        return [layer.name for layer in self._site.layers]
+
+    def _channel_amax(self) -> Tensor:
+        layer = self._site.layers[0]
+        return self._site.statistics.amax.reshape(layer.channels, -1).amax(1)
+
+    @staticmethod
+    def _per_channel(layer: Layer) -> Tensor:
+        return layer.matrix().abs().amax(0).reshape(layer.channels, -1).amax(1)
+
+    def _scale(self, scale: Tensor) -> None:
+        """Multiply the layers' columns with `scale` [channels], and divide the activation by it."""
+        folding = self._solver.folding
+        if folding is None:
+            scale = self._hold(scale)
+        else:
+            self._changed += folding.apply(self._names, scale)
+        for layer in self._site.layers:
+            layer.set_matrix(layer.matrix() * layer.columns(scale))
+            self._solver.scaled.add(layer.name)
+            self._solver.forget(layer.name)
+        self._site.divide(scale)
+
+    def _hold(self, scale: Tensor) -> Tensor:
+        """Have the input quantizers multiply by 1 / scale; the inverse of what they really multiply by."""
+        weight = self._site.layers[0].module.weight
+        reciprocal = (1 / scale).to(weight.dtype)
+        now = reciprocal.reshape(-1, *[1] * (weight.dim() - 2))
+        for layer in self._site.layers:
+            quantizer = layer.input_quantizer
+            assert quantizer is not None
+            before = quantizer.pre_quant_scale
+            quantizer.pre_quant_scale = now if before is None else (before * now).to(weight.dtype)
+        return 1 / reciprocal.float()
+
+    def _follow_inputs(self) -> None:
+        """Static per-tensor input ranges under a new channel scale follow from the channels' ranges."""
+        statistics = self._site.statistics
+        for layer in self._site.layers:
+            quantizer = layer.input_quantizer
+            if layer.name in self._solver.scaled and quantizer is not None and follows_channels(layer):
+                quantizer.set_range(statistics.low.amin().reshape(()), statistics.high.amax().reshape(()))
+                self._solver.scaled.discard(layer.name)
+
+    # ---- ranges -----------------------------------------------------------------------------------------------------
+
+    def _range(self, layer: Layer, step: QuantizeAlgorithmConfig | None) -> None:
+        """Ranges from the weight alone."""
+        layer.quantizer.reset_amax()
+        calibrate_weight(layer.name, layer.module.weight_quantizer, layer.module.weight.detach(), step)
+        self._share_outer(layer)
+        layer.module.refresh_weight()
+        self._solver.ranged.add(layer.name)
+        if step is not None and step.method not in (None, "max"):
+            self._solver.searched.add(layer.name)
+
+    def _share_outer(self, layer: Layer) -> None:
+        """Engines fuse the layers of a site into one matrix, so a scale of scales has to be the same in all of them."""
+        rule = layer.format.scale
+        if isinstance(rule, FloatScale) and rule.outer:
+            layer.quantizer.global_amax = self._outer_amax()
+
+    def _outer_amax(self) -> Tensor:
+        return torch.stack([other.module.weight.detach().abs().amax().float() for other in self.layers]).amax()
+
+    def _set_range(self, layer: Layer, low: Tensor, high: Tensor) -> None:
+        quantizer, fmt = layer.quantizer, layer.format
+        grid = fmt.granularity.grid(tuple(layer.module.weight.shape))
+        if isinstance(fmt.scale, FloatScale) and not fmt.dynamic:
+            quantizer.set_range(low.reshape(grid), high.reshape(grid))
+        else:
+            outer = self._outer_amax() if isinstance(fmt.scale, FloatScale) and fmt.scale.outer else None
+            layer.set_scales(scales_from_range(fmt, low, high, amax_tensor=outer))
+        layer.module.refresh_weight()
+        self._solver.ranged.add(layer.name)
+        self._solver.searched.add(layer.name)
+
+    def _search(self, step: LocalHessianCalibConfig) -> None:
+        factors = multipliers(step.step_size, step.start_multiplier, step.stop_multiplier)
+        for layer in self.layers:
+            grouped = layer.format.granularity.group_size is not None and step.weighting == "block"
+            choice = self._choose(layer, str(step.method), factors, block=grouped, sweep=step.fp8_scale_sweep)
+            objective = "error weighed by G's " + ("blocks" if grouped else "diagonal")
+            layer.note(Outcome(str(step.method), objective, choice.before, choice.after))
+            self._set_range(layer, choice.low, choice.high)
+
+    def _clip(self, factors: Sequence[float], name: str | None) -> None:
+        for layer in self.layers:
+            grouped = layer.format.granularity.group_size is not None
+            choice = self._choose(layer, str(name), factors, block=grouped)
+            objective = "error weighed by G's " + ("blocks" if grouped else "diagonal")
+            layer.note(
+                Outcome(f"{name} (clip)" if name == "awq_full" else str(name), objective, choice.before, choice.after)
+            )
+            self._set_range(layer, choice.low, choice.high)
+
+    def _choose(
+        self,
+        layer: Layer,
+        name: str,
+        factors: Sequence[float],
+        *,
+        block: bool,
+        sweep: bool = False,
+        weight: Tensor | None = None,
+    ) -> RangeChoice:
+        self._check(layer, name)
+        fmt = layer.format
+        rule = fmt.scale
+        outer = self._outer_amax() if isinstance(rule, FloatScale) and rule.outer else None
+        sweep = sweep and isinstance(rule, FloatScale) and rule.outer and rule.dtype == "e4m3"
+        moment = self._site.statistics.moment()
+        try:
+            return weighted_range(
+                layer.matrix() if weight is None else weight,
+                fmt,
+                moment,
+                factors,
+                block=block,
+                fp8_scale_sweep=sweep,
+                global_amax=outer,
+            )
+        except DetentError as error:
+            raise DetentError(f"{layer.name}: {error}") from None
+
+    # ---- rounding ---------------------------------------------------------------------------------------------------
+
+    def _round(self, layer: Layer, step: GPTQCalibConfig) -> None:
+        self._check(layer, "gptq")
+        weight, moment = layer.matrix(), self._site.statistics.moment()
+        target = None
+        if step.retarget and self._site.statistics.cross_moment is not None:
+            target = retarget(weight, moment, self._site.statistics.cross_moment, damping=step.retarget_damping)
+        if step.scale_search and layer.name not in self._solver.searched:
+            choice = self._choose(layer, "gptq", _GPTQ_FACTORS, block=False, weight=target)
+            self._set_range(layer, choice.low, choice.high)
+        elif layer.name not in self._solver.ranged:
+            self._range(layer, None)
+        scales = layer.scales()
+        try:
+            result = gptq(
+                weight,
+                moment,
+                layer.format,
+                scales,
+                target=target,
+                block_size=step.block_size,
+                damping=step.perc_damp,
+                act_order=step.act_order,
+            )
+        except DetentError as error:
+            raise DetentError(f"{layer.name}: {error}") from None
+        notices = []
+        if result.damping > step.perc_damp:
+            notices.append(f"needed damping {result.damping:g} instead of {step.perc_damp:g}")
+        if result.kept_rows:
+            notices.append(f"{result.kept_rows} of {weight.shape[0]} rows keep plain rounding")
+        layer.set_scales(scales)
+        layer.set_matrix(result.weight)
+        layer.note(
+            Outcome(
+                "gptq",
+                "tr(D G D^T)" + (" against the float model's outputs" if target is not None else ""),
+                result.before,
+                result.after,
+                result.energy,
+                {"damping": result.damping, "act_order": step.act_order},
+                "; ".join(notices),
+            )
+        )
+
+    def _check(self, layer: Layer, name: str) -> None:
+        layer.check_matrix_format(name)
+        try:
+            check_elementwise(layer.format, name)
+        except DetentError as error:
+            raise DetentError(f"{layer.name}: {error}") from None
+
+    def _output_error(self, layer: Layer) -> float:
+        moment = self._site.statistics.second_moment
+        if moment is None:
+            return _squares(layer)
+        weight = layer.matrix()
+        return float(output_error(fake_quantize(weight, layer.format) - weight, moment))
+
+
+def follows_channels(layer: Layer) -> bool:
+    """Whether the range of the layer's input follows from the ranges of its channels: static, one for the tensor."""
+    quantizer = layer.input_quantizer
+    if quantizer is None or not quantizer.is_enabled or quantizer.attributes.bias or quantizer._rotation is not None:
+        return False
+    fmt = quantizer.format
+    plain = isinstance(fmt.scale, FloatScale) and not fmt.scale.outer and not fmt.dynamic
+    return plain and fmt.granularity.kind == "per_tensor" and quantizer.attributes.calibrator == "max"
+
+
+def _squares(layer: Layer) -> float:
+    weight = layer.matrix()
+    return float((layer.quantizer(layer.module.weight.detach()).float().reshape(weight.shape) - weight).square().sum())
+
+
+def describe(steps: Sequence[Any]) -> str:
+    """The names of the steps, for messages."""
+    return ", ".join(str(step.method) for step in steps)

@@ -1,0 +1,308 @@
+"""Two ways of bringing data to the algorithms: the whole model in one forward pass, or block by block.
+
+Whole model: every site is observed in one run of the calibration loop, then solved. Block by block: a block is
+observed, its sites are solved, and its outputs, float or quantized, are what the next block is observed on. Memory for
+second moments is then one block's. What lies outside the blocks is observed in a run with the blocks' outputs put in
+place.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from detent.config.algorithm import (
+    DataAlgorithmConfig,
+    GPTQCalibConfig,
+    QuantizeAlgorithmConfig,
+    SmoothQuantCalibConfig,
+)
+from detent.engine.blocks import BlockChain, NoChain, Run, TensorStore, record_chain, replaced_outputs, without_cache
+from detent.engine.layers import Layer
+from detent.engine.notices import notify
+from detent.engine.sites import Site, SiteObserver, Wanted
+from detent.engine.solve import Solver, wanted
+from detent.errors import DetentError
+from detent.nn import QuantWeightBase, TensorQuantizer
+from detent.nn.sequential import members_of
+from detent.progress import track
+from detent.statistics import SiteStatistics
+from detent.structure.chain import block_names
+
+_log = logging.getLogger(__name__)
+
+
+def layers_of(model: nn.Module) -> list[Layer]:
+    """Every layer whose weight is quantized and can be changed."""
+    return [
+        Layer(name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantWeightBase)
+        and module.weight_parameter is not None
+        and module.weight_parameter.dim() > 1
+        and not isinstance(module, nn.Embedding)
+        and module.weight_quantizer.is_enabled
+    ]
+
+
+def solve_model(
+    model: nn.Module,
+    steps: Sequence[QuantizeAlgorithmConfig],
+    run: Run,
+    solver: Solver,
+    quantizers: Callable[[], Sequence[TensorQuantizer]],
+    together: Callable[[], AbstractContextManager[None]],
+) -> None:
+    """Run algorithms that learn from data over a model.
+
+    Args:
+        model: in eval mode.
+        steps: the algorithms, at least one of them a `DataAlgorithmConfig`.
+        run: feeds the model its calibration data, any number of times.
+        solver: solves a site.
+        quantizers: every quantizer of the model; all are off while it is observed.
+        together: what else looks on where the whole model is observed in one run.
+
+    Raises:
+        DetentError: NaN or infinity in an activation (named: block, site, batch); data that never reaches a layer.
+    """
+    layers = layers_of(model)
+    need = wanted(steps)
+    for layer in layers:
+        if not layer.has_rows:
+            notify(f"{layer.name}: {type(layer.module).__name__} has no rows to learn from; it is rounded plainly")
+    layers = [layer for layer in layers if layer.has_rows]
+    chain = _chain(model, steps, run, quantizers)
+    if chain is None:
+        with together(), off(quantizers()), without_cache(model):
+            observer = _observe_model(model, run, layers, need)
+        _account_for(observer.sites, layers, model, block_names(model), solver)
+        solver.solve(observer.sites, "Whole model")
+        return
+    try:
+        _block_by_block(model, chain, layers, need, steps, run, solver, quantizers)
+    finally:
+        chain.close()
+
+
+def _observe_model(model: nn.Module, run: Run, layers: list[Layer], need: Wanted) -> SiteObserver:
+    observer = SiteObserver(layers, need, block_names(model))
+
+    def next_batch(*_: Any) -> None:
+        observer.batch += 1
+
+    hook = model.register_forward_hook(next_batch)
+    try:
+        with observer:
+            run(model)
+    finally:
+        hook.remove()
+    return observer
+
+
+def _chain(
+    model: nn.Module,
+    steps: Sequence[QuantizeAlgorithmConfig],
+    run: Run,
+    quantizers: Callable[[], Sequence[TensorQuantizer]],
+) -> BlockChain | None:
+    """The blocks to go through one by one, or None for the whole model at once."""
+    data_steps = [step for step in steps if isinstance(step, DataAlgorithmConfig)]
+    asked = [step.layerwise for step in data_steps if step.layerwise is not None]
+    default = any(not isinstance(step, SmoothQuantCalibConfig) for step in data_steps)
+    if not (asked[-1] if asked else default):
+        return None
+    with off(quantizers()):
+        chain = record_chain(model, block_names(model), run, spill=any(step.spill for step in data_steps))
+    if isinstance(chain, NoChain):
+        must = any(asked) or any(getattr(step, "retarget", False) for step in data_steps)
+        text = f"The model is taken as a whole, not block by block: {chain.reason}"
+        notify(text) if must or default else _log.info(text)
+        return None
+    return chain
+
+
+def _block_by_block(
+    model: nn.Module,
+    chain: BlockChain,
+    layers: list[Layer],
+    need: Wanted,
+    steps: Sequence[QuantizeAlgorithmConfig],
+    run: Run,
+    solver: Solver,
+    quantizers: Callable[[], Sequence[TensorQuantizer]],
+) -> None:
+    inside = {name: [layer for layer in layers if layer.name.startswith(f"{name}.")] for name in chain.names}
+    quantized = _quantized_inputs(steps)
+    references = chain.inputs if need.cross_moment else None
+    inputs = chain.inputs
+    for index, name in enumerate(track(chain.names, "Block by block", len(chain.names))):
+        observed = _ObservedBlock(chain, index, inputs, references, need)
+        rounding = next((i for i, step in enumerate(steps) if getattr(step, "sequential", False)), None)
+        floats = chain.store()
+        if rounding is None:
+            next_references, sites = observed.sites(inside[name], None if quantized else floats)
+            _account_for(sites, inside[name], model, chain.names, solver)
+            solver.solve(sites)
+        else:
+            next_references = _one_after_the_other(observed, inside[name], rounding, model, solver)
+        if quantized:
+            for _, output in chain.run_all(index, inputs):
+                floats.append(output)
+        if inputs is not chain.inputs:
+            inputs.clear()
+        if references is not None and references is not chain.inputs:
+            references.clear()
+        inputs, references = floats, next_references
+    outside = [layer for layer in layers if not any(layer in members for members in inside.values())]
+    if outside:
+        with off(quantizers()), replaced_outputs(chain, inputs), without_cache(model):
+            observer = _observe_model(model, run, outside, need)
+        _account_for(observer.sites, outside, model, chain.names, solver)
+        solver.solve(observer.sites)
+
+
+class _ObservedBlock:
+    """One block, run on all batches while its sites are observed; where references are wanted, on these first."""
+
+    def __init__(
+        self, chain: BlockChain, index: int, inputs: TensorStore, references: TensorStore | None, need: Wanted
+    ) -> None:
+        self.names = chain.names
+        self._chain, self._index, self._inputs, self._need = chain, index, inputs, need
+        self._references = references
+        self.keep_float_block()
+
+    def keep_float_block(self) -> None:
+        """Take the block as it is now for the one that makes references."""
+        self._float_block = None if self._references is None else copy.deepcopy(self._chain.blocks[self._index])
+
+    def sites(
+        self,
+        layers: Sequence[Layer],
+        outputs: TensorStore | None = None,
+        batches: int | None = None,
+        need: Wanted | None = None,
+    ) -> tuple[TensorStore | None, list[Site]]:
+        """(what the float block makes of the references, the sites of `layers`); outputs go into `outputs`."""
+        chain, index = self._chain, self._index
+        block = chain.blocks[index]
+        observer = SiteObserver(layers, self._need if need is None else need, chain.names)
+        made = None if self._references is None else chain.store()
+        own = [module for module in block.modules() if isinstance(module, TensorQuantizer)]
+        device = next((p.device for p in block.parameters()), torch.device("cpu"))
+        with off(own), observer:
+            for batch in range(len(self._inputs) if batches is None else batches):
+                observer.batch = batch
+                if self._references is not None and made is not None:
+                    made.append(self._reference(observer, layers, batch, self._references.get(batch, device)))
+                output = chain.run(index, batch, self._inputs.get(batch, device))
+                if outputs is not None:
+                    outputs.append(output)
+        return made, observer.sites
+
+    def _reference(
+        self, observer: SiteObserver, layers: Sequence[Layer], batch: int, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """Run the block as it was before anything in it was rounded; the observer keeps what its layers read."""
+        assert self._float_block is not None
+        name = self._chain.names[self._index]
+        inside = dict(self._float_block.named_modules())
+        twins = [
+            Layer(layer.name, cast(QuantWeightBase, inside[layer.name.removeprefix(f"{name}.")])) for layer in layers
+        ]
+        with observer.keeping_references(twins), off([m for m in inside.values() if isinstance(m, TensorQuantizer)]):
+            return self._chain.run(self._index, batch, hidden, self._float_block)
+
+
+def _one_after_the_other(
+    observed: _ObservedBlock, layers: list[Layer], rounding: int, model: nn.Module, solver: Solver
+) -> TensorStore | None:
+    """Solve a block's sites one by one, each observed with the ones before it rounded.
+
+    Steps before number `rounding` run first, on all sites: what they fold into other layers has to be there before
+    those are rounded.
+    """
+    names = observed.names
+    made, sites = observed.sites(layers, batches=None if rounding else 1, need=None if rounding else Wanted())
+    if rounding:
+        _account_for(sites, layers, model, names, solver)
+        solver.solve(sites, steps=solver.steps[:rounding])
+        observed.keep_float_block()
+    seen = {layer.name for site in sites for layer in site.layers}
+    for site in sites:
+        if made is not None:
+            made.clear()
+        made, (again, *_) = observed.sites(site.layers)
+        solver.solve([again], steps=solver.steps[rounding:])
+    late = [layer for layer in layers if layer.name not in seen]
+    if late:  # not called in the first batch: experts
+        made, rest = observed.sites(late)
+        _account_for(rest, late, model, names, solver)
+        solver.solve(rest, steps=solver.steps[rounding:])
+    return made
+
+
+def _quantized_inputs(steps: Sequence[QuantizeAlgorithmConfig]) -> bool:
+    """Whether a block is observed on what quantized blocks give: as asked, else where an algorithm rounds weights."""
+    asked = [s.inputs for s in steps if isinstance(s, DataAlgorithmConfig) and s.inputs is not None]
+    if asked:
+        return asked[-1] == "quantized"
+    return any(isinstance(step, GPTQCalibConfig) for step in steps)
+
+
+def _account_for(
+    sites: Sequence[Site], layers: Sequence[Layer], model: nn.Module, blocks: Sequence[str], solver: Solver
+) -> None:
+    """Layers that data never reached: experts are solved without data, others are an error.
+
+    An expert lies in a member of a list of modules (not of the chain of blocks) of which another member's same layer
+    saw data.
+
+    Raises:
+        DetentError: a layer that isn't an expert saw nothing.
+    """
+    seen = {layer.name for site in sites for layer in site.layers}
+    unseen = [layer for layer in layers if layer.name not in seen]
+    if not unseen:
+        return
+    lists = [
+        [f"{name}.{child}" for child, _ in module.named_children()]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
+    lists = [members for members in lists if not set(blocks) & set(members)]
+    lost = [layer.name for layer in unseen if not _is_expert(layer.name, lists, seen)]
+    if lost:
+        raise DetentError(
+            f"the calibration data never reached {len(lost)} layers (for instance {', '.join(lost[:3])}); exclude them in"
+            " the configuration or feed data that uses them"
+        )
+    solver.solve([Site([layer], SiteStatistics.empty(layer.width, second_moment=False)) for layer in unseen])
+
+
+def _is_expert(name: str, lists: Sequence[Sequence[str]], seen: set[str]) -> bool:
+    for members in lists:
+        own = next((member for member in members if name.startswith(f"{member}.")), None)
+        if own is not None:
+            suffix = name.removeprefix(own)
+            return any(f"{member}{suffix}" in seen for member in members if member != own)
+    return False
+
+
+@contextmanager
+def off(quantizers: Sequence[TensorQuantizer]) -> Iterator[None]:
+    """No quantizer of these rounds anything inside the block; their scales and rotations still work."""
+    with ExitStack() as stack:
+        for quantizer in quantizers:
+            for member in members_of(quantizer):
+                if member._if_quant:
+                    member.disable_quant()
+                    stack.callback(member.enable_quant)
+        yield

@@ -1,0 +1,3 @@
+from detent.statistics.site import SiteStatistics
+
+__all__ = ["SiteStatistics"]

@@ -1,0 +1,386 @@
+"""`find_structure`: run a model a few times under the probe and read off what its structure is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detent.errors import DetentError
+from detent.structure.blocks import Chains
+from detent.structure.folds import (
+    Group,
+    Matcher,
+    Rows,
+    dependents,
+    failures,
+    match_factors,
+    multiply,
+    scale_change,
+    sizes,
+)
+from detent.structure.inputs import Run, runs
+from detent.structure.overrides import FoldEntry, Overrides
+from detent.structure.probe import Probe, Trace
+from detent.structure.site import Fold, Site, Structure
+from detent.structure.stream import find_stream
+from detent.structure.values import factors, positive, spread
+from detent.structure.weights import Weights
+
+#: What running a model on inputs that it isn't made for may raise.
+_MISTAKES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
+#: Runs spent at most on telling apart the producers of one activation.
+_MOST_WAVES = 5
+
+
+def find_structure(
+    model: nn.Module, run_or_inputs: Any = None, *, overrides: Mapping[str, Any] | str | Path | None = None
+) -> Structure:
+    """Blocks, sites, proved folds, experts, key and value projections and the residual stream of a model.
+
+    The model runs a few times on a few tokens, without its weights being used: it may lie on any device, the meta
+    device included, in any dtype, and may be quantized already. It is left as it was.
+
+    Args:
+        model: any module.
+        run_or_inputs: example inputs (a tensor, a tuple of arguments, a dictionary of keyword arguments) or a function
+            that calls the model it is given. None: made from a transformers model's configuration.
+        overrides: a table, or the path of a JSON file, of what to use instead of what is found: see
+            `detent.structure.overrides`.
+
+    Returns:
+        What was found. `Structure.notes` says what wasn't.
+
+    Raises:
+        DetentError: no inputs were given and none can be made; an override names what isn't there, or a fold that
+            changes the model's function.
+    """
+    return _Discovery(model, *runs(model, run_or_inputs), Overrides.read(overrides)).structure()
+
+
+class _Discovery:
+    """One discovery: the runs it makes and what they showed."""
+
+    def __init__(self, model: nn.Module, short: Run, long: Run, overrides: Overrides) -> None:
+        self.model, self._short, self._long, self._overrides = model, short, long, overrides
+        self.weights = Weights(model)
+        self._discover()
+
+    def probe(self, change: dict[str, Callable[[Tensor, int], Tensor]] | None = None, *, long: bool = True) -> Trace:
+        """A run: with one token and positive numbers, or with several and numbers of all sizes."""
+        return Probe(self.model, spread if long else positive, change=change).run(self._long if long else self._short)
+
+    def _discover(self) -> None:
+        matcher, chains = Matcher(), Chains(self.model)
+        try:
+            with chains.watching():
+                self.trace = Probe(self.model, positive, look=matcher.look).run(self._short)
+        except _MISTAKES as error:
+            if isinstance(error, (DetentError, torch.OutOfMemoryError)):
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+            raise DetentError(
+                f"{type(self.model).__name__} can't be run to find its structure ({type(error).__name__}: {reason});"
+                " pass example inputs that it takes, or a function that calls it"
+            ) from error
+        self.chains = chains.found()
+        self.producers = self.trace.producers
+        self.rows = self._completed(matcher.rows)
+        self.reference = self.probe()
+        self.groups = self._grouped()
+        self._refuse()
+        overridden = self._override()
+        self._prove()
+        for pattern, group in overridden:
+            if group.reason:
+                raise DetentError(
+                    f"overrides: {pattern!r}: the fold for {self._name(group)} is refused: {group.reason}"
+                )
+
+    # ---- rows -------------------------------------------------------------------------------------------------------
+
+    def _completed(self, matched: list[Rows]) -> dict[int, tuple[str, Tensor]]:
+        """By number of a reading, the producer and the rows of all its channels; where need be with further runs."""
+        found: dict[int, tuple[str, Tensor]] = {}
+        open_: dict[int, list[str]] = {}
+        for index, (reading, matches) in enumerate(zip(self.trace.readings, matched, strict=True)):
+            complete = [(name, r) for name, r in matches.items() if bool((r >= 0).all())]
+            if complete:
+                found[index] = complete[0]
+            elif reading.kind == "weight" and reading.rows:
+                makers = dict.fromkeys(leaf.producer for leaf in reading.leaves if leaf.kind != "embedding")
+                if len(makers) <= _MOST_WAVES:
+                    open_[index] = list(makers)
+        for wave in range(_MOST_WAVES):
+            wanted = {i: names[wave] for i, names in open_.items() if wave < len(names) and i not in found}
+            if not wanted:
+                break
+            size = sizes(self.trace)
+            scaled = {name: factors(size[name], seed) for seed, name in enumerate(dict.fromkeys(wanted.values()))}
+            after = self.probe({name: multiply(f) for name, f in scaled.items()}, long=False)
+            for index, rows in match_factors(self.trace, after, scaled, wanted).items():
+                found[index] = (wanted[index], rows)
+        return found
+
+    # ---- sites ------------------------------------------------------------------------------------------------------
+
+    def _grouped(self) -> list[Group]:
+        """Readings that form a site: of one weight, of equal activations, or of the same norm's output."""
+        readings = self.trace.readings
+        parent = list(range(len(readings)))
+
+        def root(i: int) -> int:
+            while parent[i] != i:
+                parent[i] = i = parent[parent[i]]
+            return i
+
+        keys: dict[Any, int] = {}
+        for index, reading in enumerate(readings):
+            if reading.kind != "weight":
+                continue
+            storage = self.weights.tied(reading.name)
+            leaves = frozenset(leaf.producer for leaf in reading.leaves)
+            same = (leaves, reading.rows, tuple(reading.sums[0, :64].mul(1e6).round().tolist()))
+            keys_of = [("weight", storage), ("activation", same)] if reading.rows else [("weight", storage)]
+            if index in self.rows and self.producers[self.rows[index][0]].kind == "norm":
+                producer, rows = self.rows[index]
+                keys_of.append(("norm", (producer, tuple(rows.tolist()))))
+            for key in keys_of:
+                parent[root(index)] = root(keys.setdefault(key, index))
+        members: dict[int, list[int]] = {}
+        for index, reading in enumerate(readings):
+            if reading.kind == "weight":
+                members.setdefault(root(index), []).append(index)
+        return [Group(indices) for indices in sorted(members.values())]
+
+    # ---- folds ------------------------------------------------------------------------------------------------------
+
+    def _refuse(self) -> None:
+        """Give each group its producer and rows, or the reason why it has none."""
+        reached = dependents(self.trace)
+        embeddings = {self.weights.tied(name): name for name in self.trace.embeddings}
+        for group in self.groups:
+            readings = [self.trace.readings[i] for i in group.readings]
+            seen = [i for i in group.readings if self.trace.readings[i].rows]
+            found = [self.rows.get(i) for i in seen]
+            tied = next((embeddings[s] for r in readings if (s := self.weights.tied(r.name)) in embeddings), None)
+            used = next((r.name for r in readings if r.name in self.trace.used), None)
+            group.bound = tied is not None or used is not None or not all(r.whole for r in readings)
+            if tied is not None:
+                group.reason = f"its weight is also the embedding table {tied} (tied)"
+            elif used is not None:
+                group.reason = f"{used} is also used in other ways than multiplying with it"
+            elif not all(r.whole for r in readings):
+                group.reason = "a weight reads it with a part of its columns"
+            elif not found or any(f is None for f in found):
+                group.reason = self._why_unmatched(seen or group.readings)
+            elif len({f[0] for f in found if f}) > 1:
+                group.reason = "different calls read what different modules made: " + ", ".join(
+                    dict.fromkeys(f[0] for f in found if f)
+                )
+            elif any(not torch.equal(f[1], found[0][1]) for f in found if f and found[0]):
+                group.reason = "different calls read different channels"
+            if group.reason or not found or found[0] is None:
+                continue
+            group.producer, group.rows = found[0]
+            producer = self.producers[group.producer]
+            others = [self.trace.readings[i] for i in reached[group.producer] if i not in group.readings]
+            covered = len(group.rows.unique()) == sizes(self.trace)[group.producer]
+            if not producer.parameters:
+                group.reason = f"{group.producer} has no parameters that a scale can be folded into"
+            elif others and covered:
+                names = list(dict.fromkeys(_described(r.kind, r.name) for r in others))
+                more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+                group.reason = f"{group.producer} also feeds {', '.join(names[:2])}{more}"
+
+    def _why_unmatched(self, indices: list[int]) -> str:
+        makers = list(dict.fromkeys(leaf.producer for i in indices for leaf in self.trace.readings[i].leaves))
+        if not makers:
+            return "it is made of the model's inputs, not by a weight or a norm"
+        if len(makers) > _MOST_WAVES:
+            return f"it is a sum of {len(makers)} outputs"
+        if all(self.producers[m].kind == "embedding" for m in makers):
+            return f"it is looked up in {', '.join(makers)}"
+        return f"no rows of {', '.join(makers)} multiply its channels (not linear in them)"
+
+    def _override(self) -> list[tuple[str, Group]]:
+        """Take folds from the table of overrides; returns those that have to be proved, with their patterns."""
+        self._overrides.check_used([self._name(group) for group in self.groups])
+        overridden = []
+        for group in self.groups:
+            match = self._overrides.match(self._name(group))
+            if match is None:
+                continue
+            pattern, entry = match
+            if entry is None:
+                group.reason = f"switched off by the override {pattern!r}"
+            elif group.bound:
+                raise DetentError(f"overrides: {pattern!r}: {self._name(group)} can't have a fold: {group.reason}")
+            else:
+                group.producer, group.rows = self._entered(pattern, entry, self._name(group))
+                group.reason = ""
+                overridden.append((pattern, group))
+        return overridden
+
+    def _entered(self, pattern: str, entry: FoldEntry, site: str) -> tuple[str, Tensor]:
+        """The producer and rows of an entry, checked against what the probe saw."""
+        block = next((c for chain in self.chains for c in chain if site.startswith(f"{c}.")), "")
+        module = entry.module.replace("{block}", block)
+        known = {n: p for n, p in self.producers.items() if p.module == module and p.parameters}
+        if entry.parameters is not None:
+            known = {n: p for n, p in known.items() if p.parameters == entry.parameters}
+        if not known:
+            raise DetentError(f"overrides: {pattern!r}: no module {module!r} with parameters to scale ran in the probe")
+        name, producer = next(iter(known.items()))
+        kind = producer.scaling.fold if producer.scaling is not None else "rows"
+        if kind != entry.kind:
+            raise DetentError(f"overrides: {pattern!r}: {module} is of kind {kind!r}, not {entry.kind!r}")
+        width = next(r.sums.shape[1] for r in self.trace.readings if r.kind == "weight" and r.name == site)
+        rows = torch.arange(width) if entry.channels is None else torch.tensor(entry.channels)
+        if len(rows) != width or int(rows.max()) >= sizes(self.trace).get(name, 0):
+            raise DetentError(
+                f"overrides: {pattern!r}: {len(rows)} channels up to row {int(rows.max())}, but the site has {width}"
+                f" channels and {module} has {sizes(self.trace).get(name, 0)} rows"
+            )
+        return name, rows
+
+    def _name(self, group: Group) -> str:
+        return self.trace.readings[group.readings[0]].name
+
+    def _prove(self) -> None:
+        """Scale all candidates at once; look into those that share a reading with a failure one at a time."""
+        candidates = [(seed, group) for seed, group in enumerate(self.groups) if group.producer and not group.reason]
+        while candidates:
+            failed = self._failed(candidates)
+            if not failed:
+                return
+            suspects = [c for c in candidates if self._touches(c[1], failed)]
+            independent: list[tuple[int, Group]] = []
+            taken: set[int] = set()
+            for candidate in suspects:
+                touched = set(self._touched(candidate[1]))
+                if not touched & taken:
+                    independent.append(candidate)
+                    taken |= touched
+            failed = self._failed(independent) if independent else []
+            for _, group in independent:
+                broken = [i for i in failed if i in self._touched(group)]
+                if broken:
+                    reading = self.trace.readings[broken[0]]
+                    group.reason = f"scaling rows of {group.producer} changes {_described(reading.kind, reading.name)}"
+            # What was proved alone stays; a round without a refusal would repeat itself.
+            proved = {id(group) for _, group in independent if not group.reason}
+            candidates = [c for c in suspects if not c[1].reason and id(c[1]) not in proved]
+
+    def _failed(self, candidates: list[tuple[int, Group]]) -> list[int]:
+        after = self.probe(scale_change(candidates, sizes(self.trace)))
+        scales = {index: group.scale(seed) for seed, group in candidates for index in group.readings}
+        return failures(self.reference, after, self._renumbered(scales))
+
+    def _renumbered(self, scales: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Scales by number of a reading in `reference`, where routing may give experts other tokens than in `trace`."""
+        by_name = {self.trace.readings[index].name: scale for index, scale in scales.items()}
+        return {
+            index: by_name[reading.name]
+            for index, reading in enumerate(self.reference.readings)
+            if reading.kind == "weight" and reading.name in by_name
+        }
+
+    def _touched(self, group: Group) -> list[int]:
+        reached = dependents(self.reference)
+        assert group.producer is not None
+        names = {self.trace.readings[i].name for i in group.readings}
+        own = [i for i, r in enumerate(self.reference.readings) if r.kind == "weight" and r.name in names]
+        return [*own, *reached.get(group.producer, [])]
+
+    def _touches(self, group: Group, indices: list[int]) -> bool:
+        return not set(self._touched(group)).isdisjoint(indices)
+
+    # ---- result -----------------------------------------------------------------------------------------------------
+
+    def structure(self) -> Structure:
+        """What was found."""
+        blocks = self._overrides.chosen_blocks(self.model)
+        if blocks is None:
+            blocks = tuple(name for chain in self.chains for name in chain)
+        experts = self._experts(blocks)
+        sites = [self._site(group, blocks, experts) for group in self.groups]
+        routers = tuple(name for name in self.trace.choosers if self._chooses(name, experts, blocks))
+        sites = [Site(**{**vars(s), "router": any(w in routers for w in s.weights)}) for s in sites]
+        notes = [] if blocks else ["no chain of repeated blocks was found: the model is treated as a whole"]
+        found = find_stream(self.model, self.reference, self.probe, sites, blocks)
+        if found.note:
+            notes.append(found.note)
+        read = {self.weights.tied(r.name) for r in self.trace.readings if r.kind == "weight"}
+        read |= {self.weights.tied(name) for name in (*self.trace.embeddings, *self.trace.used)}
+        attributes = self.weights.attributes
+        matrices = [n for n, p in self.weights.parameters.items() if "weight" in attributes[n] or p.dim() == 3]
+        unread = tuple(name for name in matrices if self.weights.tied(name) not in read)
+        return Structure(
+            blocks,
+            tuple(sites),
+            routers,
+            experts,
+            tuple(self.trace.keys),
+            tuple(self.trace.values),
+            found.stream,
+            unread,
+            tuple(notes),
+        )
+
+    def _site(self, group: Group, blocks: tuple[str, ...], experts: tuple[str, ...]) -> Site:
+        readings = [self.trace.readings[i] for i in group.readings]
+        weights = {r.name: r.axis for r in readings}
+        name = next(iter(weights))
+        width = readings[0].sums.shape[1]
+        fold = None
+        if group.producer is not None and group.rows is not None and not group.reason:
+            producer = self.producers[group.producer]
+            rows = tuple(group.rows.tolist())
+            identity = rows == tuple(range(sizes(self.trace)[group.producer]))
+            kind = producer.scaling.fold if producer.scaling is not None else "rows"
+            channels = None if identity else rows
+            fold = Fold(kind, producer.module, producer.parameters, channels, True, producer.axis)
+        fused = [self.trace.fused[w] for w in weights if w in self.trace.fused]
+        own_rows = fused and fold is not None and group.producer in self.trace.fused
+        return Site(
+            name=name,
+            weights=tuple(weights),
+            block=next((b for b in blocks if name.startswith(f"{b}.")), None),
+            width=width,
+            fold=fold,
+            reason=group.reason,
+            column_axes=tuple(weights.values()),
+            routed=tuple(w for w in weights if w in self.trace.fused or any(w.startswith(f"{e}.") for e in experts)),
+            experts=fused[0] if own_rows else 0,
+        )
+
+    def _experts(self, blocks: tuple[str, ...]) -> tuple[str, ...]:
+        """Modules with fused experts, and members of lists near a weight whose output chooses."""
+        found = dict.fromkeys(name.rpartition(".")[0] for name in self.trace.fused)
+        lists = [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) > 1
+        ]
+        for router in self.trace.choosers:
+            block = next((b for b in blocks if router.startswith(f"{b}.")), None)
+            scope = router.rpartition(".")[0]
+            for name, module in lists:
+                inside = name.startswith(f"{scope}.") and f"{name}.0" not in blocks
+                if inside and (block is None or name.startswith(f"{block}.")):
+                    found.update(dict.fromkeys(f"{name}.{i}" for i in range(len(module))))
+        return tuple(found)
+
+    def _chooses(self, name: str, experts: tuple[str, ...], blocks: tuple[str, ...]) -> bool:
+        """Whether a weight whose output is ranked chooses experts: these lie beside it or beside its parent."""
+        parent = name.rpartition(".")[0]
+        scopes = {parent, parent.rpartition(".")[0]} - {"", *blocks}
+        return any(expert.startswith(f"{scope}.") for expert in experts for scope in scopes)
+
+
+def _described(kind: str, name: str) -> str:
+    return {"weight": name, "norm": f"{name} without a weight between", "output": f"the model's {name}"}[kind]
