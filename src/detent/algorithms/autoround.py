@@ -181,7 +181,7 @@ def autoround(
     for step, index in enumerate(shuffled(len(batches), iterations, seed)):
         with torch.enable_grad():
             loss = objective(batches[index])
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         value = float(loss.detach())
         if not math.isfinite(value):
             raise DetentError(f"autoround: the objective became {value} in iteration {step}")

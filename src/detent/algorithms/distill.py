@@ -105,7 +105,7 @@ def distill(
                 group["lr"] = group["height"] * _course(step, steps)
             with torch.enable_grad():
                 loss = objective(batches[order[step - 1]])
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             if not math.isfinite(now := float(loss.detach())):
                 raise DetentError(f"distill: the objective became {now} in step {step}; use lower rates")
             optimizer.step()

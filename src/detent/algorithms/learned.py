@@ -145,7 +145,7 @@ class _Nearest(torch.autograd.Function):
         return _round(position, element)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (position,) = ctx.saved_tensors
         element: Element = ctx.element
         beyond = 0.5 if isinstance(element, Integer) else 0.0  # half a step past the last code still rounds to it
@@ -165,7 +165,7 @@ class _OnGrid(torch.autograd.Function):
         return grid * scale
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         grid, scale = ctx.saved_tensors
         of_scale = torch.linalg.vecdot(grad, grid).unsqueeze(1) if ctx.needs_input_grad[1] else None
         return grad * scale, of_scale, None, None

@@ -29,6 +29,8 @@ from detent.formats.tiles import scale_from_range
 from detent.statistics import SiteStatistics
 
 _LEAST, _MOST = 1e-4, 1e4
+#: The alphas that a search tries.
+_ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 #: Scales that are compared after clipping.
 _FINALISTS = 3
 
@@ -70,7 +72,7 @@ def smoothquant_search(
     formats: Sequence[Format],
     input_format: Format,
     *,
-    alphas: Sequence[float] = tuple(i / 10 for i in range(11)),
+    alphas: Sequence[float] = _ALPHAS,
     tie: Tie = lambda scale: scale,
 ) -> ScaleChoice:
     """The SmoothQuant scale whose alpha gives the rounded layer the least squared error on the sample of tokens.
@@ -199,7 +201,7 @@ def _loss(scale: Tensor, weights: Sequence[Tensor], formats: Sequence[Format], m
 
 
 def _weight_magnitude(weights: Sequence[Tensor], formats: Sequence[Format]) -> Tensor:
-    """The mean over rows of |w| relative to the largest of its tile, float64 [in]: how much of the grid a column uses."""
+    """How much of the grid each column uses: the mean over rows of |w| relative to its tile's largest, float64 [in]."""
     rows = []
     for weight, fmt in zip(weights, formats, strict=True):
         w = weight.detach().float().abs()

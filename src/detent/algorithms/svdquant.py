@@ -5,9 +5,9 @@ G the second moment of the layer's inputs; ``sum D^2`` where there is none.
 
 For a fixed rounded rest Q the best branch is known: with U the leading eigenvectors of ``E G E^T``, ``E = W - Q``, it
 is ``B = U, A = U^T E`` (the truncated singular value decomposition of ``E G^1/2``, and G is never inverted). So branch
-and rest are fitted in turns, from two starts: no branch, which makes the first branch that of plain rounding's error,
-and the leading part of W itself, as in the paper, which leaves a smaller range to round. The best pair wins. Plain
-rounding is never better than what the first start gives.
+and rest are fitted in turns, from two starts: the leading part of W itself, as in the paper, which leaves a smaller
+range to round; and no branch, which makes the first branch that of plain rounding's error. The best branch seen is
+kept, measured with its own rest rounded. ``rest + B A`` is the weight, so that without rounding nothing has changed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LowRank:
     Attributes:
         a: [rank, in], in the weight's dtype.
         b: [out, rank], likewise.
-        rest: [out, in], likewise: what is to be rounded in the weight's place.
+        rest: [out, in], likewise: the weight without the branch, to be rounded in its place.
         before: the objective of plain rounding without a branch.
         after: the objective with `a` and `b` and the rounded rest; never above `before`.
         energy: the objective of a weight of zeros.
@@ -58,7 +58,7 @@ def svdquant(
     rank: int = 32,
     *,
     moment: Tensor | None = None,
-    rounds: int = 4,
+    rounds: int = 6,
     quantize: Callable[[Tensor], Tensor] | None = None,
 ) -> LowRank | None:
     """Split a weight into a low-rank branch and a rest to be rounded.
@@ -103,12 +103,13 @@ def svdquant(
     none = (weight.new_zeros(rank, width).to(dtype), weight.new_zeros(len(weight), rank).to(dtype))
     for branch in (_branch(weight, moment, rank, dtype), none):
         for _ in range(rounds):
-            rest = (weight - _product(branch)).to(dtype)
+            product = _product(branch)
+            rest = (weight - product).to(dtype)
             values = rounded(rest.to(torch.float32))
-            branch = _branch(weight - values, moment, rank, dtype)
-            after = _measure(weight - values - _product(branch), moment)
+            after = _measure(weight - values - product, moment)
             if after < (before if best is None else best.after):
                 best = LowRank(*branch, rest, before, after, energy)
+            branch = _branch(weight - values, moment, rank, dtype)
     return best
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from detent.config import presets
 from detent.config.algorithm import (
     ALGORITHMS,
-    PLANNED_ALGORITHMS,
     MaxCalibConfig,
     MseCalibConfig,
     NoCalibConfig,
@@ -37,13 +36,14 @@ from detent.config.schemes import (
     quant_cfg_for,
     scheme_aliases,
 )
+from detent.config.transforms import HQQConfig, RotationConfig, SVDQuantConfig
 
 __all__ = [
     "ALGORITHMS",
-    "PLANNED_ALGORITHMS",
     "Attributes",
     "ConfigField",
     "ConfigModel",
+    "HQQConfig",
     "MaxCalibConfig",
     "ModeloptField",
     "MseCalibConfig",
@@ -55,7 +55,9 @@ __all__ = [
     "QuantizeConfig",
     "QuantizerAttributeConfig",
     "RotateConfig",
+    "RotationConfig",
     "Rule",
+    "SVDQuantConfig",
     "Scheme",
     "SequentialConfig",
     "algorithm_steps",

@@ -204,6 +204,8 @@ class GPTQCalibConfig(DataAlgorithmConfig):
         act_order: take columns by falling second moment; nothing extra has to be stored for it.
         scale_search: begin with the ranges of least error under the second moment's diagonal, unless an algorithm
             before this one chose ranges.
+        signed_scales: let the scales of signed integers be negative where that suits a group better: the code without a
+            counterpart then stands for a positive number.
         retarget: come near the outputs of the float model instead of those that the float weights give on the inputs
             at hand, so that errors of earlier blocks are made up for (as GPTAQ does). Needs block by block.
         retarget_damping: share of the mean diagonal added to the second moment where the target is computed.
@@ -216,9 +218,66 @@ class GPTQCalibConfig(DataAlgorithmConfig):
     block_size: int = ConfigField(128, ge=1)
     act_order: bool = ConfigField(True)
     scale_search: bool = ConfigField(True)
+    signed_scales: bool = ConfigField(True)
     retarget: bool = ConfigField(False)
     retarget_damping: float = ConfigField(0.001, gt=0, allow_inf_nan=False)
     sequential: bool = ConfigField(False)
+
+
+class AutoRoundCalibConfig(DataAlgorithmConfig):
+    """Rounding and clipping ranges learned per block by signed gradient descent (SignRound), for when minutes don't
+    matter.
+
+    Attributes:
+        iterations: steps for each block.
+        lr: the learning rate at first; None: 1 / iterations.
+        batch_size: sequences in a step.
+    """
+
+    method: Literal["autoround"] = ConfigField("autoround")
+    iterations: int = ConfigField(200, ge=1)
+    lr: float | None = ConfigField(None, gt=0, allow_inf_nan=False)
+    batch_size: int = ConfigField(8, ge=1)
+
+
+class DistillCalibConfig(DataAlgorithmConfig):
+    """Codes, scales and norms of a rounded model trained end to end, to give the float model's predictions.
+
+    Attributes:
+        steps: how many.
+        batch_size: sequences in a step.
+        held_out: batches that choose the step to keep; a quarter of all at most.
+        position_rate, scale_rate, norm_rate: learning rates of codes (in steps of the grid), of scales (relative) and
+            of norms.
+        train_norms: whether norms are trained.
+    """
+
+    method: Literal["distill"] = ConfigField("distill")
+    steps: int = ConfigField(80, ge=1)
+    batch_size: int = ConfigField(2, ge=1)
+    held_out: int = ConfigField(4, ge=0)
+    position_rate: float = ConfigField(0.005, ge=0, allow_inf_nan=False)
+    scale_rate: float = ConfigField(0.003, ge=0, allow_inf_nan=False)
+    norm_rate: float = ConfigField(0.001, ge=0, allow_inf_nan=False)
+    train_norms: bool = ConfigField(True)
+
+
+class BestCalibConfig(DataAlgorithmConfig):
+    """The lowest perplexity for a number of bits in little time: `gptq`, re-targeted to the float model's outputs and
+    site after site, then `distill`.
+
+    Attributes:
+        steps: of `distill`; 0 for none.
+    """
+
+    method: Literal["best"] = ConfigField("best")
+    steps: int = ConfigField(80, ge=0)
+
+    def parts(self) -> list[DataAlgorithmConfig]:
+        """The algorithms that it is composed of, in order."""
+        own = {name: getattr(self, name) for name in DataAlgorithmConfig.model_fields if name != "method"}
+        parts: list[DataAlgorithmConfig] = [GPTQCalibConfig(retarget=True, sequential=True, **own)]
+        return parts + [DistillCalibConfig(steps=self.steps, **own)] * bool(self.steps)
 
 
 #: The algorithms that are there, by method.
@@ -233,9 +292,10 @@ ALGORITHMS: dict[str | None, type[QuantizeAlgorithmConfig]] = {
     "awq_full": AWQFullCalibConfig,
     "local_hessian": LocalHessianCalibConfig,
     "gptq": GPTQCalibConfig,
+    "autoround": AutoRoundCalibConfig,
+    "distill": DistillCalibConfig,
+    "best": BestCalibConfig,
 }
-#: Known by name, but not there yet.
-PLANNED_ALGORITHMS = ("svdquant",)
 
 
 def algorithm_steps(spec: Any) -> list[dict[str, Any]]:
@@ -274,8 +334,6 @@ def _config_class(
     if method in known:
         return known[method]
     there = ", ".join(str(name) for name in known)
-    if method in PLANNED_ALGORITHMS:
-        raise DetentError(f"algorithm {method!r} is not there yet; it comes in a later version. There are: {there}")
     close = nearest(str(method), [str(name) for name in known])
     raise DetentError(
         f"unknown algorithm {method!r}" + (f"; did you mean {close[0]!r}?" if close else f"; known: {there}")

@@ -22,6 +22,7 @@ _NAMES: dict[str, dict[str, Any]] = {
     "gptaq": {"method": "gptq", "retarget": True},
     "smoothquant": {"method": "smoothquant", "alpha": 0.5},
     "quarot": {"method": "rotation"},
+    "rotation": {"method": "rotation", "r3": False, "r4": False},
 }
 #: Quark's word -> Detent's field, where they differ.
 _FIELDS = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from detent.config.algorithm import DataAlgorithmConfig, QuantizeAlgorithmConfig
+from detent.config.algorithm import ALGORITHMS, DataAlgorithmConfig, QuantizeAlgorithmConfig
 from detent.config.base import ConfigField
 from detent.errors import DetentError
 
@@ -88,7 +88,7 @@ class SVDQuantConfig(DataAlgorithmConfig):
     method: Literal["svdquant"] = ConfigField("svdquant")
     lowrank: int = ConfigField(32, ge=1)
     skip_layers: list[str] | None = ConfigField(None)
-    rounds: int = ConfigField(4, ge=1)
+    rounds: int = ConfigField(6, ge=1)
     alpha: float | None = ConfigField(None, ge=0, le=1)
 
 
@@ -110,3 +110,6 @@ class HQQConfig(QuantizeAlgorithmConfig):
     @property
     def needs_data(self) -> bool:
         return False
+
+
+ALGORITHMS.update({"rotation": RotationConfig, "svdquant": SVDQuantConfig, "hqq": HQQConfig})

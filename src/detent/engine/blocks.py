@@ -184,7 +184,7 @@ class _Recorder:
     def installed(self, model: nn.Module) -> Iterator[None]:
         for index, block in enumerate(self._blocks):
             original = block.forward
-            block.forward = self._stand_in(index, original)  # type: ignore[method-assign]
+            block.forward = self._stand_in(index, original)
         try:
             with without_cache(model):
                 yield
@@ -305,7 +305,7 @@ def replaced_outputs(chain: BlockChain, outputs: TensorStore) -> Iterator[None]:
         args, kwargs = _with_hidden(chain.calls[index][0], chain.inputs.get(0, device))
         templates.append(block(*args, **kwargs))
     for index, block in enumerate(chain.blocks):
-        block.forward = stand_in(index, templates[index])  # type: ignore[method-assign]
+        block.forward = stand_in(index, templates[index])
     try:
         yield
     finally:
@@ -321,7 +321,7 @@ _HIDDEN = object()
 def _find_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call, bool] | None:
     """(hidden state, the call without it, whether a cache already held something)."""
     cached = False
-    rest = {}
+    rest: dict[str, Any] = {}
     for name, value in kwargs.items():
         if name in _CACHES and value is not None:
             length = value.get_seq_length() if hasattr(value, "get_seq_length") else 0
@@ -330,8 +330,8 @@ def _find_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor,
         rest[name] = False if name == "use_cache" else value
     if args and isinstance(args[0], Tensor):
         return args[0], _Call((_HIDDEN, *args[1:]), rest), cached
-    if isinstance(rest.get("hidden_states"), Tensor):
-        hidden = rest["hidden_states"]
+    hidden = rest.get("hidden_states")
+    if isinstance(hidden, Tensor):
         return hidden, _Call(args, {**rest, "hidden_states": _HIDDEN}), cached
     return None
 

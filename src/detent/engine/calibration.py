@@ -10,21 +10,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from detent.config import QuantizeAlgorithmConfig, parse_algorithm
-from detent.config.algorithm import DataAlgorithmConfig
+from detent.config import MaxCalibConfig, QuantizeAlgorithmConfig, RotationConfig, parse_algorithm
+from detent.config.algorithm import BestCalibConfig, DataAlgorithmConfig, DistillCalibConfig
 from detent.distributed import ParallelState
 from detent.engine.conversion import named_members
 from detent.engine.data_loop import DataLoop, ForwardLoop
 from detent.engine.folding import Folding
 from detent.engine.modes import mode_of
+from detent.engine.notices import notify
 from detent.engine.rollback import unchanged_on_failure
+from detent.engine.rotation import rotate_model
 from detent.engine.solve import Solver, describe
 from detent.engine.traversal import layers_of, solve_model
+from detent.engine.tuning import distill_model, predictions
 from detent.engine.weight_ranges import calibrate_weight, quantized_weights
 from detent.errors import DetentError
 from detent.nn import TensorQuantizer, quantizers_of
 from detent.nn.sequential import members_of
 from detent.progress import track
+from detent.structure import find_structure
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +68,9 @@ def calibrate(
         _warn_uncalibrated(model)
         return model
     loop = DataLoop(forward_loop)
+    if isinstance(steps[-1], RotationConfig):
+        steps.append(MaxCalibConfig())
+    steps = [part for step in steps for part in (step.parts() if isinstance(step, BestCalibConfig) else [step])]
     with unchanged_on_failure(model), torch.no_grad():
         with _eval_mode(model):
             for group in _groups(steps):
@@ -77,17 +84,22 @@ def _groups(steps: list[QuantizeAlgorithmConfig]) -> list[list[QuantizeAlgorithm
     """Steps that are done together: those between steps that change the model as a whole, which stand alone."""
     groups: list[list[QuantizeAlgorithmConfig]] = []
     for step in steps:
-        alone = mode_of(step) is not None
-        if alone or not groups or mode_of(groups[-1][0]) is not None:
+        if not groups or _stands_alone(step) or _stands_alone(groups[-1][0]):
             groups.append([step])
         else:
             groups[-1].append(step)
     return groups
 
 
+def _stands_alone(step: QuantizeAlgorithmConfig) -> bool:
+    return isinstance(step, RotationConfig) or mode_of(step) is not None
+
+
 def _run_group(model: nn.Module, steps: list[QuantizeAlgorithmConfig], loop: DataLoop, folding: Folding | None) -> None:
     mode = mode_of(steps[0])
-    if mode is not None:
+    if isinstance(steps[0], RotationConfig):
+        _rotate(model, steps[0], loop, folding)
+    elif mode is not None:
         mode.apply(model, steps[0], loop.forward_loop)
     elif any(isinstance(step, DataAlgorithmConfig) for step in steps):
         _calibrate_on_data(model, steps, loop, folding)
@@ -101,6 +113,22 @@ def _warn_uncalibrated(model: nn.Module) -> None:
     waiting = [q.name for q in named_members(model) if q.needs_calibration and q.is_static and not q.is_calibrated]
     if waiting:
         _log.info("%d static quantizers, such as %s, take their range from each tensor", len(waiting), waiting[0])
+
+
+def _rotate(model: nn.Module, config: RotationConfig, loop: DataLoop, folding: Folding | None) -> None:
+    """Rotate the model, proved and measured on the first calibration batch, or on random tokens without data."""
+    structure = find_structure(model) if folding is None else folding.structure
+    calls = loop.calls_of(model)[:1] if loop else []
+    probe = calls[0].split(4)[0] if calls else None
+    run = None if probe is None else (lambda m: m(*probe.args, **probe.kwargs))
+    report = rotate_model(model, structure, config, run)
+    if report.notice:
+        notify(report.notice)
+    for part in report.parts:
+        if part.reason:
+            notify(f"rotation: {part}")
+    if folding is not None:
+        folding.changed |= set(report.changed)
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
@@ -118,10 +146,12 @@ def _calibrate_on_data(
     """Algorithms that learn from data: statistics, then one site after the other; activation ranges on the way."""
     if not loop:
         raise DetentError(
-            f"{describe(steps)}: this algorithm learns from data; pass a forward_loop that runs the model on calibration"
-            " data"
+            f"{describe(steps)}: this algorithm learns from data; pass a forward_loop that runs the model on"
+            " calibration data"
         )
-    solver = Solver(steps, folding)
+    distilling = [step for step in steps if isinstance(step, DistillCalibConfig)]
+    lessons = predictions(model, loop, distilling[0]) if distilling else []
+    solver = Solver(steps, folding, latents={} if distilling else None)
     waiting = _waiting(model)
     together = _ActivationPass(model, waiting, loop)
     solve_model(model, steps, loop, solver, lambda: list(named_members(model)), together)
@@ -129,16 +159,18 @@ def _calibrate_on_data(
     for name, quantizer, weight in quantized_weights(model):
         if id(model.get_submodule(name.rpartition(".")[0])) not in solved:
             calibrate_weight(name, quantizer, weight, None)
+    for step in distilling:
+        if not together.done:
+            _calibrate_activations(model, loop)
+        changed = distill_model(model, lessons, [x for x in layers_of(model) if x.has_rows], step, solver.latents or {})
+        if folding is not None:
+            folding.changed |= changed
     elsewhere = any(not q.name.endswith("input_quantizer") for q in waiting)
     if not together.done or (folding is not None and folding.rows and elsewhere):
         _calibrate_activations(model, loop)
     elif solver.scaled:
-        stale = [
-            quantizer
-            for layer in layers_of(model)
-            if layer.name in solver.scaled and (quantizer := layer.input_quantizer) is not None
-        ]
-        _observe_activations(model, [q for q in stale if any(q is other for other in waiting)], loop)
+        stale = {id(layer.input_quantizer) for layer in layers_of(model) if layer.name in solver.scaled}
+        _observe_activations(model, [q for q in waiting if id(q) in stale], loop)
 
 
 # ---- activations ----------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from detent.engine.data_loop import ForwardLoop
 from detent.engine.folding import Folding
 from detent.engine.layers import outcomes
 from detent.engine.models import load_config, load_model, model_dtype, read_weights
+from detent.engine.online import attach_online, with_online, with_online_formats
 from detent.engine.plan import Plan, exported_format
 from detent.engine.quantization import quantize
 from detent.errors import DetentError
@@ -140,7 +141,7 @@ def _simulate_layer(name: str, module: QuantWeightBase, plan: Plan) -> Simulated
         output=_activation(module, "output"),
         kind=formats.kind,
     )
-    return SimulatedLayer(record, error, list(outcomes(module)))
+    return SimulatedLayer(with_online(record, module), error, list(outcomes(module)))
 
 
 def _fold(module: QuantWeightBase, values: Tensor) -> None:
@@ -224,7 +225,7 @@ def write(
     scales, layers = kv_scales(model), simulation.layers
     config = {key: value for key, value in source.config.items() if key not in ("torch_dtype", "dtype")}
     config["dtype"] = str(dtype).removeprefix("torch.")
-    if plan.unties:
+    if plan.unties or _was_untied(model, config):
         config["tie_word_embeddings"] = False
     source.config = config
     held = {name: p.dtype for name, p in model.named_parameters()} if convert else {}
@@ -237,8 +238,9 @@ def write(
         verify(folder, layers, scales)
         complete(folder, open_quantized(folder).source.nbytes)
 
+    formats = with_online_formats(plan.formats, [layer.record for layer in layers.values()], model)
     with QuantizedWriter(
-        out_dir, source=source, formats=plan.formats, overwrite=overwrite, max_shard_size=SHARD_SIZE
+        out_dir, source=source, formats=formats, overwrite=overwrite, max_shard_size=SHARD_SIZE
     ) as writer:
         for name in track([*layers, *kept], "Writing", len(layers) + len(kept)):
             if name in layers:
@@ -251,6 +253,12 @@ def write(
         for module, (key, value) in scales.items():
             writer.add_kv(module, key, value)
         writer.finish(check=check)
+
+
+def _was_untied(model: nn.Module, config: dict[str, Any]) -> bool:
+    """Whether an algorithm gave the output embedding a tensor of its own."""
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", True)
+    return bool(config.get("tie_word_embeddings", True)) and not tied
 
 
 def verify(folder: Path, layers: dict[str, SimulatedLayer], kv: dict[str, tuple[Scales, Scales]]) -> None:
@@ -345,6 +353,7 @@ def _attach(model: nn.Module, checkpoint: QuantizedCheckpoint, records: dict[str
             activation = getattr(record, side)
             if activation is not None:
                 _set_activation(model, f"{name}.{side}_quantizer", activation)
+    attach_online(model, checkpoint.formats, records.values())
     kv = checkpoint.formats.kv_cache
     if kv is not None:
         scales = checkpoint.kv_scales()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +18,39 @@ from detent.data.padding import current_token_mask, token_mask
 from detent.errors import DetentError
 
 ForwardLoop = Callable[[nn.Module], Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a model was called with. `mask`: which tokens are real, None where all are."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    mask: Tensor | None = None
+
+    def split(self, rows: int) -> list[Call]:
+        """The same call in pieces of at most `rows` sequences: tensors whose first axis is the batch are cut."""
+        tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor) and x.dim()]
+        size = tensors[0].shape[0] if tensors else 0
+        if size <= rows:
+            return [self]
+
+        def cut(x: Any, start: int) -> Any:
+            return x[start : start + rows] if isinstance(x, Tensor) and x.dim() and x.shape[0] == size else x
+
+        return [
+            Call(
+                tuple(cut(x, start) for x in self.args),
+                {name: cut(x, start) for name, x in self.kwargs.items()},
+                cut(self.mask, start),
+            )
+            for start in range(0, size, rows)
+        ]
+
+    def token_mask(self) -> Tensor | None:
+        """bool [batch, seq], which tokens count; None for all."""
+        mask = self.kwargs.get("attention_mask") if self.mask is None else self.mask
+        return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all()) else None
 
 
 class DataLoop:
@@ -30,7 +64,7 @@ class DataLoop:
     def __init__(self, forward_loop: ForwardLoop | None) -> None:
         self.forward_loop = forward_loop
         self.calls = 0
-        self._remembered: list[tuple[tuple[Any, ...], dict[str, Any], Tensor | None]] = []
+        self._remembered: list[Call] = []
 
     def __bool__(self) -> bool:
         return self.forward_loop is not None
@@ -44,14 +78,15 @@ class DataLoop:
         if self.forward_loop is None:
             raise DetentError("there is no calibration data: pass a forward_loop")
         if self._remembered:
-            for args, kwargs, mask in self._remembered:
-                with _mask_from_arguments(model), token_mask(mask):
-                    model(*args, **kwargs)
+            for call in self._remembered:
+                with _mask_from_arguments(model), token_mask(call.mask):
+                    model(*call.args, **call.kwargs)
             return
-        remembered: list[tuple[tuple[Any, ...], dict[str, Any], Tensor | None]] = []
+        remembered: list[Call] = []
 
         def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            remembered.append((args, dict(kwargs), current_token_mask()))
+            _check_ids(model, args, kwargs)
+            remembered.append(Call(args, dict(kwargs), current_token_mask()))
 
         hook = model.register_forward_pre_hook(remember, with_kwargs=True)
         try:
@@ -64,6 +99,34 @@ class DataLoop:
             hook.remove()
         self.calls = len(remembered)
         self._remembered = remembered
+
+    def calls_of(self, model: nn.Module) -> list[Call]:
+        """What the loop calls the model with; runs it, if it hasn't run yet."""
+        if not self._remembered:
+            self(model)
+        return list(self._remembered)
+
+
+def _check_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Token ids have to be ones that a language model knows.
+
+    Raises:
+        DetentError: they aren't.
+    """
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    embed: Any = getattr(model, "get_input_embeddings", None)
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel() or not callable(embed):
+        return
+    try:
+        table = embed()
+    except NotImplementedError:  # a model of transformers without one, such as one for images
+        return
+    known = getattr(table, "num_embeddings", None)
+    if known is not None and not 0 <= int(ids.min()) <= int(ids.max()) < known:
+        raise DetentError(
+            f"the calibration data holds token id {int(ids.max() if ids.max() >= known else ids.min())}, but the model"
+            f" knows ids from 0 to {known - 1}; use the tokenizer that came with the model"
+        )
 
 
 def _takes_an_argument(function: Callable[..., Any]) -> bool:

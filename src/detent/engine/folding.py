@@ -16,12 +16,13 @@ class Folding:
     """The folds of a model's sites, and what was changed by using them.
 
     Attributes:
+        structure: of the model.
         changed: names of parameters outside of quantized weights that have other values now.
         rows: whether any scale went into the rows of a linear layer, which changes what that layer gives.
     """
 
     def __init__(self, model: nn.Module, structure: Structure) -> None:
-        self._model = model
+        self._model, self.structure = model, structure
         self._sites = {weight: site for site in structure.sites for weight in site.weights}
         self.changed: set[str] = set()
         self.rows = False

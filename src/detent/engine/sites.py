@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -18,17 +17,19 @@ from detent.statistics import SiteStatistics
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which statistics a run needs beyond channel ranges and means."""
+    """The statistics that a run needs beyond channel ranges; `references`: whether the float model runs too."""
 
     second_moment: bool = False
     cross_moment: bool = False
     sample_size: int = 0
+    references: bool = False
 
     def __or__(self, other: Wanted) -> Wanted:
         return Wanted(
             self.second_moment or other.second_moment,
             self.cross_moment or other.cross_moment,
             max(self.sample_size, other.sample_size),
+            self.references or other.references,
         )
 
 
@@ -56,27 +57,35 @@ class Site:
         self.statistics = self.statistics.divided(self.layers[0].columns(scale))
 
 
+class Seen(BaseException):
+    """Everything that was to be observed in this forward pass has been."""
+
+
 class SiteObserver:
     """Gathers statistics of what `layers` read while it is active (a context manager).
 
     Layers that are called with the very same tensor form a site; which do is seen at their first call, and where two
     layers of a site are called with different tensors later, they part.
 
-    What the layers read in the float model can be kept for a batch by `keeping_references`; what is observed next is
-    paired with it.
+    What the layers read in the float model can be put into `references` for a batch; what is observed next is paired
+    with it.
 
-    `blocks`: names of the model's blocks, for messages.
+    `blocks`: names of the model's blocks, for messages. `stop`: end the forward pass by raising `Seen` once the last of
+    `layers` is called.
 
     Attributes:
         batch: number of the batch that runs, for messages.
     """
 
-    def __init__(self, layers: Iterable[Layer], wanted: Wanted, blocks: Sequence[str] = ()) -> None:
+    def __init__(
+        self, layers: Iterable[Layer], wanted: Wanted, blocks: Sequence[str] = (), *, stop: bool = False
+    ) -> None:
         self._layers = [layer for layer in layers if layer.has_rows]
-        self._wanted, self._blocks = wanted, blocks
+        self._wanted, self._blocks, self._stop = wanted, blocks, stop
         self._site_of: dict[str, Site] = {}
         self._hooks: list[Any] = []
-        self._references: dict[str, list[Tensor]] = {}
+        #: {layer: what it reads in the float model}, for the batch that is observed next.
+        self.references: dict[str, list[Tensor]] = {}
         self.batch = 0
 
     @property
@@ -104,25 +113,9 @@ class SiteObserver:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._references.clear()
+        self.references.clear()
         for site in self.sites:
             site._last = None
-
-    @contextmanager
-    def keeping_references(self, twins: Iterable[Layer]) -> Iterator[None]:
-        """Inside the block, what `twins` read is kept as what layers of the same names are to be paired with."""
-        self._references.clear()
-        hooks = [
-            twin.module.register_forward_pre_hook(
-                lambda _, args, twin=twin: self._references.setdefault(twin.name, []).append(args[0])
-            )
-            for twin in twins
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _see(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("input")
@@ -134,9 +127,11 @@ class SiteObserver:
         elif site.layers[0] is not layer and site._last is not x:
             site = self._part(site, layer)
         if site.layers[0] is layer:
-            reference = self._references[layer.name].pop(0) if self._references.get(layer.name) else None
+            kept = self.references.get(layer.name)
             site._last = x
-            self._update(site, x, reference)
+            self._update(site, x, kept.pop(0) if kept else None)
+        if self._stop and layer is self._layers[-1]:
+            raise Seen
 
     def _join(self, layer: Layer, x: Tensor) -> Site:
         for site in self.sites:

@@ -20,24 +20,29 @@ from detent.algorithms.objective import check_elementwise, output_error
 from detent.algorithms.outcome import Outcome
 from detent.algorithms.retarget import retarget
 from detent.algorithms.scale_search import RangeChoice, weighted_range
+from detent.algorithms.signed_scales import can_turn, signed_scales
 from detent.algorithms.smooth import ScaleChoice, Tie, awq_scale, clip_factors, smoothquant_scale, smoothquant_search
 from detent.config.algorithm import (
+    AutoRoundCalibConfig,
     AWQClipCalibConfig,
     AWQFullCalibConfig,
     AWQLiteCalibConfig,
     DataAlgorithmConfig,
+    DistillCalibConfig,
     GPTQCalibConfig,
     LocalHessianCalibConfig,
     QuantizeAlgorithmConfig,
     SmoothQuantCalibConfig,
 )
+from detent.config.transforms import SVDQuantConfig
 from detent.engine.folding import Folding
 from detent.engine.layers import Layer
+from detent.engine.low_rank import refuse_scale_after_branch, split_layer
 from detent.engine.notices import notify
 from detent.engine.sites import Site, Wanted
 from detent.engine.weight_ranges import calibrate_weight
 from detent.errors import DetentError
-from detent.formats import FloatScale, fake_quantize
+from detent.formats import FloatScale, Scales, fake_quantize
 from detent.formats.qtensor import scales_from_range
 from detent.progress import track
 
@@ -53,8 +58,12 @@ def wanted(steps: Sequence[QuantizeAlgorithmConfig]) -> Wanted:
     for step in steps:
         if isinstance(step, SmoothQuantCalibConfig):
             need |= Wanted(sample_size=step.sample_size if step.alpha == "auto" else 0)
-        elif isinstance(step, DataAlgorithmConfig):
-            need |= Wanted(second_moment=True, cross_moment=bool(getattr(step, "retarget", False)))
+        elif isinstance(step, AutoRoundCalibConfig):
+            need |= Wanted(references=True)
+        elif isinstance(step, GPTQCalibConfig):
+            need |= Wanted(second_moment=True, cross_moment=step.retarget, references=step.retarget)
+        elif isinstance(step, DataAlgorithmConfig) and not isinstance(step, DistillCalibConfig):
+            need |= Wanted(second_moment=True)
     return need
 
 
@@ -74,6 +83,8 @@ class Solver:
     #: Layers whose weight quantizers hold a range for the weight as it is now; of these, those that a step chose.
     ranged: set[str] = field(default_factory=set)
     searched: set[str] = field(default_factory=set)
+    #: What the weights of layers were before they were rounded, where somebody wants to know.
+    latents: dict[str, Tensor] | None = None
 
     @torch.no_grad()
     def solve(
@@ -144,6 +155,10 @@ class _AtWork:
             case GPTQCalibConfig():
                 for layer in self.layers:
                     self._round(layer, step)
+            case SVDQuantConfig():
+                self._split(step)
+            case AutoRoundCalibConfig() | DistillCalibConfig():
+                pass  # not one site's affair
             case _:
                 for layer in self.layers:
                     self._range(layer, step)
@@ -212,8 +227,8 @@ class _AtWork:
         )
         self._take(name, "squared error of the outputs on a sample of tokens", choice)
 
-    def _awq(self, step: AWQLiteCalibConfig, clip: Sequence[float] = ()) -> None:
-        name = str(step.method)
+    def _awq(self, step: AWQLiteCalibConfig, clip: Sequence[float] = (), name: str = "") -> None:
+        name = name or str(step.method)
         reason = self._cannot_scale()
         if not reason and any(layer.width != layer.channels for layer in self._site.layers):
             reason = "channel scales are searched for linear layers"
@@ -260,6 +275,10 @@ class _AtWork:
 
     def _cannot_scale(self) -> str:
         """Why the site takes no channel scale; "" if it does."""
+        for layer in self._site.layers:
+            if layer.input_quantizer is not None and layer.input_quantizer._rotation is not None:
+                return "its input is rotated"
+            refuse_scale_after_branch(layer, "a channel scale")
         if self._solver.folding is not None:
             return self._solver.folding.reason(self._names)
         if any(layer.input_quantizer is None for layer in self._site.layers):
@@ -397,6 +416,19 @@ class _AtWork:
         except DetentError as error:
             raise DetentError(f"{layer.name}: {error}") from None
 
+    # ---- a low-rank branch ------------------------------------------------------------------------------------------
+
+    def _split(self, step: SVDQuantConfig) -> None:
+        if not self._cannot_scale() and all(layer.width == layer.channels for layer in self._site.layers):
+            if step.alpha is None:
+                self._awq(AWQLiteCalibConfig(), name="svdquant (channel scale)")
+            else:
+                magnitude = torch.stack([self._per_channel(layer) for layer in self._site.layers]).amax(0)
+                self._scale(self._tie()(smoothquant_scale(self._channel_amax(), magnitude, step.alpha)))
+        for layer in self.layers:
+            layer.note(split_layer(layer, self._site.statistics.second_moment, step))
+            self._solver.forget(layer.name)
+
     # ---- rounding ---------------------------------------------------------------------------------------------------
 
     def _round(self, layer: Layer, step: GPTQCalibConfig) -> None:
@@ -405,12 +437,15 @@ class _AtWork:
         target = None
         if step.retarget and self._site.statistics.cross_moment is not None:
             target = retarget(weight, moment, self._site.statistics.cross_moment, damping=step.retarget_damping)
-        if step.scale_search and layer.name not in self._solver.searched:
+        searching = step.scale_search and layer.name not in self._solver.searched
+        if searching:
             choice = self._choose(layer, "gptq", _GPTQ_FACTORS, block=False, weight=target)
             self._set_range(layer, choice.low, choice.high)
         elif layer.name not in self._solver.ranged:
             self._range(layer, None)
         scales = layer.scales()
+        if searching and step.signed_scales and can_turn(layer.format):
+            scales = self._turned(layer, weight if target is None else target, scales)
         try:
             result = gptq(
                 weight,
@@ -429,6 +464,8 @@ class _AtWork:
             notices.append(f"needed damping {result.damping:g} instead of {step.perc_damp:g}")
         if result.kept_rows:
             notices.append(f"{result.kept_rows} of {weight.shape[0]} rows keep plain rounding")
+        if self._solver.latents is not None:
+            self._solver.latents[layer.name] = weight if target is None else target
         layer.set_scales(scales)
         layer.set_matrix(result.weight)
         layer.note(
@@ -442,6 +479,12 @@ class _AtWork:
                 "; ".join(notices),
             )
         )
+
+    def _turned(self, layer: Layer, weight: Tensor, upright: Scales) -> Scales:
+        """Scales of either sign, whichever suits each tile."""
+        choice = self._choose(layer, "gptq", _GPTQ_FACTORS, block=False, weight=-weight)
+        mirrored = scales_from_range(layer.format, choice.low, choice.high)
+        return signed_scales(weight, layer.format, self._site.statistics.moment(), upright, mirrored)
 
     def _check(self, layer: Layer, name: str) -> None:
         layer.check_matrix_format(name)

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
 
 from detent.config.algorithm import (
+    AutoRoundCalibConfig,
     DataAlgorithmConfig,
     GPTQCalibConfig,
     QuantizeAlgorithmConfig,
@@ -26,16 +27,20 @@ from detent.config.algorithm import (
 from detent.engine.blocks import BlockChain, NoChain, Run, TensorStore, record_chain, replaced_outputs, without_cache
 from detent.engine.layers import Layer
 from detent.engine.notices import notify
-from detent.engine.sites import Site, SiteObserver, Wanted
+from detent.engine.sites import Seen, Site, SiteObserver, Wanted
 from detent.engine.solve import Solver, wanted
+from detent.engine.traversal_scope import off
+from detent.engine.tuning import tune_block
 from detent.errors import DetentError
 from detent.nn import QuantWeightBase, TensorQuantizer
-from detent.nn.sequential import members_of
 from detent.progress import track
 from detent.statistics import SiteStatistics
 from detent.structure.chain import block_names
 
 _log = logging.getLogger(__name__)
+
+#: Bytes of a float block's activations that are kept while its sites are solved one after the other.
+REFERENCE_BYTES = 1 << 30
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
@@ -140,18 +145,21 @@ def _block_by_block(
 ) -> None:
     inside = {name: [layer for layer in layers if layer.name.startswith(f"{name}.")] for name in chain.names}
     quantized = _quantized_inputs(steps)
-    references = chain.inputs if need.cross_moment else None
+    references = chain.inputs if need.references else None
     inputs = chain.inputs
+    learned = next((step for step in steps if isinstance(step, AutoRoundCalibConfig)), None)
     for index, name in enumerate(track(chain.names, "Block by block", len(chain.names))):
         observed = _ObservedBlock(chain, index, inputs, references, need)
         rounding = next((i for i, step in enumerate(steps) if getattr(step, "sequential", False)), None)
         floats = chain.store()
         if rounding is None:
-            next_references, sites = observed.sites(inside[name], None if quantized else floats)
+            sites = observed.sites(inside[name], None if quantized else floats)
             _account_for(sites, inside[name], model, chain.names, solver)
             solver.solve(sites)
         else:
-            next_references = _one_after_the_other(observed, inside[name], rounding, model, solver)
+            _one_after_the_other(observed, inside[name], rounding, model, solver)
+        if learned is not None and observed.made is not None:
+            tune_block(chain, index, inputs, observed.made, inside[name], learned)
         if quantized:
             for _, output in chain.run_all(index, inputs):
                 floats.append(output)
@@ -159,7 +167,7 @@ def _block_by_block(
             inputs.clear()
         if references is not None and references is not chain.inputs:
             references.clear()
-        inputs, references = floats, next_references
+        inputs, references = floats, observed.made
     outside = [layer for layer in layers if not any(layer in members for members in inside.values())]
     if outside:
         with off(quantizers()), replaced_outputs(chain, inputs), without_cache(model):
@@ -169,7 +177,11 @@ def _block_by_block(
 
 
 class _ObservedBlock:
-    """One block, run on all batches while its sites are observed; where references are wanted, on these first."""
+    """One block, run on all batches while its sites are observed; where references are wanted, the float block beside
+    it.
+
+    What layers read in the float block is kept from the first run for later ones, as far as `REFERENCE_BYTES` go.
+    """
 
     def __init__(
         self, chain: BlockChain, index: int, inputs: TensorStore, references: TensorStore | None, need: Wanted
@@ -177,76 +189,112 @@ class _ObservedBlock:
         self.names = chain.names
         self._chain, self._index, self._inputs, self._need = chain, index, inputs, need
         self._references = references
+        self._kept: dict[int, dict[str, list[torch.Tensor]]] = {}
+        self._bytes = 0
+        #: What the float block makes of the references, once it has run.
+        self.made: TensorStore | None = None
         self.keep_float_block()
 
     def keep_float_block(self) -> None:
         """Take the block as it is now for the one that makes references."""
         self._float_block = None if self._references is None else copy.deepcopy(self._chain.blocks[self._index])
+        self._kept.clear()
 
     def sites(
         self,
         layers: Sequence[Layer],
         outputs: TensorStore | None = None,
+        *,
         batches: int | None = None,
         need: Wanted | None = None,
-    ) -> tuple[TensorStore | None, list[Site]]:
-        """(what the float block makes of the references, the sites of `layers`); outputs go into `outputs`."""
+        leaders: Sequence[Layer] | None = None,
+        stop: bool = False,
+    ) -> list[Site]:
+        """The sites of `layers`, with statistics.
+
+        Args:
+            layers: of this block.
+            outputs: where the block's outputs go.
+            batches: only so many.
+            need: other statistics than the block's usual ones.
+            leaders: layers whose inputs in the float block are kept for later runs; by default `layers`.
+            stop: leave the rest of the block out once the last layer was called.
+        """
         chain, index = self._chain, self._index
         block = chain.blocks[index]
-        observer = SiteObserver(layers, self._need if need is None else need, chain.names)
-        made = None if self._references is None else chain.store()
+        observer = SiteObserver(layers, self._need if need is None else need, chain.names, stop=stop)
+        if self._references is not None and self.made is None and batches is None:
+            self.made = chain.store()
         own = [module for module in block.modules() if isinstance(module, TensorQuantizer)]
         device = next((p.device for p in block.parameters()), torch.device("cpu"))
         with off(own), observer:
             for batch in range(len(self._inputs) if batches is None else batches):
                 observer.batch = batch
-                if self._references is not None and made is not None:
-                    made.append(self._reference(observer, layers, batch, self._references.get(batch, device)))
-                output = chain.run(index, batch, self._inputs.get(batch, device))
+                if self.made is not None:
+                    observer.references = self._read(batch, layers if leaders is None else leaders, device)
+                try:
+                    output = chain.run(index, batch, self._inputs.get(batch, device))
+                except Seen:
+                    continue
                 if outputs is not None:
                     outputs.append(output)
-        return made, observer.sites
+        return observer.sites
 
-    def _reference(
-        self, observer: SiteObserver, layers: Sequence[Layer], batch: int, hidden: torch.Tensor
-    ) -> torch.Tensor:
-        """Run the block as it was before anything in it was rounded; the observer keeps what its layers read."""
+    def _read(self, batch: int, layers: Sequence[Layer], device: torch.device) -> dict[str, list[torch.Tensor]]:
+        """What `layers` read in the float block; runs it, unless that is known from an earlier run."""
+        assert self._references is not None
         assert self._float_block is not None
-        name = self._chain.names[self._index]
+        assert self.made is not None
+        if batch in self._kept:
+            return {name: list(tensors) for name, tensors in self._kept[batch].items()}
+        read: dict[str, list[torch.Tensor]] = {}
+        prefix = f"{self.names[self._index]}."
         inside = dict(self._float_block.named_modules())
-        twins = [
-            Layer(layer.name, cast(QuantWeightBase, inside[layer.name.removeprefix(f"{name}.")])) for layer in layers
+        hooks = [
+            inside[layer.name.removeprefix(prefix)].register_forward_pre_hook(
+                lambda _, args, name=layer.name: read.setdefault(name, []).append(args[0])
+            )
+            for layer in layers
         ]
-        with observer.keeping_references(twins), off([m for m in inside.values() if isinstance(m, TensorQuantizer)]):
-            return self._chain.run(self._index, batch, hidden, self._float_block)
+        try:
+            with off([module for module in inside.values() if isinstance(module, TensorQuantizer)]):
+                output = self._chain.run(self._index, batch, self._references.get(batch, device), self._float_block)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if len(self.made) == batch:
+            self.made.append(output)
+        self._bytes += sum(t.numel() * t.element_size() for tensors in read.values() for t in tensors)
+        if self._bytes <= REFERENCE_BYTES:
+            self._kept[batch] = {name: list(tensors) for name, tensors in read.items()}
+        return read
 
 
 def _one_after_the_other(
     observed: _ObservedBlock, layers: list[Layer], rounding: int, model: nn.Module, solver: Solver
-) -> TensorStore | None:
+) -> None:
     """Solve a block's sites one by one, each observed with the ones before it rounded.
 
     Steps before number `rounding` run first, on all sites: what they fold into other layers has to be there before
     those are rounded.
     """
     names = observed.names
-    made, sites = observed.sites(layers, batches=None if rounding else 1, need=None if rounding else Wanted())
+    sites = observed.sites(layers, batches=None if rounding else 1, need=None if rounding else Wanted())
     if rounding:
         _account_for(sites, layers, model, names, solver)
         solver.solve(sites, steps=solver.steps[:rounding])
         observed.keep_float_block()
-    seen = {layer.name for site in sites for layer in site.layers}
+    leaders = [site.layers[0] for site in sites]
     for site in sites:
-        if made is not None:
-            made.clear()
-        made, (again, *_) = observed.sites(site.layers)
-        solver.solve([again], steps=solver.steps[rounding:])
+        for again in observed.sites(site.layers, leaders=leaders, stop=True):
+            solver.solve([again], steps=solver.steps[rounding:])
+    seen = {layer.name for site in sites for layer in site.layers}
     late = [layer for layer in layers if layer.name not in seen]
     if late:  # not called in the first batch: experts
-        made, rest = observed.sites(late)
+        observed.keep_float_block()
+        rest = observed.sites(late)
         _account_for(rest, late, model, names, solver)
         solver.solve(rest, steps=solver.steps[rounding:])
-    return made
 
 
 def _quantized_inputs(steps: Sequence[QuantizeAlgorithmConfig]) -> bool:
@@ -254,7 +302,7 @@ def _quantized_inputs(steps: Sequence[QuantizeAlgorithmConfig]) -> bool:
     asked = [s.inputs for s in steps if isinstance(s, DataAlgorithmConfig) and s.inputs is not None]
     if asked:
         return asked[-1] == "quantized"
-    return any(isinstance(step, GPTQCalibConfig) for step in steps)
+    return any(isinstance(step, (GPTQCalibConfig, AutoRoundCalibConfig)) for step in steps)
 
 
 def _account_for(
@@ -281,8 +329,8 @@ def _account_for(
     lost = [layer.name for layer in unseen if not _is_expert(layer.name, lists, seen)]
     if lost:
         raise DetentError(
-            f"the calibration data never reached {len(lost)} layers (for instance {', '.join(lost[:3])}); exclude them in"
-            " the configuration or feed data that uses them"
+            f"the calibration data never reached {len(lost)} layers (for instance {', '.join(lost[:3])}); exclude them"
+            " in the configuration or feed data that uses them"
         )
     solver.solve([Site([layer], SiteStatistics.empty(layer.width, second_moment=False)) for layer in unseen])
 
@@ -294,15 +342,3 @@ def _is_expert(name: str, lists: Sequence[Sequence[str]], seen: set[str]) -> boo
             suffix = name.removeprefix(own)
             return any(f"{member}{suffix}" in seen for member in members if member != own)
     return False
-
-
-@contextmanager
-def off(quantizers: Sequence[TensorQuantizer]) -> Iterator[None]:
-    """No quantizer of these rounds anything inside the block; their scales and rotations still work."""
-    with ExitStack() as stack:
-        for quantizer in quantizers:
-            for member in members_of(quantizer):
-                if member._if_quant:
-                    member.disable_quant()
-                    stack.callback(member.enable_quant)
-        yield

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from detent.algorithms import least_error_range, multipliers
-from detent.config import MseCalibConfig, QuantizeAlgorithmConfig
+from detent.algorithms.hqq import hqq_range
+from detent.config import HQQConfig, MseCalibConfig, QuantizeAlgorithmConfig
 from detent.errors import DetentError
 from detent.formats import FloatScale
 from detent.nn import QuantWeightBase, TensorQuantizer, quantizers_of
@@ -55,7 +56,12 @@ def _improve(quantizer: TensorQuantizer, weight: Tensor, config: QuantizeAlgorit
         return
     if rule.outer:
         quantizer.global_amax = weight.abs().amax()
-    if isinstance(config, MseCalibConfig) and quantizer.needs_calibration:
+    if isinstance(config, HQQConfig) and quantizer.needs_calibration:
+        found = hqq_range(
+            weight, quantizer.format, lp_norm=config.lp_norm, beta=config.beta, kappa=config.kappa, iters=config.iters
+        )
+        quantizer.set_range(found.low, found.high)
+    elif isinstance(config, MseCalibConfig) and quantizer.needs_calibration:
         factors = multipliers(config.step_size, config.start_multiplier, config.stop_multiplier)
         sweep = config.fp8_scale_sweep and rule.outer
         quantizer.set_range(*least_error_range(weight, quantizer.format, factors, fp8_scale_sweep=sweep))

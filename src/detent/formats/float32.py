@@ -43,11 +43,12 @@ def values(x: Tensor, fmt: Format, unit: Tensor, zero_point: Tensor | None) -> T
     Args:
         x: float32, bfloat16 or float16, finite.
         fmt: a format that `supports` accepts.
-        unit: float32, broadcasts with `x`: what one unit of the element stands for, >= 0; 0 makes every value 0.
+        unit: float32, broadcasts with `x`: what one unit of the element stands for; 0 makes every value 0.
         zero_point: float32 integers shaped like `unit`, or None.
     """
     # Moved towards 1, so that no product below overflows or loses bits. Quotients that underflow round to 0 anyway.
-    factor = torch.where(unit < 2.0**-60, 2.0**100, torch.where(unit > 2.0**60, 2.0**-100, 1.0))
+    magnitude = unit.abs()
+    factor = torch.where(magnitude < 2.0**-60, 2.0**100, torch.where(magnitude > 2.0**60, 2.0**-100, 1.0))
     scaled, divisor = x.to(torch.float32) * factor, torch.where(unit == 0, torch.inf, unit * factor)
     quotient = scaled / divisor
     if not isinstance(fmt.scale, PowerOfTwoScale):
@@ -89,7 +90,7 @@ def _off_false_ties(quotient: Tensor, x: Tensor, divisor: Tensor) -> Tensor:
     short = quotient == _upper_half(quotient)
     upper = _upper_half(divisor)
     rest = (x - quotient * upper) - quotient * (divisor - upper)
-    move = quotient.abs() * 2.0**-20
+    move = quotient.abs() * torch.copysign(quotient.new_full((), 2.0**-20), divisor)
     moved = torch.where(rest > 0, quotient + move, torch.where(rest < 0, quotient - move, quotient))
     return torch.where(short, moved, quotient)
 

@@ -172,9 +172,10 @@ class CalibratedState(nn.Module):
         would compute something else."""
         if self._fused_rotation is None:
             return None
-        if self._fused_rotation_read is None or self._fused_rotation_read[0] != self._revision:
-            self._fused_rotation_read = (self._revision, int(self._fused_rotation))
-        return self._fused_rotation_read[1]
+        read = self._fused_rotation_read
+        if read is None or (read[0] != self._revision and not self._fused_rotation.is_meta):
+            read = self._fused_rotation_read = (self._revision, int(self._fused_rotation))
+        return read[1]
 
     @fused_rotation.setter
     def fused_rotation(self, value: int | None) -> None:

@@ -79,6 +79,7 @@ def _fact_rows(report: RunReport) -> list[tuple[str, str]]:
     if report.calibration is not None:
         used = report.calibration
         rows.append(("calibrated on", f"{used.source}: {used.samples:,} samples, {used.tokens:,} tokens"))
+    rows += _algorithm_rows(report)
     rows.append(("time", format_seconds(report.seconds)))
     memory = format_bytes(report.peak_memory_bytes)
     if report.peak_device_memory_bytes is not None:
@@ -86,6 +87,20 @@ def _fact_rows(report: RunReport) -> list[tuple[str, str]]:
     rows.append(("peak memory", memory))
     if report.output_dir is not None:
         rows.append(("written to", report.output_dir))
+    return rows
+
+
+def _algorithm_rows(report: RunReport) -> list[tuple[str, str]]:
+    """For each algorithm: how far its objective fell below that of plain rounding, over all weights."""
+    done: dict[tuple[str, str], list[float]] = {}
+    for layer in report.layers:
+        for one in layer.algorithms:
+            done.setdefault((one.algorithm, one.objective), []).append(one.after / one.before if one.before else 1.0)
+    rows = []
+    for (name, objective), ratios in done.items():
+        mean = math.exp(sum(math.log(max(ratio, 1e-12)) for ratio in ratios) / len(ratios))
+        weights = "1 weight" if len(ratios) == 1 else f"{len(ratios)} weights"
+        rows.append((name, f"{objective}: {mean:.3f} of plain rounding's (geometric mean of {weights})"))
     return rows
 
 

@@ -84,11 +84,12 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _alike(model: nn.Module, members: list[str]) -> bool:
-    """Whether a class repeats among the members; a single one is taken for a block if it is made of several modules."""
+    """Whether members may be blocks: of a `ModuleList`, or a class among them repeats; a single one if it is large."""
     kinds = [type(model.get_submodule(name)) for name in members]
-    return len(set(kinds)) < len(kinds) or (
-        len(kinds) == 1 and len(list(model.get_submodule(members[0]).children())) > 1
-    )
+    if len(kinds) == 1:
+        return len(list(model.get_submodule(members[0]).children())) > 1
+    listed = isinstance(model.get_submodule(members[0].rpartition(".")[0]), nn.ModuleList)
+    return listed or len(set(kinds)) < len(kinds)
 
 
 def _flat(value: Any) -> Iterator[Any]:

@@ -87,9 +87,10 @@ class _Discovery:
                 " pass example inputs that it takes, or a function that calls it"
             ) from error
         self.chains = chains.found()
-        self.producers = self.trace.producers
+        self.producers, self._sizes = self.trace.producers, sizes(self.trace)
         self.rows = self._completed(matcher.rows)
         self.reference = self.probe()
+        self._reached = dependents(self.reference)
         self.groups = self._grouped()
         self._refuse()
         overridden = self._override()
@@ -118,8 +119,9 @@ class _Discovery:
             wanted = {i: names[wave] for i, names in open_.items() if wave < len(names) and i not in found}
             if not wanted:
                 break
-            size = sizes(self.trace)
-            scaled = {name: factors(size[name], seed) for seed, name in enumerate(dict.fromkeys(wanted.values()))}
+            scaled = {
+                name: factors(self._sizes[name], seed) for seed, name in enumerate(dict.fromkeys(wanted.values()))
+            }
             after = self.probe({name: multiply(f) for name, f in scaled.items()}, long=False)
             for index, rows in match_factors(self.trace, after, scaled, wanted).items():
                 found[index] = (wanted[index], rows)
@@ -147,7 +149,7 @@ class _Discovery:
             keys_of = [("weight", storage), ("activation", same)] if reading.rows else [("weight", storage)]
             if index in self.rows and self.producers[self.rows[index][0]].kind == "norm":
                 producer, rows = self.rows[index]
-                keys_of.append(("norm", (producer, tuple(rows.tolist()))))
+                keys_of.append(("norm", (producer, rows.numpy().tobytes())))
             for key in keys_of:
                 parent[root(index)] = root(keys.setdefault(key, index))
         members: dict[int, list[int]] = {}
@@ -188,13 +190,14 @@ class _Discovery:
             group.producer, group.rows = found[0]
             producer = self.producers[group.producer]
             others = [self.trace.readings[i] for i in reached[group.producer] if i not in group.readings]
-            covered = len(group.rows.unique()) == sizes(self.trace)[group.producer]
+            covered = len(group.rows.unique()) == self._sizes[group.producer]
             if not producer.parameters:
                 group.reason = f"{group.producer} has no parameters that a scale can be folded into"
             elif others and covered:
                 names = list(dict.fromkeys(_described(r.kind, r.name) for r in others))
-                more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-                group.reason = f"{group.producer} also feeds {', '.join(names[:2])}{more}"
+                group.reason = f"{group.producer} also feeds {names[0]}"
+                if len(names) > 1:
+                    group.reason += f" and {names[1] if len(names) == 2 else f'{len(names) - 1} more'}"
 
     def _why_unmatched(self, indices: list[int]) -> str:
         makers = list(dict.fromkeys(leaf.producer for i in indices for leaf in self.trace.readings[i].leaves))
@@ -240,10 +243,10 @@ class _Discovery:
             raise DetentError(f"overrides: {pattern!r}: {module} is of kind {kind!r}, not {entry.kind!r}")
         width = next(r.sums.shape[1] for r in self.trace.readings if r.kind == "weight" and r.name == site)
         rows = torch.arange(width) if entry.channels is None else torch.tensor(entry.channels)
-        if len(rows) != width or int(rows.max()) >= sizes(self.trace).get(name, 0):
+        if len(rows) != width or int(rows.max()) >= self._sizes.get(name, 0):
             raise DetentError(
                 f"overrides: {pattern!r}: {len(rows)} channels up to row {int(rows.max())}, but the site has {width}"
-                f" channels and {module} has {sizes(self.trace).get(name, 0)} rows"
+                f" channels and {module} has {self._sizes.get(name, 0)} rows"
             )
         return name, rows
 
@@ -276,7 +279,7 @@ class _Discovery:
             candidates = [c for c in suspects if not c[1].reason and id(c[1]) not in proved]
 
     def _failed(self, candidates: list[tuple[int, Group]]) -> list[int]:
-        after = self.probe(scale_change(candidates, sizes(self.trace)))
+        after = self.probe(scale_change(candidates, self._sizes))
         scales = {index: group.scale(seed) for seed, group in candidates for index in group.readings}
         return failures(self.reference, after, self._renumbered(scales))
 
@@ -290,11 +293,10 @@ class _Discovery:
         }
 
     def _touched(self, group: Group) -> list[int]:
-        reached = dependents(self.reference)
         assert group.producer is not None
         names = {self.trace.readings[i].name for i in group.readings}
         own = [i for i, r in enumerate(self.reference.readings) if r.kind == "weight" and r.name in names]
-        return [*own, *reached.get(group.producer, [])]
+        return [*own, *self._reached.get(group.producer, [])]
 
     def _touches(self, group: Group, indices: list[int]) -> bool:
         return not set(self._touched(group)).isdisjoint(indices)
@@ -308,7 +310,7 @@ class _Discovery:
             blocks = tuple(name for chain in self.chains for name in chain)
         experts = self._experts(blocks)
         sites = [self._site(group, blocks, experts) for group in self.groups]
-        routers = tuple(name for name in self.trace.choosers if self._chooses(name, experts, blocks))
+        routers = tuple(name for name in self.trace.choosers if self._chooses(name, experts, sites))
         sites = [Site(**{**vars(s), "router": any(w in routers for w in s.weights)}) for s in sites]
         notes = [] if blocks else ["no chain of repeated blocks was found: the model is treated as a whole"]
         found = find_stream(self.model, self.reference, self.probe, sites, blocks)
@@ -340,7 +342,7 @@ class _Discovery:
         if group.producer is not None and group.rows is not None and not group.reason:
             producer = self.producers[group.producer]
             rows = tuple(group.rows.tolist())
-            identity = rows == tuple(range(sizes(self.trace)[group.producer]))
+            identity = rows == tuple(range(self._sizes[group.producer]))
             kind = producer.scaling.fold if producer.scaling is not None else "rows"
             channels = None if identity else rows
             fold = Fold(kind, producer.module, producer.parameters, channels, True, producer.axis)
@@ -375,9 +377,12 @@ class _Discovery:
                     found.update(dict.fromkeys(f"{name}.{i}" for i in range(len(module))))
         return tuple(found)
 
-    def _chooses(self, name: str, experts: tuple[str, ...], blocks: tuple[str, ...]) -> bool:
-        """Whether a weight whose output is ranked chooses experts: these lie beside it or beside its parent."""
+    def _chooses(self, name: str, experts: tuple[str, ...], sites: list[Site]) -> bool:
+        """Whether a weight whose output is ranked chooses experts: it reads what they read, or lies beside them."""
+        if any(name in site.weights and site.routed for site in sites):
+            return True
         parent = name.rpartition(".")[0]
+        blocks = {site.block for site in sites}
         scopes = {parent, parent.rpartition(".")[0]} - {"", *blocks}
         return any(expert.startswith(f"{scope}.") for expert in experts for scope in scopes)
 

@@ -53,7 +53,7 @@ class Matcher:
 
     def _match(self, reading: Reading) -> Rows:
         x, leaves = reading.tensor, reading.leaves
-        if x is None or not leaves or len(leaves) > _MOST_SOURCES or x.shape[0] == 0:
+        if x is None or not x.requires_grad or not leaves or len(leaves) > _MOST_SOURCES or x.shape[0] == 0:
             return {}
         weights = combinations(x.shape[0]).to(x.device, x.dtype)
         channels = factors(x.shape[1], seed=x.shape[1]).to(x.device, x.dtype)
@@ -64,10 +64,10 @@ class Matcher:
             gradients = torch.autograd.grad(x, values, cotangent, retain_graph=True, allow_unused=True)
             for leaf, value, gradient, sums in zip(leaves, values, gradients, moved, strict=True):
                 product = value * gradient if gradient is not None else torch.zeros_like(value)
-                sums.append(product.detach().movedim(leaf.axis, -1).reshape(-1, leaf.size).sum(0).double())
+                sums.append(product.detach().movedim(leaf.axis, -1).reshape(-1, leaf.size).sum(0).double().cpu())
         rows: Rows = {}
         for leaf, sums in zip(leaves, moved, strict=True):
-            found = _same(torch.stack(sums), reading.sums, channels.double(), x.shape[0])
+            found = _same(torch.stack(sums), reading.sums, channels.double().cpu(), x.shape[0])
             if bool((found >= 0).any()):
                 before = rows.get(leaf.producer)
                 rows[leaf.producer] = found if before is None else torch.where(before >= 0, before, found)
@@ -98,13 +98,13 @@ def _nearest(sources: Tensor, targets: Tensor) -> Tensor:
     line, order = (direction @ sources[:, valid]).sort()
     wanted = direction @ targets
     place = torch.searchsorted(line, wanted)
-    best = torch.full_like(wanted, torch.inf)
-    for step in range(-4, 4):
-        candidate = valid[order[(place + step).clamp(0, len(valid) - 1)]]
-        distance = (sources[:, candidate] - targets).abs().amax(0) / targets.abs().amax(0).clamp_min(1e-300)
-        better = (distance < best) & (distance < TOLERANCE * 0.01)
-        best = torch.where(better, distance, best)
-        result = torch.where(better, candidate, result)
+    open_ = torch.arange(len(wanted))
+    for step in (0, -1, 1, -2):  # neighbours on the line, one of which is the equal column, if there is one
+        candidate = valid[order[(place[open_] + step).clamp(0, len(valid) - 1)]]
+        difference = (sources[:, candidate] - targets[:, open_]).abs().amax(0)
+        equal = difference < TOLERANCE * 0.01 * targets[:, open_].abs().amax(0)
+        result[open_[equal]] = candidate[equal]
+        open_ = open_[~equal]
     return result
 
 
@@ -124,7 +124,7 @@ def match_factors(before: Trace, after: Trace, scaled: dict[str, Tensor], wanted
         old, new = before.readings[index].sums, after.readings[index].sums
         ratio = new / old
         spread = (ratio - ratio.mean(0)).abs().amax(0)
-        line, order = scaled[producer].to(ratio.device).sort()
+        line, order = scaled[producer].sort()
         place = torch.searchsorted(line, ratio.mean(0)).clamp(0, len(line) - 1)
         place = torch.where(
             (line[place] - ratio.mean(0)).abs() < (line[place - 1] - ratio.mean(0)).abs(), place, place - 1
@@ -159,7 +159,7 @@ class Group:
         """A random scale of the site's channels, the same where channels share a row; float64."""
         if self._scale is None:
             assert self.rows is not None
-            self._scale = factors(int(self.rows.max()) + 1, seed)[self.rows.cpu()]
+            self._scale = factors(int(self.rows.max()) + 1, seed)[self.rows]
         return self._scale
 
 
@@ -172,7 +172,7 @@ def scale_change(
         if group.producer is None or group.rows is None:
             continue
         divisor = divisors.setdefault(group.producer, torch.ones(sizes[group.producer], dtype=torch.float64))
-        divisor[group.rows.cpu()] *= group.scale(seed)
+        divisor[group.rows] *= group.scale(seed)
     return {name: multiply(1 / divisor) for name, divisor in divisors.items()}
 
 

@@ -244,7 +244,8 @@ class Probe(TorchFunctionMode):
         """Whether `a` is fresh from a cut, and `b` the bias that its module adds: a part of what the cut stands for."""
         if not isinstance(a, Tensor) or not isinstance(b, Tensor) or type(a.grad_fn).__name__ != "CloneBackward0":
             return False
-        leaf = self._leaves.get(getattr(a.grad_fn.next_functions[0][0], "variable", None))  # type: ignore[union-attr]
+        variable = getattr(a.grad_fn.next_functions[0][0], "variable", None)  # type: ignore[union-attr]
+        leaf = None if variable is None else self._leaves.get(variable)
         if leaf is None or b.shape[-1:] != a.shape[-1:] or leaf.axis != -1:
             return False
         bias = self._weights.attribute_of(leaf.producer, b)
@@ -304,7 +305,7 @@ class Probe(TorchFunctionMode):
         flat = x.movedim(axis, -1) if axis != -1 and x.dim() > 1 else x
         flat = flat.reshape(-1, flat.shape[-1] if flat.dim() else 1).clone()
         with torch.no_grad():
-            sums = combinations(flat.shape[0]).to(flat.device) @ flat.double()
+            sums = (combinations(flat.shape[0]).to(flat.device) @ flat.double()).cpu()
         reading = Reading(kind, name, flat, self.leaves_of(x), sums, flat.shape[0], column_axis, whole)
         if self._look is not None:
             self._look(reading)
@@ -325,7 +326,7 @@ class Probe(TorchFunctionMode):
             seen.add(node)
             variable = getattr(node, "variable", None)
             leaf = None if variable is None else self._leaves.get(variable)
-            if leaf is not None:
+            if leaf is not None and variable is not None:
                 found[leaf] = variable
             pending.extend(edge[0] for edge in node.next_functions)
         return found

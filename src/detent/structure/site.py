@@ -228,11 +228,6 @@ def fold_scale(model: nn.Module, fold: Fold, scale: Tensor) -> None:
         tensor.copy_((wide + offset) / by - offset)
 
 
-def unfold_scale(model: nn.Module, fold: Fold, scale: Tensor) -> None:
-    """The inverse of `fold_scale`, up to rounding."""
-    fold_scale(model, fold, 1 / scale)
-
-
 @torch.no_grad()
 def scale_columns(model: nn.Module, site: Site, scale: Tensor, weights: Sequence[str] | None = None) -> None:
     """Multiply the columns of a site's weights by `scale`, in place: the counterpart of `fold_scale`.

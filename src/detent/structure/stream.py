@@ -63,7 +63,7 @@ def find_stream(
     width = main.sums.shape[1]
     terms = {leaf.producer for leaf in main.leaves if leaf.size == width and leaf.producer not in trace.choosers}
     stream = _described(model, trace, width, terms, members, list(sites))
-    reason = _unfit(trace, terms, members) or _moved(trace, probe, width, terms, members)
+    reason = _unfit(trace, width, terms, members) or _moved(trace, probe, width, terms, members)
     return Found(Stream(**{**vars(stream), "rotatable": not reason, "reason": reason}))
 
 
@@ -72,8 +72,9 @@ def _described(
 ) -> Stream:
     norms = {r.name: _norm(r.name, trace.producers[r.name]) for r in members}
     readers: dict[Reader, None] = {}
+    site_of = {weight: site for site in sites for weight in site.weights}
     for reading in trace.readings:
-        site = next((s for s in sites if reading.name in s.weights), None)
+        site = site_of.get(reading.name)
         if reading.kind != "weight" or site is None:
             continue
         through = [norms[name] for name in sorted(_producers(reading)) if name in norms]
@@ -109,12 +110,14 @@ def _weight(model: nn.Module, name: str) -> Any:
     return getattr(model.get_submodule(name), "_parameters", {}).get("weight", name)
 
 
-def _unfit(trace: Trace, terms: set[str], members: list[Reading]) -> str:
+def _unfit(trace: Trace, width: int, terms: set[str], members: list[Reading]) -> str:
     """Why the parts can't be rotated, whatever the probe says; "" if nothing speaks against it."""
     for name, producer in trace.producers.items():
         if name in terms and producer.kind == "norm":
             return f"{name} multiplies what is added to the stream by a weight per channel"
     for reading in members:
+        if reading.sums.shape[1] != width:
+            return f"{reading.name} reads {reading.sums.shape[1]} channels, not {width}"
         scaling = trace.producers[reading.name].scaling
         if scaling is not None and not (scaling.rotates or scaling.centres):
             return f"{reading.name} is no RMS or layer norm over the stream's channels"

@@ -77,6 +77,8 @@ class Weights:
     def axes(self, name: str, view: Tensor, columns: int, rows: int) -> tuple[tuple[int, int], bool, bool]:
         """The axes of the parameter that are `columns` and `rows` of `view`, and whether it covers all of each."""
         parameter = self.parameters[name]
+        if view.dim() > parameter.dim():  # a matrix cut into groups
+            return (1, 0), False, False
         first = max(0, parameter.dim() - view.dim())  # an expert's slice of [experts, ., .]
         axes = [columns % view.dim() + first, rows % view.dim() + first]
         order, turned = parameter.stride()[first:], view.transpose(columns, rows)

@@ -1,0 +1,307 @@
+"""Algorithms that learn by gradient descent: `autoround` on one block, `distill` on the whole model.
+
+While they run, a layer computes with a weight that is on the grid of its format and can be trained; afterwards it holds
+that weight's values and scales. What the layer holds before is left alone, for whoever has to go back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+
+from detent.algorithms.autoround import OffsetWeight, autoround
+from detent.algorithms.distill import Rates, distill, divergence
+from detent.algorithms.learned import LearnedWeight
+from detent.algorithms.objective import check_elementwise
+from detent.algorithms.outcome import Outcome
+from detent.config.algorithm import AutoRoundCalibConfig, DistillCalibConfig
+from detent.data.padding import token_mask
+from detent.engine.blocks import BlockChain, TensorStore, without_cache
+from detent.engine.data_loop import Call, DataLoop
+from detent.engine.layers import Layer
+from detent.engine.notices import notify
+from detent.engine.traversal_scope import off
+from detent.errors import DetentError
+from detent.nn import QuantWeightBase, SequentialQuantizer, TensorQuantizer
+from detent.progress import track
+from detent.statistics.products import fast_products
+
+#: Bytes that the float model's predictions may take; on so many tokens `distill` trains.
+PREDICTION_BYTES = 1 << 30
+
+
+def trainable(layers: Sequence[Layer], algorithm: str) -> list[Layer]:
+    """The layers whose codes can be chosen one by one; for the others the user is told that they stay as they are."""
+    found = []
+    for layer in layers:
+        try:
+            layer.check_matrix_format(algorithm)
+            check_elementwise(layer.format, algorithm)
+            if isinstance(layer.module.weight_quantizer, SequentialQuantizer):
+                raise DetentError(f"{algorithm}: weights that are quantized twice aren't learned")
+        except DetentError as error:
+            notify(f"{layer.name} stays as it is: {error}")
+            continue
+        found.append(layer)
+    return found
+
+
+@contextmanager
+def computing_with(weights: Mapping[str, nn.Module], layers: Sequence[Layer]) -> Iterator[None]:
+    """Inside the block, the layers named in `weights` compute with what these give."""
+    replaced = [layer for layer in layers if layer.name in weights]
+
+    def stand_in(layer: Layer, learned: nn.Module) -> Any:
+        shape, dtype = layer.module.weight.shape, layer.module.weight.dtype
+        return lambda: learned().reshape(shape).to(dtype)
+
+    for layer in replaced:
+        layer.module.__dict__["quantized_weight"] = stand_in(layer, weights[layer.name])
+    try:
+        yield
+    finally:
+        for layer in replaced:
+            del layer.module.__dict__["quantized_weight"]
+
+
+@contextmanager
+def only_these_learn(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    """No other parameter of the model wants a gradient inside the block."""
+    kept = {id(parameter) for parameter in trained}
+    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+# ---- one block ------------------------------------------------------------------------------------------------------
+
+
+def tune_block(
+    chain: BlockChain,
+    index: int,
+    inputs: TensorStore,
+    targets: TensorStore,
+    layers: Sequence[Layer],
+    config: AutoRoundCalibConfig,
+) -> None:
+    """Learn the rounding of a block's weights so that it gives the float model's outputs.
+
+    Args:
+        chain, index: the block.
+        inputs: what it is fed, for each batch.
+        targets: what the float model has for its outputs.
+        layers: the block's quantized layers, with ranges to begin with.
+        config: of the algorithm.
+    """
+    layers = trainable(layers, "autoround")
+    if not layers:
+        return
+    block = chain.blocks[index]
+    device = next((p.device for p in block.parameters()), torch.device("cpu"))
+    weights = {layer.name: OffsetWeight(layer.matrix(), layer.format, layer.scales()) for layer in layers}
+    shapes = [inputs.get(i, torch.device("cpu")).shape for i in range(len(inputs))]
+    groups = _grouped([shape[0] for shape in shapes], config.batch_size)
+    tokens = math.prod(shapes[0][:-1])
+
+    def objective(batches: list[int]) -> Tensor:
+        errors, count = [], 0
+        for batch in batches:
+            target = targets.get(batch, device)
+            output = chain.run(index, batch, inputs.get(batch, device))
+            errors.append((output.float() - target.float()).square().sum())
+            count += target.numel()
+        return torch.stack(errors).sum() / count
+
+    with only_these_learn(block, []), computing_with(weights, layers), fast_products(_work(layers, tokens)):
+        tuned = autoround(objective, groups, list(weights.values()), iterations=config.iterations, rate=config.lr)
+    for layer in layers:
+        if tuned.kept:
+            values, scales = weights[layer.name].result()
+            layer.set_scales(scales)
+            layer.set_matrix(values)
+        layer.note(
+            Outcome(
+                "autoround",
+                "mean squared error of the block's outputs",
+                tuned.before,
+                tuned.after,
+                decided={"iterations": tuned.iterations, "kept": tuned.kept},
+                notice="" if tuned.kept else "no step was better, so plain rounding is kept",
+            )
+        )
+
+
+def _grouped(rows: Sequence[int], size: int) -> list[list[int]]:
+    """Numbers of batches, together until they have `size` sequences."""
+    groups: list[list[int]] = []
+    count = size
+    for batch, number in enumerate(rows):
+        if count >= size:
+            groups.append([])
+            count = 0
+        groups[-1].append(batch)
+        count += number
+    return groups
+
+
+# ---- the whole model ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Lesson:
+    """A few sequences, and what the float model predicts for them. `mask`: which tokens count, None for all."""
+
+    call: Call
+    prediction: Tensor
+    mask: Tensor | None
+
+
+def predictions(model: nn.Module, loop: DataLoop, config: DistillCalibConfig) -> list[Lesson]:
+    """What the float model says to the calibration data, a few sequences at a time, as far as `PREDICTION_BYTES` go.
+
+    Raises:
+        DetentError: the calibration loop never calls the model itself, or the model gives no tensor to learn from.
+    """
+    calls = loop.calls_of(model)
+    if not calls:
+        raise DetentError(
+            "distill: the calibration loop calls only parts of the model, so there is no output to learn from"
+        )
+    pieces = [piece for call in calls for piece in call.split(config.batch_size)]
+    lessons, size = [], 0
+    quantizers = [module for module in model.modules() if isinstance(module, TensorQuantizer)]
+    with torch.no_grad(), off(quantizers), without_cache(model):
+        for piece in track(pieces, "Float predictions", len(pieces)):
+            output, is_logits = _prediction(_called(model, piece))
+            lesson = Lesson(piece, log_softmax(output.float(), -1) if is_logits else output.float(), piece.token_mask())
+            size += lesson.prediction.numel() * lesson.prediction.element_size()
+            lessons.append(lesson)
+            if size >= PREDICTION_BYTES:
+                break
+    return lessons
+
+
+def distill_model(
+    model: nn.Module,
+    lessons: Sequence[Lesson],
+    layers: Sequence[Layer],
+    config: DistillCalibConfig,
+    latents: Mapping[str, Tensor],
+) -> set[str]:
+    """Train codes, scales and norms of a rounded model to give the float model's predictions.
+
+    Args:
+        model: rounded, with scales for all weights.
+        lessons: from `predictions`.
+        layers: with quantized weights.
+        config: of the algorithm.
+        latents: {layer: float [out, in]}: what rounding came from, where that isn't what the layer holds.
+
+    Returns:
+        Names of the float parameters that have new values.
+    """
+    layers = trainable(layers, "distill")
+    if not layers:
+        return set()
+    weights = {
+        layer.name: LearnedWeight(
+            latents.get(layer.name, layer.matrix()), layer.format, layer.scales(), rounded=layer.matrix()
+        )
+        for layer in layers
+    }
+    others = _norm_parameters(model) if config.train_norms else {}
+    for parameter in others.values():
+        parameter.data = parameter.data.clone()
+    held = min(config.held_out, len(lessons) // 4)
+    chosen = lessons[-held:] if held else lessons
+    steps = config.steps
+
+    def objective(lesson: Lesson) -> Tensor:
+        output, is_logits = _prediction(_called(model, lesson.call))
+        if is_logits:
+            return divergence(output, lesson.prediction, lesson.mask)
+        return (output.float() - lesson.prediction).square().mean()
+
+    with (
+        only_these_learn(model, list(others.values())),
+        computing_with(weights, layers),
+        without_cache(model),
+        fast_products(_work(layers, math.prod(lessons[0].prediction.shape[:-1]))),
+    ):
+        done = distill(
+            objective,
+            lessons[:-held] if held else lessons,
+            chosen,
+            list(weights.values()),
+            list(others.values()),
+            steps=steps,
+            rates=Rates(config.position_rate, config.scale_rate, config.norm_rate),
+            task="Distilling",
+        )
+    for layer in layers:
+        if done.kept:
+            values, scales = weights[layer.name].result()
+            layer.set_scales(scales)
+            layer.set_matrix(values)
+        layer.note(
+            Outcome(
+                "distill",
+                "divergence of the model's predictions on sequences held out",
+                done.before,
+                done.after,
+                decided={"steps": done.steps, "kept": done.kept},
+                notice="" if done.kept else "no step was better, so the weights stay as they were",
+            )
+        )
+    return set(others) if done.kept else set()
+
+
+def _work(layers: Sequence[Layer], tokens: int) -> int:
+    """Multiplications in the typical product of a step: factors of small ones aren't worth rounding."""
+    return tokens * sorted(layer.module.weight.numel() for layer in layers)[len(layers) // 2]
+
+
+def _called(model: nn.Module, call: Call) -> Any:
+    with token_mask(call.mask):
+        return model(*call.args, **call.kwargs)
+
+
+def _prediction(output: Any) -> tuple[Tensor, bool]:
+    """(what the model gives, whether these are logits)."""
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits, True
+    if isinstance(output, Tensor):
+        return output, False
+    first = getattr(output, "last_hidden_state", None)
+    if first is None and isinstance(output, (tuple, list)) and output:
+        first = output[0]
+    if not isinstance(first, Tensor):
+        raise DetentError(f"distill: the model gives a {type(output).__name__} without a tensor to learn from")
+    return first, False
+
+
+def _norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Weights and biases of modules that hold vectors alone: norms."""
+    found = {}
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if (
+            own
+            and not isinstance(module, (TensorQuantizer, QuantWeightBase))
+            and all(p.dim() == 1 for p in own.values())
+        ):
+            found.update({f"{name}.{key}": p for key, p in own.items() if p.is_floating_point()})
+    return found
