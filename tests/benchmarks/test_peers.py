@@ -137,7 +137,7 @@ def test_aims_are_decided_by_the_figures() -> None:
     assert awq.startswith("- reached: W4 AWQ")
     assert gptq.startswith("- **not reached**: W4 GPTQ")
     assert best.startswith("- **not reached**: W4 best")
-    assert "0.25 of its time" in best
+    assert "0.25 of its processor time" in best
 
 
 def test_catalog_is_consistent() -> None:

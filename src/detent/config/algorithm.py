@@ -94,6 +94,7 @@ class DataAlgorithmConfig(QuantizeAlgorithmConfig):
         inputs: what a block sees when it is observed: what the float blocks before it give (``"float"``) or what the
             quantized ones do (``"quantized"``); None: as the algorithm does best.
         spill: keep the inputs of blocks on disk instead of in memory.
+        max_tokens: observe only so many tokens; None for all. What learns by gradients sees all of them.
         min_tokens: layers of experts that see fewer tokens are rounded without data, with the scales of least squared
             error, and named.
     """
@@ -101,6 +102,7 @@ class DataAlgorithmConfig(QuantizeAlgorithmConfig):
     layerwise: bool | None = ConfigField(None)
     inputs: Literal["float", "quantized"] | None = ConfigField(None)
     spill: bool = ConfigField(False)
+    max_tokens: int | None = ConfigField(None, ge=1)
     min_tokens: int = ConfigField(16, ge=0)
 
     @field_validator("layerwise", mode="before")
@@ -268,15 +270,18 @@ class BestCalibConfig(DataAlgorithmConfig):
 
     Attributes:
         steps: of `distill`; 0 for none.
+        max_tokens: tokens that `gptq` observes; None for all. `distill` sees all of them.
     """
 
     method: Literal["best"] = ConfigField("best")
-    steps: int = ConfigField(80, ge=0)
+    steps: int = ConfigField(120, ge=0)
+    max_tokens: int | None = ConfigField(16384, ge=1)
 
     def parts(self) -> list[DataAlgorithmConfig]:
         """The algorithms that it is composed of, in order."""
         own = {name: getattr(self, name) for name in DataAlgorithmConfig.model_fields if name != "method"}
         parts: list[DataAlgorithmConfig] = [GPTQCalibConfig(retarget=True, sequential=True, **own)]
+        own["max_tokens"] = None
         return parts + [DistillCalibConfig(steps=self.steps, **own)] * bool(self.steps)
 
 

@@ -154,7 +154,11 @@ def _calibrate_on_data(
     solver = Solver(steps, folding, latents={} if distilling else None)
     waiting = _waiting(model)
     together = _ActivationPass(model, waiting, loop)
-    solve_model(model, steps, loop, solver, lambda: list(named_members(model)), together)
+    limits = [step.max_tokens for step in steps if isinstance(step, DataAlgorithmConfig) and step.max_tokens]
+    part = loop.limited(model, min(limits) if limits else None)
+    if part is not loop:
+        together.loop = part
+    solve_model(model, steps, part, solver, lambda: list(named_members(model)), together)
     solved = {id(layer.module) for layer in layers_of(model) if layer.has_rows}
     for name, quantizer, weight in quantized_weights(model):
         if id(model.get_submodule(name.rpartition(".")[0])) not in solved:
@@ -211,7 +215,7 @@ class _ActivationPass:
     """
 
     def __init__(self, model: nn.Module, waiting: list[TensorQuantizer], loop: DataLoop) -> None:
-        self._model, self._waiting, self._loop = model, waiting, loop
+        self._model, self._waiting, self.loop = model, waiting, loop
         self.done = False
 
     @contextmanager
@@ -220,7 +224,7 @@ class _ActivationPass:
             yield
             unseen = [q.name for q in self._waiting if not _take_over(q)]
         self.done = True
-        if unseen and len(unseen) == len(self._waiting) and not self._loop.calls:
+        if unseen and len(unseen) == len(self._waiting) and not self.loop.calls:
             raise DetentError("the forward_loop never called the model, so there is nothing to calibrate with")
         if unseen:
             raise DetentError(

@@ -7,6 +7,7 @@ again.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,14 @@ class Call:
             )
             for start in range(0, size, rows)
         ]
+
+    @property
+    def rows(self) -> int:
+        """Tokens, or vectors, of the first tensor that the model is called with; 0 without one."""
+        for x in (*self.args, *self.kwargs.values()):
+            if isinstance(x, Tensor) and x.dim():
+                return x.numel() if not x.is_floating_point() else math.prod(x.shape[:-1])
+        return 0
 
     def token_mask(self) -> Tensor | None:
         """bool [batch, seq], which tokens count; None for all."""
@@ -99,6 +108,22 @@ class DataLoop:
             hook.remove()
         self.calls = len(remembered)
         self._remembered = remembered
+
+    def limited(self, model: nn.Module, rows: int | None) -> DataLoop:
+        """The first calls of the same data that together have `rows` vectors of input (tokens, where input is ids)."""
+        if rows is None:
+            return self
+        kept, count = [], 0
+        for call in self.calls_of(model):
+            if count >= rows:
+                break
+            kept.append(call)
+            count += call.rows
+        if not kept:
+            return self
+        part = DataLoop(self.forward_loop)
+        part._remembered, part.calls = kept, len(kept)
+        return part
 
     def calls_of(self, model: nn.Module) -> list[Call]:
         """What the loop calls the model with; runs it, if it hasn't run yet."""

@@ -1,0 +1,1 @@
+"""One small script per peer, run in that peer's own environment."""
