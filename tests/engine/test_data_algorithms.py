@@ -446,3 +446,29 @@ def test_registering_is_checked() -> None:
 
     with pytest.raises(DetentError, match="no custom algorithm"):
         detent.CalibrateModeRegistry.remove_mode("gptq")
+
+
+# ---- algorithms that learn by gradients -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", [{"method": "autoround", "iterations": 30}, {"method": "best", "steps": 30}])
+def test_learned_weights_are_on_the_grid_and_nearer_to_the_float_model(algorithm: dict[str, Any]) -> None:
+    reference, rough = make_model(), {**W4_ONLY, "*weight_quantizer": {"num_bits": 3, "block_sizes": {-1: 16}}}
+    model = quantized(algorithm, rough)
+    assert difference(model, reference) < 0.9 * difference(quantized("max", rough), reference)
+    for name, module in linears(model).items():
+        assert all(outcome.after <= outcome.before for outcome in outcomes(module))
+        if name != "lm_head":
+            assert torch.equal(module.quantized_weight(), module.weight), name  # type: ignore[operator]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_distillation_alone_starts_from_plain_rounding() -> None:
+    reference, rough = make_model(), {**W4_ONLY, "*weight_quantizer": {"num_bits": 3, "block_sizes": {-1: 16}}}
+    model = quantized({"method": "distill", "steps": 40}, rough)
+    assert difference(model, reference) < difference(quantized("max", rough), reference)
+
+
+def test_token_ids_beyond_the_vocabulary_are_named() -> None:
+    with pytest.raises(DetentError, match="token id 99, but the model knows ids from 0 to 62"):
+        quantized("gptq", feed=lambda m: m(torch.tensor([[1, 99, 3]])))

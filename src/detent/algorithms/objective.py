@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from detent.errors import DetentError
-from detent.formats import Format, PowerOfTwoScale, QTensor, Scales, decode, encode
+from detent.formats import Format, PowerOfTwoScale, QTensor, Scales, decode, encode, float32
 from detent.formats.granularity import from_tiles, to_tiles
 from detent.formats.kernels import simulate_static
 from detent.formats.qtensor import _tile_scale
@@ -71,6 +71,21 @@ def nearest_values(weight: Tensor, fmt: Format, unit: Tensor, zero_point: Tensor
 def tile_values(tiles: Tensor, fmt: Format, scale: TileScale) -> Tensor:
     """What the codes of float32 tiles [tiles, elements] stand for, under the scale of each."""
     return simulate_static(tiles, fmt, scale)[0]
+
+
+def quick_tile_values(tiles: Tensor, fmt: Format, scale: TileScale) -> Tensor:
+    """The same in float32 alone, several times as fast, for comparing many candidates.
+
+    A quotient that float32 rounds onto the middle between two codes may take either: the value is then as far off as
+    the nearest one, to 7 digits.
+    """
+    if not float32.supports(fmt):
+        return tile_values(tiles, fmt, scale)
+    unit = multiplier(fmt, scale).float()
+    quotient = tiles / torch.where(unit == 0, torch.inf, unit)
+    if scale.zero_point is None:
+        return float32.nearest(fmt.element, quotient).mul_(unit)
+    return float32.nearest(fmt.element, quotient.add_(scale.zero_point)).sub_(scale.zero_point).mul_(unit)
 
 
 def requantize(weight: Tensor, fmt: Format, scales: Scales) -> Tensor:

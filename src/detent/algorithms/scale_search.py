@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from detent.algorithms.max import weight_range
-from detent.algorithms.objective import tile_values
+from detent.algorithms.objective import quick_tile_values, tile_values
 from detent.errors import DetentError
 from detent.formats import E4M3, FloatScale, Format
 from detent.formats.granularity import to_tiles
@@ -23,6 +23,8 @@ from detent.formats.tiles import scale_from_range
 
 #: What a range is multiplied with, where scales are powers of two: other factors round to one of these.
 _POWERS = (0.25, 0.5, 2.0)
+#: Elements that all candidates are tried on before the next ones.
+_PIECE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -75,16 +77,31 @@ def weighted_range(
         measure = _block_error(weight, moment, granularity.group_size)
     else:
         measure = _diagonal_error(weight, fmt, moment if moment.dim() == 1 else moment.diagonal())
-    lo, hi = low.reshape(-1, 1), high.reshape(-1, 1)
-    best_lo, best_hi = lo, hi
-    plain = least = measure(tile_values(tiles, fmt, scale_from_range(fmt, lo, hi, outer)) - tiles)
-    for new_lo, new_hi in _candidates(fmt, lo, hi, factors, outer, fp8_scale_sweep):
-        error = measure(tile_values(tiles, fmt, scale_from_range(fmt, new_lo, new_hi, outer)) - tiles)
-        better = error < least
-        best_lo, best_hi = torch.where(better, new_lo, best_lo), torch.where(better, new_hi, best_hi)
-        least = torch.minimum(least, error)
-    total, reached = (float(error.sum(dtype=torch.float64)) for error in (plain, least))
+    factors, lo, hi = list(factors), low.reshape(-1, 1), high.reshape(-1, 1)
+    best_lo, best_hi, total, reached = lo.clone(), hi.clone(), 0.0, 0.0
+    for piece in _pieces(tiles, weight.shape[0]):
+        part, plain_lo, plain_hi = tiles[piece], lo[piece], hi[piece]
+        plain = least = measure(tile_values(part, fmt, scale_from_range(fmt, plain_lo, plain_hi, outer)) - part, piece)
+        for new_lo, new_hi in _candidates(fmt, plain_lo, plain_hi, factors, outer, fp8_scale_sweep):
+            error = measure(
+                quick_tile_values(part, fmt, scale_from_range(fmt, new_lo, new_hi, outer)).sub_(part), piece
+            )
+            better = error < least
+            best_lo[piece] = torch.where(better, new_lo, best_lo[piece])
+            best_hi[piece] = torch.where(better, new_hi, best_hi[piece])
+            least = torch.minimum(least, error)
+        total += float(plain.sum(dtype=torch.float64))
+        reached += float(least.sum(dtype=torch.float64))
     return RangeChoice(best_lo.reshape(low.shape), best_hi.reshape(high.shape), total, reached)
+
+
+def _pieces(tiles: Tensor, rows: int) -> Iterator[slice]:
+    """Whole rows of the weight at once, few enough to stay in a core's cache while all candidates are tried."""
+    count = tiles.shape[0]
+    per_row = count // rows if rows and count % rows == 0 else 1
+    step = max(1, _PIECE // max(1, tiles.shape[1] * per_row)) * per_row
+    for start in range(0, count, step):
+        yield slice(start, start + step)
 
 
 def _candidates(
@@ -100,23 +117,27 @@ def _candidates(
         yield low * k, high * k
 
 
-def _diagonal_error(weight: Tensor, fmt: Format, diagonal: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function from the difference of tiles to the error of each, [tiles, 1], weighed by G's diagonal."""
+#: From the difference of some tiles, and which they are, to the error of each, [tiles, 1].
+Measure = Callable[[Tensor, slice], Tensor]
+
+
+def _diagonal_error(weight: Tensor, fmt: Format, diagonal: Tensor) -> Measure:
+    """Squared differences weighed by G's diagonal."""
     expanded = to_tiles(diagonal.clamp_min(0).float().expand_as(weight), fmt.granularity)
-    return lambda difference: (difference.square() * expanded).sum(1, keepdim=True)
+    return lambda difference, piece: torch.linalg.vecdot(difference.square_(), expanded[piece]).unsqueeze(1)
 
 
-def _block_error(weight: Tensor, moment: Tensor, size: int) -> Callable[[Tensor], Tensor]:
+def _block_error(weight: Tensor, moment: Tensor, size: int) -> Measure:
     """The same with the whole block of G that belongs to a group of columns; a short last group counts as padded."""
-    out, width = weight.shape
+    width = weight.shape[1]
     groups = -(-width // size)
     padded = torch.zeros(groups * size, groups * size, dtype=torch.float32, device=moment.device)
     padded[:width, :width] = moment
     blocks = torch.stack([padded[i : i + size, i : i + size] for i in range(0, groups * size, size)])
 
-    def measure(difference: Tensor) -> Tensor:
-        d = difference.reshape(out, groups, size)
-        product = torch.einsum("ogi,gij->ogj", d, blocks)
-        return (product * d).sum(2).clamp_min(0.0).reshape(-1, 1)
+    def measure(difference: Tensor, piece: slice) -> Tensor:
+        d = difference.reshape(-1, groups, size).transpose(0, 1)
+        product = torch.bmm(d, blocks)
+        return torch.linalg.vecdot(product, d).clamp_min(0.0).T.reshape(-1, 1)
 
     return measure

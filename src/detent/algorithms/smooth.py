@@ -20,17 +20,21 @@ import torch
 from torch import Tensor
 
 from detent.algorithms.max import weight_range
-from detent.algorithms.objective import output_error, requantize, tile_values
+from detent.algorithms.objective import output_error, quick_tile_values, requantize, tile_values
 from detent.algorithms.scale_search import weighted_range
 from detent.errors import DetentError
 from detent.formats import FloatScale, Format, fake_quantize, scales_from_range
 from detent.formats.granularity import from_tiles, to_tiles
-from detent.formats.tiles import scale_from_range
+from detent.formats.tiles import TileScale, scale_from_range
 from detent.statistics import SiteStatistics
 
 _LEAST, _MOST = 1e-4, 1e4
 #: The alphas that a search tries.
 _ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+#: Output rows that candidates are compared on; the chosen one is measured on all.
+_ROWS = 512
+#: Elements rounded at once, few enough for a core's cache.
+_PIECE = 1 << 17
 #: Scales that are compared after clipping.
 _FINALISTS = 3
 
@@ -140,7 +144,8 @@ def awq_scale(
     """
     moment = statistics.moment()
     ones = torch.ones_like(statistics.amax)
-    plain = _loss(ones, weights, formats, moment)
+    sampled = [weight[:: max(1, weight.shape[0] // _ROWS)] for weight in weights]
+    plain = _loss(ones, sampled, formats, moment)
     tried = [ScaleChoice(ones, 0.0, 0.0, plain, plain)]
     magnitude = _weight_magnitude(weights, formats)
     activation = statistics.mean_abs.double()
@@ -151,7 +156,7 @@ def awq_scale(
         live = scale[~dead] if bool((~dead).any()) else scale
         scale = scale / (live.amax() * live.amin()).sqrt()
         scale = tie(torch.where(dead, 1.0, scale).clamp(_LEAST, _MOST).float())
-        tried.append(ScaleChoice(scale, alpha, beta, plain, _loss(scale, weights, formats, moment)))
+        tried.append(ScaleChoice(scale, alpha, beta, plain, _loss(scale, sampled, formats, moment)))
 
     steps = max(1, round(1 / alpha_step))
     for i in range(steps + 1):
@@ -165,7 +170,11 @@ def awq_scale(
             attempt(max(0.0, best.alpha + da), max(0.0, best.beta + db))
     ranked = sorted(tried, key=lambda choice: choice.after)
     if not clip:
-        return ranked[0]
+        before, best = _loss(ones, weights, formats, moment, exact=True), ranked[0]
+        after = before if best is tried[0] else _loss(best.scale, weights, formats, moment, exact=True)
+        if after >= before:
+            return ScaleChoice(ones, 0.0, 0.0, before, before)
+        return ScaleChoice(best.scale, best.alpha, best.beta, before, after)
     unclipped = tried[0]
     finalists = [unclipped, *[choice for choice in ranked[:_FINALISTS] if choice is not unclipped]]
     losses = [_clipped_loss(choice.scale, weights, formats, moment, clip) for choice in finalists]
@@ -192,12 +201,32 @@ def _clipped_loss(
     return total
 
 
-def _loss(scale: Tensor, weights: Sequence[Tensor], formats: Sequence[Format], moment: Tensor) -> float:
+def _loss(
+    scale: Tensor, weights: Sequence[Tensor], formats: Sequence[Format], moment: Tensor, *, exact: bool = False
+) -> float:
     total = 0.0
     for weight, fmt in zip(weights, formats, strict=True):
         w = weight.detach().float()
-        total += float(output_error(fake_quantize(w * scale, fmt) / scale - w, moment))
+        values = fake_quantize(w * scale, fmt) if exact else _quickly_rounded(w * scale, fmt)
+        total += float(output_error(values / scale - w, moment))
     return total
+
+
+def _quickly_rounded(weight: Tensor, fmt: Format) -> Tensor:
+    """`weight` rounded plainly; see `quick_tile_values`."""
+    rule = fmt.scale
+    if fmt.base is not None or not isinstance(rule, FloatScale) or rule.four_over_six or fmt.zero_point == "float":
+        return fake_quantize(weight, fmt)
+    tiles = to_tiles(weight, fmt.granularity)
+    low, high = (bound.reshape(-1, 1) for bound in weight_range(weight, fmt))
+    scale = scale_from_range(fmt, low, high, rule.outer_scale(weight.abs().amax(), fmt.element) if rule.outer else None)
+    out = torch.empty_like(tiles)
+    step = max(1, _PIECE // tiles.shape[1]) if len(low) == len(tiles) else len(tiles)
+    for start in range(0, len(tiles), step):
+        piece = slice(start, start + step)
+        part = TileScale(scale.value[piece], None if scale.zero_point is None else scale.zero_point[piece], scale.outer)
+        out[piece] = quick_tile_values(tiles[piece], fmt, part)
+    return from_tiles(out, fmt.granularity, tuple(weight.shape))
 
 
 def _weight_magnitude(weights: Sequence[Tensor], formats: Sequence[Format]) -> Tensor:

@@ -49,7 +49,7 @@ from detent.progress import track
 _log = logging.getLogger(__name__)
 
 #: Multiples of the plain range that `gptq` begins with a search over.
-_GPTQ_FACTORS = [0.3 + 0.05 * i for i in range(21) if i != 14]
+_GPTQ_FACTORS = [0.4, 0.5, 0.6, 0.7, 0.78, 0.86, 0.94, 1.08]
 
 
 def wanted(steps: Sequence[QuantizeAlgorithmConfig]) -> Wanted:
