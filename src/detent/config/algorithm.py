@@ -206,6 +206,7 @@ class GPTQCalibConfig(DataAlgorithmConfig):
         act_order: take columns by falling second moment; nothing extra has to be stored for it.
         scale_search: begin with the ranges of least error under the second moment's diagonal, unless an algorithm
             before this one chose ranges.
+        search_steps: how many ranges are tried.
         signed_scales: let the scales of signed integers be negative where that suits a group better: the code without a
             counterpart then stands for a positive number.
         retarget: come near the outputs of the float model instead of those that the float weights give on the inputs
@@ -220,6 +221,7 @@ class GPTQCalibConfig(DataAlgorithmConfig):
     block_size: int = ConfigField(128, ge=1)
     act_order: bool = ConfigField(True)
     scale_search: bool = ConfigField(True)
+    search_steps: int = ConfigField(8, ge=1)
     signed_scales: bool = ConfigField(True)
     retarget: bool = ConfigField(False)
     retarget_damping: float = ConfigField(0.001, gt=0, allow_inf_nan=False)
@@ -280,7 +282,7 @@ class BestCalibConfig(DataAlgorithmConfig):
     def parts(self) -> list[DataAlgorithmConfig]:
         """The algorithms that it is composed of, in order."""
         own = {name: getattr(self, name) for name in DataAlgorithmConfig.model_fields if name != "method"}
-        parts: list[DataAlgorithmConfig] = [GPTQCalibConfig(retarget=True, sequential=True, **own)]
+        parts: list[DataAlgorithmConfig] = [GPTQCalibConfig(retarget=True, sequential=True, search_steps=17, **own)]
         own["max_tokens"] = None
         return parts + [DistillCalibConfig(steps=self.steps, **own)] * bool(self.steps)
 

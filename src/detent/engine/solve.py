@@ -49,7 +49,7 @@ from detent.progress import track
 _log = logging.getLogger(__name__)
 
 #: Multiples of the plain range that `gptq` begins with a search over.
-_GPTQ_FACTORS = [0.4, 0.5, 0.6, 0.7, 0.78, 0.86, 0.94, 1.08]
+_LEAST_FACTOR, _MOST_FACTOR = 0.35, 1.15
 
 
 def wanted(steps: Sequence[QuantizeAlgorithmConfig]) -> Wanted:
@@ -439,13 +439,13 @@ class _AtWork:
             target = retarget(weight, moment, self._site.statistics.cross_moment, damping=step.retarget_damping)
         searching = step.scale_search and layer.name not in self._solver.searched
         if searching:
-            choice = self._choose(layer, "gptq", _GPTQ_FACTORS, block=False, weight=target)
+            choice = self._choose(layer, "gptq", _factors(step), block=False, weight=target)
             self._set_range(layer, choice.low, choice.high)
         elif layer.name not in self._solver.ranged:
             self._range(layer, None)
         scales = layer.scales()
         if searching and step.signed_scales and can_turn(layer.format):
-            scales = self._turned(layer, weight if target is None else target, scales)
+            scales = self._turned(layer, step, weight if target is None else target, scales)
         try:
             result = gptq(
                 weight,
@@ -480,9 +480,9 @@ class _AtWork:
             )
         )
 
-    def _turned(self, layer: Layer, weight: Tensor, upright: Scales) -> Scales:
+    def _turned(self, layer: Layer, step: GPTQCalibConfig, weight: Tensor, upright: Scales) -> Scales:
         """Scales of either sign, whichever suits each tile."""
-        choice = self._choose(layer, "gptq", _GPTQ_FACTORS, block=False, weight=-weight)
+        choice = self._choose(layer, "gptq", _factors(step), block=False, weight=-weight)
         mirrored = scales_from_range(layer.format, choice.low, choice.high)
         return signed_scales(weight, layer.format, self._site.statistics.moment(), upright, mirrored)
 
@@ -499,6 +499,12 @@ class _AtWork:
             return _squares(layer)
         weight = layer.matrix()
         return float(output_error(fake_quantize(weight, layer.format) - weight, moment))
+
+
+def _factors(step: GPTQCalibConfig) -> list[float]:
+    """What `gptq` multiplies the plain range with, evenly spaced; 1 is tried in any case."""
+    width = (_MOST_FACTOR - _LEAST_FACTOR) / max(1, step.search_steps - 1)
+    return [_LEAST_FACTOR + width * i for i in range(step.search_steps)]
 
 
 def follows_channels(layer: Layer) -> bool:
