@@ -472,3 +472,20 @@ def test_distillation_alone_starts_from_plain_rounding() -> None:
 def test_token_ids_beyond_the_vocabulary_are_named() -> None:
     with pytest.raises(DetentError, match="token id 99, but the model knows ids from 0 to 62"):
         quantized("gptq", feed=lambda m: m(torch.tensor([[1, 99, 3]])))
+
+
+def test_calls_are_put_together_and_cut() -> None:
+    from detent.engine.data_loop import Call, regrouped
+
+    rows = torch.arange(14).reshape(7, 2)
+    calls = [
+        Call((), {"input_ids": rows[:1], "use_cache": False}),
+        Call((), {"input_ids": rows[1:6], "use_cache": False}),
+    ]
+    calls += [Call((), {"input_ids": rows[6:], "use_cache": True})]
+    made = regrouped(calls, 2)
+    assert [call.sequences for call in made] == [1, 2, 2, 1, 1]
+    assert torch.equal(torch.cat([call.kwargs["input_ids"] for call in made]), rows)
+    single = regrouped([Call((row[None],), {}) for row in rows], 3)
+    assert [call.sequences for call in single] == [3, 3, 1]
+    assert torch.equal(torch.cat([call.args[0] for call in single]), rows)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from detent.data.padding import current_token_mask, token_mask
@@ -48,6 +49,32 @@ class Call:
             for start in range(0, size, rows)
         ]
 
+    def joined(self, other: Call) -> Call | None:
+        """Both calls as one batch, or None where they differ in more than what tensors hold."""
+        values = [
+            *zip(self.args, other.args, strict=False),
+            *((v, other.kwargs.get(k)) for k, v in self.kwargs.items()),
+        ]
+        alike = len(self.args) == len(other.args) and self.kwargs.keys() == other.kwargs.keys()
+        if not alike or self.mask is not None or other.mask is not None:
+            return None
+        if not any(isinstance(a, Tensor) and a.dim() for a, _ in values) or not all(_fit(a, b) for a, b in values):
+            return None
+
+        def both(a: Any, b: Any) -> Any:
+            return torch.cat([a, b]) if isinstance(a, Tensor) and a.dim() else a
+
+        return Call(
+            tuple(both(a, b) for a, b in zip(self.args, other.args, strict=True)),
+            {name: both(value, other.kwargs[name]) for name, value in self.kwargs.items()},
+        )
+
+    @property
+    def sequences(self) -> int:
+        """The length of the first axis of the first tensor."""
+        tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor) and x.dim()]
+        return tensors[0].shape[0] if tensors else 1
+
     @property
     def rows(self) -> int:
         """Tokens, or vectors, of the first tensor that the model is called with; 0 without one."""
@@ -60,6 +87,26 @@ class Call:
         """bool [batch, seq], which tokens count; None for all."""
         mask = self.kwargs.get("attention_mask") if self.mask is None else self.mask
         return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all()) else None
+
+
+def regrouped(calls: Sequence[Call], size: int) -> list[Call]:
+    """The same calls with `size` sequences each, as far as they can be cut and put together."""
+    groups: list[Call] = []
+    for piece in (piece for call in calls for piece in call.split(size)):
+        if groups and groups[-1].sequences + piece.sequences <= size:
+            joined = groups[-1].joined(piece)
+            if joined is not None:
+                groups[-1] = joined
+                continue
+        groups.append(piece)
+    return groups
+
+
+def _fit(a: Any, b: Any) -> bool:
+    """Whether two arguments can stand for one: tensors that fit behind each other, or equal values."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dim() > 0 and a.shape[1:] == b.shape[1:] and a.dtype == b.dtype and a.device == b.device
+    return a is b or (isinstance(a, (bool, int, float, str)) and a == b)
 
 
 class DataLoop:

@@ -24,7 +24,7 @@ from detent.algorithms.outcome import Outcome
 from detent.config.algorithm import AutoRoundCalibConfig, DistillCalibConfig
 from detent.data.padding import token_mask
 from detent.engine.blocks import BlockChain, TensorStore, without_cache
-from detent.engine.data_loop import Call, DataLoop
+from detent.engine.data_loop import Call, DataLoop, regrouped
 from detent.engine.layers import Layer
 from detent.engine.notices import notify
 from detent.engine.traversal_scope import off
@@ -179,7 +179,7 @@ def predictions(model: nn.Module, loop: DataLoop, config: DistillCalibConfig) ->
         raise DetentError(
             "distill: the calibration loop calls only parts of the model, so there is no output to learn from"
         )
-    pieces = [piece for call in calls for piece in call.split(config.batch_size)]
+    pieces = regrouped(calls, config.batch_size)
     lessons, size = [], 0
     quantizers = [module for module in model.modules() if isinstance(module, TensorQuantizer)]
     with torch.no_grad(), off(quantizers), without_cache(model):
