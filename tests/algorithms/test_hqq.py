@@ -90,7 +90,7 @@ def test_zeros_and_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (zeros.before, zeros.after) == (0, 0)
     weight = weights()
     whole = hqq_range(weight, fmt, iters=2)
-    monkeypatch.setattr("detent.algorithms.hqq._PIECE", 100)
+    monkeypatch.setattr("detent.algorithms.mse._PIECE", 100)
     pieces = hqq_range(weight, fmt, iters=2)
     torch.testing.assert_close(pieces.high, whole.high)
 

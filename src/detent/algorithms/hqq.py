@@ -15,13 +15,13 @@ by the objective itself, and the best is kept; the plain range is among them and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from detent.algorithms.max import weight_range
+from detent.algorithms.mse import pieces
 from detent.errors import DetentError
 from detent.formats import FloatScale, Format
 from detent.formats.granularity import to_tiles
@@ -31,8 +31,6 @@ from detent.formats.tiles import scale_from_range, simulate
 _SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
 #: Steps without a better range for any tile, after which no more are made.
 _PATIENCE = 3
-#: Elements worked on at once.
-_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def hqq_range(
     exists = to_tiles(torch.ones_like(weight, dtype=torch.float32), fmt.granularity)
     found = [
         solver.solve(tiles[rows], exists[rows], lo, hi)
-        for rows, lo, hi in _pieces(tiles, low.reshape(-1, 1), high.reshape(-1, 1))
+        for rows, lo, hi in pieces(tiles, low.reshape(-1, 1), high.reshape(-1, 1))
     ]
     if not found:
         return HQQResult(low, high, 0.0, 0.0)
@@ -92,12 +90,6 @@ def hqq_range(
     return HQQResult(
         best_low.reshape(low.shape), best_high.reshape(high.shape), float(before.sum()), float(after.sum())
     )
-
-
-def _pieces(tiles: Tensor, low: Tensor, high: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    count = max(1, _PIECE // max(1, tiles.shape[1]))
-    for i in range(0, tiles.shape[0], count):
-        yield slice(i, i + count), low[i : i + count], high[i : i + count]
 
 
 @dataclass(frozen=True)

@@ -74,17 +74,25 @@ def least_error_range(
     exists = None if whole else to_tiles(torch.ones_like(weight, dtype=torch.float64), fmt.granularity)
     best = [
         search.best(tiles[rows], None if exists is None else exists[rows], lo, hi)
-        for rows, lo, hi in _pieces(tiles, low.reshape(-1, 1), high.reshape(-1, 1))
+        for rows, lo, hi in pieces(tiles, low.reshape(-1, 1), high.reshape(-1, 1))
     ]
     if not best:
         return low, high
     return torch.cat([b[0] for b in best]).reshape(low.shape), torch.cat([b[1] for b in best]).reshape(high.shape)
 
 
-def _pieces(tiles: Tensor, low: Tensor, high: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def pieces(tiles: Tensor, low: Tensor, high: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(which tiles, their low, their high), so many at once that float64 intermediates stay small."""
     count = max(1, _PIECE // max(1, tiles.shape[1]))
     for i in range(0, tiles.shape[0], count):
         yield slice(i, i + count), low[i : i + count], high[i : i + count]
+
+
+def e4m3_ranges(fmt: Format, high: Tensor, outer: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The (low, high) that each positive finite E4M3 scale under an outer one stands for, in the shape of `high`."""
+    for scale in E4M3.values()[1:127]:
+        amax = (scale * fmt.element.maximum * outer).expand_as(high)
+        yield -amax, amax
 
 
 @dataclass(frozen=True)
@@ -108,12 +116,9 @@ class _Search:
 
     def _candidates(self, low: Tensor, high: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         if not self.sweep:
-            yield from ((low * k, high * k) for k in self.factors)
-            return
+            return ((low * k, high * k) for k in self.factors)
         assert self.outer is not None
-        for scale in E4M3.values()[1:127]:
-            amax = (scale * self.fmt.element.maximum * self.outer).expand_as(high)
-            yield -amax, amax
+        return e4m3_ranges(self.fmt, high, self.outer)
 
     def _error(self, tiles: Tensor, exists: Tensor | None, low: Tensor, high: Tensor) -> Tensor:
         values = simulate(tiles, self.fmt, scale_from_range(self.fmt, low, high, self.outer))

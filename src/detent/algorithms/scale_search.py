@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from detent.algorithms.max import weight_range
+from detent.algorithms.mse import e4m3_ranges
 from detent.algorithms.objective import quick_tile_values, tile_values
 from detent.errors import DetentError
-from detent.formats import E4M3, FloatScale, Format
+from detent.formats import FloatScale, Format
 from detent.formats.granularity import to_tiles
 from detent.formats.tiles import scale_from_range
 
@@ -109,9 +110,7 @@ def _candidates(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     if sweep:
         assert outer is not None
-        for scale in E4M3.values()[1:127]:
-            amax = (scale * fmt.element.maximum * outer).expand_as(high)
-            yield -amax, amax
+        yield from e4m3_ranges(fmt, high, outer)
         return
     for k in factors if isinstance(fmt.scale, FloatScale) else _POWERS:
         yield low * k, high * k

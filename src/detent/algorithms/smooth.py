@@ -82,8 +82,7 @@ def smoothquant_search(
     """The SmoothQuant scale whose alpha gives the rounded layer the least squared error on the sample of tokens.
 
     Objective: ``||Q(x / s) Q(W s)^T - x W^T||^2`` over the rows of `statistics.sample`. Static activation ranges are
-        taken
-    from the channel ranges of all tokens. No scale at all is among the candidates and wins ties.
+    taken from the channel ranges of all tokens. No scale at all is among the candidates and wins ties.
 
     Raises:
         DetentError: no sample was drawn.

@@ -8,7 +8,6 @@ model is not traversed block by block, and the reason is given.
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,9 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from detent.data.padding import current_token_mask, token_mask
-from detent.progress import track
-
-_log = logging.getLogger(__name__)
 
 #: How far a replayed block may be from the real run, relative to the largest magnitude of its output.
 _TOLERANCE = 1e-3
@@ -36,7 +32,9 @@ class TensorStore:
     """Tensors by number, in memory or, with `folder`, in files of their own there."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._folder, self._held, self._count = folder, [], 0  # type: tuple[Path | None, list[Tensor], int]
+        self._folder = folder
+        self._held: list[Tensor] = []
+        self._count = 0
 
     def __len__(self) -> int:
         return self._count
@@ -116,12 +114,15 @@ class BlockChain:
         with token_mask(self.masks[batch]):
             return _hidden_of((block or self.blocks[index])(*args, **kwargs))
 
-    def run_all(self, index: int, inputs: TensorStore, task: str = "") -> Iterator[tuple[int, Tensor]]:
-        """(batch, output) of a block for every batch of inputs."""
-        device = next((p.device for p in self.blocks[index].parameters()), torch.device("cpu"))
-        numbers: Any = range(len(inputs))
-        for batch in track(numbers, task, len(inputs)) if task else numbers:
-            yield batch, self.run(index, batch, inputs.get(batch, device))
+    def device(self, index: int) -> torch.device:
+        """Where a block's parameters lie."""
+        return next((p.device for p in self.blocks[index].parameters()), torch.device("cpu"))
+
+    def run_all(self, index: int, inputs: TensorStore) -> Iterator[Tensor]:
+        """The output of a block for every batch of inputs."""
+        device = self.device(index)
+        for batch in range(len(inputs)):
+            yield self.run(index, batch, inputs.get(batch, device))
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,7 @@ def replaced_outputs(chain: BlockChain, outputs: TensorStore) -> Iterator[None]:
 
         return forward
 
-    device = next((p.device for p in chain.blocks[0].parameters()), torch.device("cpu"))
+    device = chain.device(0)
     templates = []
     for index, block in enumerate(chain.blocks):
         args, kwargs = _with_hidden(chain.calls[index][0], chain.inputs.get(0, device))

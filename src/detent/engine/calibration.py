@@ -22,6 +22,7 @@ from detent.engine.rollback import unchanged_on_failure
 from detent.engine.rotation import rotate_model
 from detent.engine.solve import Solver, describe
 from detent.engine.traversal import layers_of, solve_model
+from detent.engine.traversal_scope import off
 from detent.engine.tuning import distill_model, predictions
 from detent.engine.weight_ranges import calibrate_weight, quantized_weights
 from detent.errors import DetentError
@@ -49,6 +50,7 @@ def calibrate(
         forward_loop: a function that calls the model it is given on calibration data, once however many algorithms
             there are. Only needed where activations have static ranges. Where the model is called with an
             `attention_mask` [batch, seq], what it masks stays out of the statistics.
+        folding: where channel scales are folded to; None: they stay in the layers' input quantizers.
 
     Returns:
         `model`.
@@ -253,18 +255,14 @@ def _take_over(quantizer: TensorQuantizer) -> bool:
 @contextmanager
 def _observing(model: nn.Module, observers: list[TensorQuantizer]) -> Iterator[None]:
     """Every quantizer passes its tensor through unquantized; `observers` look at it."""
-    quantizing = [q for q in named_members(model) if q._if_quant]
-    try:
-        for quantizer in quantizing:
-            quantizer.disable_quant()
-        for quantizer in observers:
-            quantizer.enable_calib()
-        yield
-    finally:
-        for quantizer in observers:
-            quantizer.disable_calib()
-        for quantizer in quantizing:
-            quantizer.enable_quant()
+    with off(list(named_members(model))):
+        try:
+            for quantizer in observers:
+                quantizer.enable_calib()
+            yield
+        finally:
+            for quantizer in observers:
+                quantizer.disable_calib()
 
 
 @contextmanager

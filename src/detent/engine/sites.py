@@ -93,11 +93,6 @@ class SiteObserver:
         """The sites seen so far, in the order of their first call."""
         return list({id(site): site for site in self._site_of.values()}.values())
 
-    @property
-    def unseen(self) -> list[Layer]:
-        """Layers that were never called."""
-        return [layer for layer in self._layers if layer.name not in self._site_of]
-
     def __enter__(self) -> SiteObserver:
         for layer in self._layers:
             self._hooks.append(

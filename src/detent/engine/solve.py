@@ -145,13 +145,15 @@ class _AtWork:
             case AWQFullCalibConfig():
                 clip = clip_factors(step.min_clip_ratio, step.shrink_step)
                 self._awq(step, clip)
-                self._clip(clip, step.method)
+                self._search(str(step.method), clip, label="awq_full (clip)")
             case AWQLiteCalibConfig():
                 self._awq(step)
             case AWQClipCalibConfig():
-                self._clip(clip_factors(step.min_clip_ratio, step.shrink_step), step.method)
+                self._search(str(step.method), clip_factors(step.min_clip_ratio, step.shrink_step))
             case LocalHessianCalibConfig():
-                self._search(step)
+                factors = multipliers(step.step_size, step.start_multiplier, step.stop_multiplier)
+                by_block, sweep = step.weighting == "block", step.fp8_scale_sweep
+                self._search(str(step.method), factors, block=by_block, sweep=sweep)
             case GPTQCalibConfig():
                 for layer in self.layers:
                     self._round(layer, step)
@@ -253,14 +255,16 @@ class _AtWork:
         helps = choice.after < choice.before
         share = len(self.layers)
         for layer in self.layers:
-            energy = None if moment is None else float(output_error(layer.matrix(), moment))
+            energy = None
+            if share == 1 and moment is not None:  # else the objective isn't this layer's
+                energy = float(output_error(layer.matrix(), moment))
             layer.note(
                 Outcome(
                     name,
                     objective + (f", {share} layers together" if share > 1 else ""),
                     choice.before,
                     choice.after,
-                    energy if share == 1 else None,
+                    energy,
                     {"alpha": choice.alpha, "beta": choice.beta} if helps else {},
                     "" if helps else "no channel scale is better than none, so plain rounding is kept",
                 )
@@ -368,23 +372,16 @@ class _AtWork:
         self._solver.ranged.add(layer.name)
         self._solver.searched.add(layer.name)
 
-    def _search(self, step: LocalHessianCalibConfig) -> None:
-        factors = multipliers(step.step_size, step.start_multiplier, step.stop_multiplier)
+    def _search(
+        self, name: str, factors: Sequence[float], *, block: bool = True, sweep: bool = False, label: str = ""
+    ) -> None:
+        """The ranges of least error weighed by the blocks of G, where there are groups and they are wanted, or its
+        diagonal."""
         for layer in self.layers:
-            grouped = layer.format.granularity.group_size is not None and step.weighting == "block"
-            choice = self._choose(layer, str(step.method), factors, block=grouped, sweep=step.fp8_scale_sweep)
+            grouped = layer.format.granularity.group_size is not None and block
+            choice = self._choose(layer, name, factors, block=grouped, sweep=sweep)
             objective = "error weighed by G's " + ("blocks" if grouped else "diagonal")
-            layer.note(Outcome(str(step.method), objective, choice.before, choice.after))
-            self._set_range(layer, choice.low, choice.high)
-
-    def _clip(self, factors: Sequence[float], name: str | None) -> None:
-        for layer in self.layers:
-            grouped = layer.format.granularity.group_size is not None
-            choice = self._choose(layer, str(name), factors, block=grouped)
-            objective = "error weighed by G's " + ("blocks" if grouped else "diagonal")
-            layer.note(
-                Outcome(f"{name} (clip)" if name == "awq_full" else str(name), objective, choice.before, choice.after)
-            )
+            layer.note(Outcome(label or name, objective, choice.before, choice.after))
             self._set_range(layer, choice.low, choice.high)
 
     def _choose(

@@ -161,7 +161,7 @@ def _block_by_block(
         if learned is not None and observed.made is not None:
             tune_block(chain, index, inputs, observed.made, inside[name], learned)
         if quantized:
-            for _, output in chain.run_all(index, inputs):
+            for output in chain.run_all(index, inputs):
                 floats.append(output)
         if inputs is not chain.inputs:
             inputs.clear()
@@ -226,7 +226,7 @@ class _ObservedBlock:
         if self._references is not None and self.made is None and batches is None:
             self.made = chain.store()
         own = [module for module in block.modules() if isinstance(module, TensorQuantizer)]
-        device = next((p.device for p in block.parameters()), torch.device("cpu"))
+        device = chain.device(index)
         with off(own), observer:
             for batch in range(len(self._inputs) if batches is None else batches):
                 observer.batch = batch

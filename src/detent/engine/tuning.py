@@ -85,6 +85,18 @@ def only_these_learn(model: nn.Module, trained: Sequence[nn.Parameter]) -> Itera
             parameter.requires_grad_(True)
 
 
+def _adopt(
+    layers: Sequence[Layer], weights: Mapping[str, OffsetWeight | LearnedWeight], kept: int, outcome: Outcome
+) -> None:
+    """Give the layers what was learned, if a step was kept, and note what was done."""
+    for layer in layers:
+        if kept:
+            values, scales = weights[layer.name].result()
+            layer.set_scales(scales)
+            layer.set_matrix(values)
+        layer.note(outcome)
+
+
 # ---- one block ------------------------------------------------------------------------------------------------------
 
 
@@ -109,7 +121,7 @@ def tune_block(
     if not layers:
         return
     block = chain.blocks[index]
-    device = next((p.device for p in block.parameters()), torch.device("cpu"))
+    device = chain.device(index)
     weights = {layer.name: OffsetWeight(layer.matrix(), layer.format, layer.scales()) for layer in layers}
     shapes = [inputs.get(i, torch.device("cpu")).shape for i in range(len(inputs))]
     groups = _grouped([shape[0] for shape in shapes], config.batch_size)
@@ -126,21 +138,15 @@ def tune_block(
 
     with only_these_learn(block, []), computing_with(weights, layers), fast_products(_work(layers, tokens)):
         tuned = autoround(objective, groups, list(weights.values()), iterations=config.iterations, rate=config.lr)
-    for layer in layers:
-        if tuned.kept:
-            values, scales = weights[layer.name].result()
-            layer.set_scales(scales)
-            layer.set_matrix(values)
-        layer.note(
-            Outcome(
-                "autoround",
-                "mean squared error of the block's outputs",
-                tuned.before,
-                tuned.after,
-                decided={"iterations": tuned.iterations, "kept": tuned.kept},
-                notice="" if tuned.kept else "no step was better, so plain rounding is kept",
-            )
-        )
+    outcome = Outcome(
+        "autoround",
+        "mean squared error of the block's outputs",
+        tuned.before,
+        tuned.after,
+        decided={"iterations": tuned.iterations, "kept": tuned.kept},
+        notice="" if tuned.kept else "no step was better, so plain rounding is kept",
+    )
+    _adopt(layers, weights, tuned.kept, outcome)
 
 
 def _grouped(rows: Sequence[int], size: int) -> list[list[int]]:
@@ -250,21 +256,15 @@ def distill_model(
             rates=Rates(config.position_rate, config.scale_rate, config.norm_rate),
             task="Distilling",
         )
-    for layer in layers:
-        if done.kept:
-            values, scales = weights[layer.name].result()
-            layer.set_scales(scales)
-            layer.set_matrix(values)
-        layer.note(
-            Outcome(
-                "distill",
-                "divergence of the model's predictions on sequences held out",
-                done.before,
-                done.after,
-                decided={"steps": done.steps, "kept": done.kept},
-                notice="" if done.kept else "no step was better, so the weights stay as they were",
-            )
-        )
+    outcome = Outcome(
+        "distill",
+        "divergence of the model's predictions on sequences held out",
+        done.before,
+        done.after,
+        decided={"steps": done.steps, "kept": done.kept},
+        notice="" if done.kept else "no step was better, so the weights stay as they were",
+    )
+    _adopt(layers, weights, done.kept, outcome)
     return set(others) if done.kept else set()
 
 
