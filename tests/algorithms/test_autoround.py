@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from detent.algorithms.autoround import OffsetWeight, autoround
-from detent.algorithms.coordinate_descent import descend
-from detent.algorithms.objective import output_error, requantize
+from detent.algorithms.objective import requantize
 from detent.errors import DetentError
 from detent.formats import Format, Scales, integer, micro_exponent, per_channel, per_group
 from rounding_problems import FORMATS, own_scales, problem
@@ -110,45 +109,3 @@ def test_refuses_what_it_cannot_serve() -> None:
         autoround(lambda _: torch.zeros(()), [], [learned])
     with pytest.raises(DetentError, match="became nan"):
         autoround(lambda _: learned().sum() * torch.nan, [0], [learned])
-
-
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_coordinate_descent_lowers_the_objective(fmt: Format) -> None:
-    weight, x = problem()
-    moment = x.T @ x
-    scales = own_scales(weight, fmt)
-    rounded = requantize(weight, fmt, scales)
-    better = descend(weight, rounded, moment, fmt, scales, sweeps=4, block=7)
-    assert is_encoded_exactly(better, fmt, scales)
-    before, after = (float(output_error(weight - w, moment)) for w in (rounded, better))
-    assert after <= before
-    if fmt.bits <= 4:
-        assert after < 0.7 * before
-
-
-def test_coordinate_descent_ends_where_no_single_code_helps() -> None:
-    weight, x = problem(rows=3, width=6, seed=5)
-    moment = (x.T @ x).double()
-    fmt = integer(2, per_channel(0))
-    scales = own_scales(weight, fmt)
-    better = descend(weight, requantize(weight, fmt, scales), moment.float(), fmt, scales, sweeps=50)
-
-    def errors(candidate: torch.Tensor) -> torch.Tensor:
-        d = candidate.double() - weight.double()
-        return ((d @ moment) * d).sum(1)
-
-    least = errors(better)
-    for column in range(6):
-        for code in range(-2, 2):
-            other = better.clone()
-            other[:, column] = code * scales.scale[:, 0]
-            assert bool((errors(other) >= least * (1 - 1e-5)).all())
-
-
-def test_coordinate_descent_leaves_dead_channels_alone() -> None:
-    weight, x = problem()
-    x[:, 4] = 0
-    fmt = integer(3, per_group(8))
-    scales = own_scales(weight, fmt)
-    rounded = requantize(weight, fmt, scales)
-    assert torch.equal(descend(weight, rounded, x.T @ x, fmt, scales)[:, 4], rounded[:, 4])

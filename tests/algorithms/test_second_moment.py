@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from detent.algorithms.gptq import gptq
-from detent.algorithms.objective import output_error, requantize
+from detent.algorithms.gptq import Job, factorise, gptq
+from detent.algorithms.objective import output_error, plainly_rounded, requantize
 from detent.algorithms.scale_search import weighted_range
 from detent.algorithms.smooth import awq_scale, smoothquant_scale
 from detent.errors import DetentError
@@ -101,7 +101,7 @@ def test_gptq_is_optimal_brain_quantization_column_by_column(fmt: Format, act_or
     order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(48)
     alive = [int(j) for j in order if diagonal[j] > 0]
     reference = textbook_gptq(w.numpy(), moment.numpy(), [rounding(j) for j in range(48)], np.array(alive), 0.01)
-    result = gptq(w, moment, fmt, q.scales, act_order=act_order, block_size=16)
+    (result,) = gptq([Job(w, fmt, q.scales)], factorise(moment, act_order=act_order))
     alive_mask = diagonal > 0
     same = torch.isclose(result.weight[:, alive_mask].double(), torch.from_numpy(reference)[:, alive_mask.numpy()])
     assert float(same.double().mean()) > 0.99  # float32 updates may tip a tie the other way
@@ -116,32 +116,61 @@ def test_gptq_is_optimal_brain_quantization_column_by_column(fmt: Format, act_or
 def test_gptq_stays_on_the_grid_and_never_loses_to_plain_rounding(fmt: Format) -> None:
     x, w = tokens(), weight()
     q = encode(w, fmt)
-    result = gptq(w, statistics_of(x).moment(), fmt, q.scales)
+    (result,) = gptq([Job(w, fmt, q.scales)], factorise(statistics_of(x).moment()))
     assert torch.equal(requantize(result.weight, fmt, q.scales), result.weight)
     plain = ((x.double() @ (requantize(w, fmt, q.scales) - w).double().T) ** 2).sum(0)
     ours = ((x.double() @ (result.weight - w).double().T) ** 2).sum(0)
     assert bool((ours <= plain * (1 + 1e-4) + 1e-9).all())
     assert float(ours.sum()) < float(plain.sum())
-    assert result.before == pytest.approx(float(plain.sum()), rel=1e-4)
+    quick = plainly_rounded(w, fmt, q.scales)
+    assert result.before == pytest.approx(float(((x.double() @ (quick - w).double().T) ** 2).sum()), rel=1e-4)
     assert result.after == pytest.approx(float(ours.sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_quick_rounding_differs_from_the_definition_between_two_codes_only(fmt: Format) -> None:
+    w = torch.cat([weight(), 40 * weight(), torch.round(100 * weight()) / 64])
+    scales = encode(w, fmt).scales
+    quick, exact = plainly_rounded(w, fmt, scales), requantize(w, fmt, scales)
+    assert torch.equal(requantize(quick, fmt, scales), quick)
+    torch.testing.assert_close((quick - w).abs().double(), (exact - w).abs().double(), rtol=1e-5, atol=1e-6)
+    assert float((quick != exact).double().mean()) < 0.1
 
 
 def test_gptq_with_uncorrelated_inputs_is_plain_rounding() -> None:
     w, fmt = weight(), integer(4, per_group(16))
     q = encode(w, fmt)
-    result = gptq(w, torch.eye(48), fmt, q.scales)
-    assert torch.equal(result.weight, requantize(w, fmt, q.scales))
+    (result,) = gptq([Job(w, fmt, q.scales)], factorise(torch.eye(48)))
+    assert torch.equal(result.weight, plainly_rounded(w, fmt, q.scales))
 
 
 def test_gptq_refuses_what_it_cannot_serve() -> None:
     w = weight()
+    micro, fmt = micro_exponent(6), integer(4, per_group(16))
     with pytest.raises(DetentError, match="one by one"):
-        gptq(w, torch.eye(48), micro_exponent(6), encode(w, micro_exponent(6)).scales)
-    fmt = integer(4, per_group(16))
-    with pytest.raises(DetentError, match="48 x 48"):
-        gptq(w, torch.eye(47), fmt, encode(w, fmt).scales)
+        gptq([Job(w, micro, encode(w, micro).scales)], factorise(torch.eye(48)))
+    with pytest.raises(DetentError, match="48 squared"):
+        gptq([Job(w, fmt, encode(w, fmt).scales)], factorise(torch.eye(47)))
     with pytest.raises(DetentError, match="positive definite"):
-        gptq(w, -torch.eye(48) + 2 * torch.ones(48, 48), fmt, encode(w, fmt).scales, damping=0.0)
+        factorise(-torch.eye(48) + 2 * torch.ones(48, 48), damping=0.0)
+
+
+def test_gptq_rounds_layers_of_one_site_as_each_by_itself() -> None:
+    x = tokens()
+    factor = factorise(statistics_of(x).moment())
+    jobs = []
+    for rows, fmt in ((24, FORMATS[0]), (7, FORMATS[0]), (5, FORMATS[4])):
+        w = weight(rows)
+        jobs.append(Job(w, fmt, encode(w, fmt).scales, target=w * 1.01))
+    together = gptq(jobs, factor)
+    for job, result in zip(jobs, together, strict=True):
+        (alone,) = gptq([job], factor)
+        assert torch.equal(result.weight, alone.weight)
+        assert (result.after, result.before) == pytest.approx((alone.after, alone.before), rel=1e-6)
+        assert job.target is not None
+        ours = ((x.double() @ (result.weight - job.target).double().T) ** 2).sum()
+        assert result.after == pytest.approx(float(ours), rel=1e-3)
+        assert result.energy == pytest.approx(float(((x.double() @ job.target.double().T) ** 2).sum()), rel=1e-4)
 
 
 def test_smoothquant_scale_is_the_papers() -> None:
@@ -158,13 +187,20 @@ def test_awq_scale_lowers_the_error_that_it_says(fmt: Format) -> None:
     x, w = tokens(), weight()
     choice = awq_scale(statistics_of(x), [w], [fmt])
 
+    def rounded(w: torch.Tensor) -> torch.Tensor:
+        if fmt != FORMATS[0]:
+            return fake_quantize(w, fmt)
+        # The largest weight of a group lies midway between two codes: the one taken is what float32 division says.
+        groups = w.reshape(24, 3, 16).numpy()
+        unit = np.abs(groups).max(2, keepdims=True) / np.float32(7.5)
+        return torch.from_numpy((np.rint(groups / unit).clip(-8, 7) * unit).reshape(24, 48))
+
     def loss(scale: torch.Tensor) -> float:
-        rounded = fake_quantize(w * scale, fmt) / scale
-        return float(((x.double() @ (rounded - w).double().T) ** 2).sum())
+        return float(((x.double() @ (rounded(w * scale) / scale - w).double().T) ** 2).sum())
 
     assert choice.before == pytest.approx(loss(torch.ones(48)), rel=1e-4)
     assert choice.after == pytest.approx(loss(choice.scale), rel=1e-4)
-    assert choice.after < choice.before
+    assert loss(choice.scale) < loss(torch.ones(48))
 
 
 def test_weighted_range_is_the_best_candidate_of_each_group() -> None:

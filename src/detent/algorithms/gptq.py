@@ -2,8 +2,14 @@
 
 Objective: ``tr((W - W^) G (W - W^)^T)``, G the second moment of the layer's inputs (GPTQ, arXiv 2210.17323; its H is
 2G/n). Scales are fixed beforehand and belong to the columns' own places, so columns may be taken in any order ("static
-groups"): here by falling diagonal of G, and no index has to be stored. Updates are applied lazily in blocks of columns.
-A channel that never carries a value (zero diagonal) costs nothing, so its weights are rounded plainly.
+groups"): here by falling diagonal of G, and no index has to be stored. A channel that never carries a value (zero
+diagonal) costs nothing, so its weights are rounded plainly.
+
+In that order ``G + damping = U D U^T`` with U unit upper triangular and D diagonal, so that the objective of a row's
+error d = w - w^ is ``sum_k D_k (d_k + sum_{l<k} U_lk d_l)^2``: column k is rounded to what is nearest to
+``w_k + sum_{l<k} U_lk d_l``. That is GPTQ's result without inverting G (it is Babai's nearest plane, arXiv 2507.18553),
+and the sum is the objective that was reached. What earlier columns add to later ones is brought along in halves: those
+of the first half of the columns to the second in one matrix product, and so on within either half.
 
 If the result has a larger objective than plain rounding under the same scales, row by row, that row keeps plain
 rounding.
@@ -11,17 +17,32 @@ rounding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from detent.algorithms.objective import check_elementwise, nearest_values, requantize, rows_error, spread
+from detent.algorithms.objective import (
+    Units,
+    check_elementwise,
+    nearest_values,
+    output_error,
+    plainly_rounded,
+    rows_error,
+    units_of,
+)
 from detent.errors import DetentError
 from detent.formats import Format, Scales
 
 #: Damping, as a share of G's mean diagonal, from which on a second moment counts as unusable.
 _MOST_DAMPING = 1.0
+#: Columns that are rounded one by one before the next ones hear of it.
+_FEW = 16
+#: Rows whose objective is nearer to that of plain rounding than this share of it are compared without rounded factors.
+_CLOSE = 0.02
+#: Rows from which the energy of a layer's output, only reported, is estimated.
+_ENERGY_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -31,8 +52,7 @@ class Rounded:
     Attributes:
         weight: float32 [out, in], every value one that a code stands for: encoding it under the same scales is exact.
         before, after: the objective with plain rounding, and of `weight`.
-        energy: the objective of a weight of zeros.
-        damping: the share of the mean diagonal that was added to G to invert it.
+        energy: the objective of a weight of zeros, of which `_ENERGY_ROWS` rows may stand for all.
         kept_rows: rows that keep plain rounding, since the algorithm would have made them worse.
     """
 
@@ -40,126 +60,183 @@ class Rounded:
     before: float
     after: float
     energy: float
-    damping: float
     kept_rows: int
 
 
-def gptq(
-    weight: Tensor,
-    moment: Tensor,
-    fmt: Format,
-    scales: Scales,
-    *,
-    target: Tensor | None = None,
-    block_size: int = 128,
-    damping: float = 0.01,
-    act_order: bool = True,
-) -> Rounded:
-    """Round a weight so that the layer's outputs change least.
+@dataclass(frozen=True)
+class Factor:
+    """A second moment made ready for rounding any number of weights; see `factorise`.
+
+    Attributes:
+        moment: G, float32 [in, in].
+        order: [in], the columns in the order in which they are rounded.
+        cost: D, float64 [in]; 0 for dead channels.
+        carry: U^T, float32 [in, in]: row k says what the errors of the columns before it add to column k.
+        damping: the share of the mean diagonal that was added to G's diagonal.
+        added: what was added.
+        dead: bool [in], in the columns' own places: channels without a value.
+    """
+
+    moment: Tensor
+    order: Tensor
+    cost: Tensor
+    carry: Tensor
+    damping: float
+    added: float
+    dead: Tensor
+
+
+def factorise(moment: Tensor, *, damping: float = 0.01, act_order: bool = True) -> Factor:
+    """Take G apart.
 
     Args:
-        weight: float [out, in].
         moment: G, float32 [in, in], symmetric and positive semi-definite.
-        fmt: a format whose codes are chosen one by one (not MX4/6/9, not progressive).
-        scales: the scales to round under, in the shape of the format's grid.
-        target: float [out, in], what to come near instead of `weight` (see `retarget`); the objective is then
-            ``tr((T - W^) G (T - W^)^T)``. Plain rounding stays that of `weight`.
-        block_size: columns between two updates of all later columns.
-        damping: share of the mean diagonal added to G's diagonal; raised tenfold until G can be inverted.
+        damping: share of the mean diagonal added to G's diagonal; raised tenfold until G can be factorised.
         act_order: take columns by falling diagonal of G.
 
     Raises:
-        DetentError: shapes don't fit, the format can't be served, or G isn't positive definite under any damping.
+        DetentError: G isn't positive definite under any damping.
     """
-    check_elementwise(fmt, "gptq")
-    out, width = weight.shape
-    if moment.shape != (width, width):
-        raise DetentError(f"gptq: a weight of {out} x {width} needs a second moment of {width} x {width}")
-    weight = weight.detach().to(torch.float32)
-    target = weight if target is None else target.detach().to(torch.float32)
-    plain = requantize(weight, fmt, scales)
-    unit, zero_point = spread(fmt, scales, (out, width))
     diagonal = moment.diagonal()
     dead = diagonal <= 0
-    order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(width, device=weight.device)
-    factor, used = inverse_factor(moment, dead, order, damping)
-    columns = _round_columns(
-        target.T[order].contiguous(),
-        factor,
-        fmt,
-        unit.T[order].contiguous(),
-        None if zero_point is None else zero_point.T[order].contiguous(),
-        block_size,
-    )
-    result = torch.empty_like(columns)
-    result[order] = columns
-    result = result.T.contiguous()
-    result[:, dead] = plain[:, dead]
-    return keep_better_rows(target, plain, result, moment, used)
-
-
-def inverse_factor(moment: Tensor, dead: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
-    """(U with G^-1 = U^T U, upper triangular, in the order of the columns; the damping that was needed).
-
-    G = R R^T with R upper triangular is the Cholesky factorisation with rows and columns counted from the end, and
-    U = R^-1.
-    """
-    g = moment.double()
-    g = torch.where(dead[:, None] | dead[None, :], 0.0, g)
-    mean = float(g.diagonal().sum() / max(1, int((~dead).sum())))
-    eye = torch.eye(len(g), dtype=g.dtype, device=g.device)
-    g = g + torch.diag(dead.double() * (mean or 1.0))
-    g = g[order][:, order].flip(0, 1)
+    order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(len(moment), device=moment.device)
+    # U D U^T is the Cholesky factorisation with rows and columns counted from the end.
+    backwards = order.flip(0)
+    g = torch.where(dead[:, None] | dead[None, :], 0.0, moment)[backwards][:, backwards]
+    mean = float(g.diagonal().sum(dtype=torch.float64) / max(1, int((~dead).sum())))
+    g.diagonal().add_(dead[backwards].to(g.dtype) * (mean or 1.0))
     share = damping
     while share < max(_MOST_DAMPING, 2 * damping):
-        lower, failed = torch.linalg.cholesky_ex(g + share * mean * eye)
-        if not int(failed):
-            upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
-            if bool(torch.isfinite(upper).all()):
-                return upper.float(), share
+        # float32 is enough for the usual damping: it perturbs G by far less than what is added.
+        for precise in (False, True):
+            damped = g.double() if precise else g.clone()
+            damped.diagonal().add_(share * mean)
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            roots = lower.diagonal()
+            if not int(failed) and bool(torch.isfinite(roots).all()) and bool((roots > 0).all()):
+                cost = torch.where(dead[order], 0.0, roots.flip(0).double().square())
+                carry = (lower / roots).T.flip(0, 1).float().contiguous()
+                return Factor(moment, order, cost, carry, share, share * mean, dead)
         share = max(share * 10, 1e-4)
     raise DetentError(
         "gptq: the second moment isn't positive definite under any damping; is the calibration data sane?"
     )
 
 
-def _round_columns(
-    work: Tensor, inverse: Tensor, fmt: Format, unit: Tensor, zero_point: Tensor | None, block_size: int
-) -> Tensor:
-    """Column by column: round, and take the error times U_ij / U_ii off the later columns j (GPTQ, algorithm 1).
+@dataclass(frozen=True)
+class Job:
+    """A weight to round.
 
-    All matrices are transposed, [in, out], so that a column of the weight lies in one piece; `work` is overwritten.
+    Attributes:
+        weight: float [out, in].
+        format: one whose codes are chosen one by one (not MX4/6/9, not progressive).
+        scales: to round under, in the shape of the format's grid.
+        target: float [out, in], what to come near instead of `weight` (see `retarget`); the objective is then
+            ``tr((T - W^) G (T - W^)^T)``. Plain rounding stays that of `weight`.
     """
-    out = torch.empty_like(work)
-    width = work.shape[0]
-    diagonal = inverse.diagonal().tolist()
-    for start in range(0, width, block_size):
-        stop = min(start + block_size, width)
-        errors = torch.empty_like(work[start:stop])
-        block, factor = work[start:stop], inverse[start:stop, start:stop]
-        for i in range(stop - start):
-            zero = None if zero_point is None else zero_point[start + i]
-            value = nearest_values(block[i], fmt, unit[start + i], zero)
-            out[start + i] = value
-            torch.sub(block[i], value, out=errors[i])
-            errors[i] /= diagonal[start + i]
-            if i + 1 < stop - start:
-                block[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
-        if stop < width:
-            work[stop:].addmm_(inverse[start:stop, stop:].T, errors, alpha=-1)
-    return out
+
+    weight: Tensor
+    format: Format
+    scales: Scales
+    target: Tensor | None = None
+
+    @property
+    def wish(self) -> Tensor:
+        """float32 [out, in], what to come near."""
+        return (self.weight if self.target is None else self.target).detach().to(torch.float32)
 
 
-def keep_better_rows(target: Tensor, plain: Tensor, result: Tensor, moment: Tensor, damping: float) -> Rounded:
-    """`result`, but plain rounding in the rows where that has the smaller objective."""
-    before = rows_error(target - plain, moment, exact=True)
-    after = rows_error(target - result, moment, exact=True)
+def gptq(jobs: Sequence[Job], factor: Factor) -> list[Rounded]:
+    """Round weights that multiply the same inputs so that the layers' outputs change least.
+
+    Args:
+        jobs: the weights; those of one format are rounded together.
+        factor: of the second moment of their inputs.
+
+    Raises:
+        DetentError: shapes don't fit, or a format can't be served.
+    """
+    width = len(factor.order)
+    for job in jobs:
+        check_elementwise(job.format, "gptq")
+        if job.weight.shape[1] != width:
+            shape = f"{job.weight.shape[0]} x {job.weight.shape[1]}"
+            raise DetentError(f"gptq: a weight of {shape} needs a second moment of {job.weight.shape[1]} squared")
+    results: dict[int, Rounded] = {}
+    for fmt in {job.format for job in jobs}:
+        alike = [i for i, job in enumerate(jobs) if job.format == fmt]
+        rounded = _round_alike([jobs[i] for i in alike], factor)
+        results |= dict(zip(alike, rounded, strict=True))
+    return [results[i] for i in range(len(jobs))]
+
+
+def _round_alike(jobs: Sequence[Job], factor: Factor) -> list[Rounded]:
+    fmt, order = jobs[0].format, factor.order
+    weight = torch.cat([job.weight.detach().to(torch.float32) for job in jobs])
+    target = weight if all(job.target is None for job in jobs) else torch.cat([job.wish for job in jobs])
+    plain = torch.cat([plainly_rounded(job.weight.detach().to(torch.float32), fmt, job.scales) for job in jobs])
+    units = Units.together([units_of(fmt, job.scales, (len(job.weight), len(order))) for job in jobs])
+    columns = _Columns(target.T[order].contiguous(), factor.carry, fmt, replace(units, at=units.at[order.cpu()]))
+    columns.round(0, len(order))
+    after = columns.objective(factor)
+    result = torch.empty_like(columns.values)
+    result[order] = columns.values
+    result = result.T.contiguous()
+    result[:, factor.dead] = plain[:, factor.dead]
+
+    before = rows_error(target - plain, factor.moment)
+    close = (after - before).abs() <= _CLOSE * before
+    if bool(close.any()):
+        before[close] = rows_error((target - plain)[close], factor.moment, exact=True)
+        after[close] = rows_error((target - result)[close], factor.moment, exact=True)
     worse = after > before
-    return Rounded(
-        torch.where(worse[:, None], plain, result),
-        float(before.sum()),
-        float(torch.minimum(before, after).sum()),
-        float(rows_error(target, moment).sum()),
-        damping,
-        int(worse.sum()),
-    )
+    result[worse] = plain[worse]
+    sizes = [len(job.weight) for job in jobs]
+    energy = [_energy(part, factor.moment) for part in target.split(sizes)]
+    return [
+        Rounded(rows, float(was.sum()), float(torch.minimum(was, now).sum()), whole, int(kept.sum()))
+        for whole, rows, was, now, kept in zip(
+            energy, *(tensor.split(sizes) for tensor in (result, before, after, worse)), strict=True
+        )
+    ]
+
+
+def _energy(weight: Tensor, moment: Tensor) -> float:
+    some = weight[:: max(1, len(weight) // _ENERGY_ROWS)]
+    return float(output_error(some, moment)) * len(weight) / max(1, len(some))
+
+
+class _Columns:
+    """The columns of a weight while they are rounded, transposed to [in, out] so that each lies in one piece.
+
+    Attributes:
+        work: what each column is rounded to, as far as it is known.
+        values: what it was rounded to. error: the target less that.
+    """
+
+    def __init__(self, target: Tensor, carry: Tensor, fmt: Format, units: Units) -> None:
+        self.target, self.work = target, target.clone()
+        self.values, self.error = torch.empty_like(target), torch.empty_like(target)
+        self._carry, self._fmt, self._units = carry, fmt, units
+
+    def round(self, start: int, stop: int) -> None:
+        """Round columns from `start` to before `stop`; errors from before `start` are in their `work` already."""
+        carry, error, work = self._carry, self.error, self.work
+        if stop - start > _FEW:
+            middle = start + (stop - start + 1) // 2
+            self.round(start, middle)
+            work[middle:stop].addmm_(carry[middle:stop, start:middle], error[start:middle])
+            self.round(middle, stop)
+            return
+        for k in range(start, stop):
+            if k > start:
+                work[k].addmv_(error[start:k].T, carry[k, start:k])
+            value = nearest_values(work[k], self._fmt, *self._units.of(k))
+            self.values[k] = value
+            torch.sub(self.target[k], value, out=error[k])
+
+    def objective(self, factor: Factor) -> Tensor:
+        """The objective of each row once all columns are rounded, float64 [out]. Ends the use of `work`."""
+        cost = self.work.sub_(self.values).square_().mul_(factor.cost.float()[:, None])
+        added = self.error.square().mul_((~factor.dead[factor.order] * factor.added).float()[:, None])
+        return (cost.sum(0, dtype=torch.float64) - added.sum(0, dtype=torch.float64)).clamp_min(0.0)

@@ -6,13 +6,16 @@ the calibration tokens, exactly, computed from G alone in ``out * in^2`` operati
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from detent.errors import DetentError
-from detent.formats import Format, PowerOfTwoScale, QTensor, Scales, decode, encode, float32
+from detent.formats import FloatScale, Format, PowerOfTwoScale, QTensor, Scales, decode, encode, float32
 from detent.formats.granularity import from_tiles, to_tiles
 from detent.formats.kernels import simulate_static
 from detent.formats.qtensor import _tile_scale
@@ -44,28 +47,78 @@ def check_elementwise(fmt: Format, algorithm: str) -> None:
         raise DetentError(f"{algorithm}: {fmt} chooses codes together, not one by one; use 'max' or 'mse'")
 
 
-def spread(fmt: Format, scales: Scales, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
-    """(unit, zero point) of every element of a weight of this shape: float32, the latter None without one.
+@dataclass(frozen=True)
+class Units:
+    """What the codes of a weight [out, in] stand for, column by column.
 
-    ``element.nearest(w / unit + zero_point)`` is then the code of w, and ``(code - zero_point) * unit`` its value.
+    ``element.nearest(w / unit + zero_point)`` is the code of w, and ``(code - zero_point) * unit`` its value.
+
+    Attributes:
+        unit: float32 [n, out]; columns that share their scales share a row here.
+        zero_point: the same for zero points, or None.
+        at: int64 [in], which row belongs to each column.
     """
-    tile_scale: TileScale = _tile_scale(fmt, scales)
-    tiles = to_tiles(torch.empty(shape, device=scales.scale.device), fmt.granularity)
 
-    def expand(values: Tensor) -> Tensor:
-        return from_tiles(values.expand(tiles.shape), fmt.granularity, shape)
+    unit: Tensor
+    zero_point: Tensor | None
+    at: Tensor
 
-    unit = expand(multiplier(fmt, tile_scale).float())
-    zero_point = None if tile_scale.zero_point is None else expand(tile_scale.zero_point)
-    return unit, zero_point
+    def of(self, column: int) -> tuple[Tensor, Tensor | None]:
+        """(unit, zero point) of a column, each [out]."""
+        row = self.rows[column]
+        return self.unit[row], None if self.zero_point is None else self.zero_point[row]
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """`at` as numbers."""
+        return self.at.tolist()
+
+    @staticmethod
+    def together(many: Sequence[Units]) -> Units:
+        """Those of weights put below one another; of one format."""
+        zeros = [units.zero_point for units in many if units.zero_point is not None]
+        return Units(torch.cat([units.unit for units in many], 1), torch.cat(zeros, 1) if zeros else None, many[0].at)
+
+
+def units_of(fmt: Format, scales: Scales, shape: tuple[int, int]) -> Units:
+    """The units of a weight of this shape under `scales`."""
+    scale: TileScale = _tile_scale(fmt, scales)
+    unit = multiplier(fmt, scale).float()
+    out, width = shape
+    if unit.numel() > 1 and fmt.granularity.lengths(shape)[0] == 1:
+        at = torch.arange(width) // fmt.granularity.lengths(shape)[1]
+        parts = [None if v is None else v.reshape(out, -1).T.contiguous() for v in (unit, scale.zero_point)]
+    else:
+        at = torch.arange(width)
+        tiles = to_tiles(torch.empty(shape, device=unit.device), fmt.granularity)
+        parts = [
+            None if v is None else from_tiles(v.expand(tiles.shape), fmt.granularity, shape).T.contiguous()
+            for v in (unit, scale.zero_point)
+        ]
+    assert parts[0] is not None
+    return Units(parts[0], parts[1], at)
 
 
 def nearest_values(weight: Tensor, fmt: Format, unit: Tensor, zero_point: Tensor | None) -> Tensor:
-    """The values of the codes nearest to float32 `weight`, for units from `spread`; float32."""
-    quotient = weight.double() / unit
+    """The values of the codes nearest to float32 `weight`, for what `Units.of` gives; float32.
+
+    Each is exactly what its code stands for. A quotient that float32 rounds onto the middle between two codes may take
+    either.
+    """
+    if not float32.supports(fmt):
+        quotient = weight.double() / unit
+        if zero_point is None:
+            return fmt.element.nearest(quotient).float() * unit
+        return (fmt.element.nearest(quotient + zero_point) - zero_point).float() * unit
+    quotient = weight / (torch.where(unit == 0, torch.inf, unit) if _may_vanish(fmt) else unit)
     if zero_point is None:
-        return fmt.element.nearest(quotient).float() * unit
-    return (fmt.element.nearest(quotient + zero_point) - zero_point).float() * unit
+        return float32.nearest(fmt.element, quotient).mul_(unit)
+    return float32.nearest(fmt.element, quotient.add_(zero_point)).sub_(zero_point).mul_(unit)
+
+
+def _may_vanish(fmt: Format) -> bool:
+    """Whether a unit can be 0: where a product or a power underflows."""
+    return not isinstance(fmt.scale, FloatScale) or fmt.scale.outer
 
 
 def tile_values(tiles: Tensor, fmt: Format, scale: TileScale) -> Tensor:
@@ -74,18 +127,16 @@ def tile_values(tiles: Tensor, fmt: Format, scale: TileScale) -> Tensor:
 
 
 def quick_tile_values(tiles: Tensor, fmt: Format, scale: TileScale) -> Tensor:
-    """The same in float32 alone, several times as fast, for comparing many candidates.
-
-    A quotient that float32 rounds onto the middle between two codes may take either: the value is then as far off as
-    the nearest one, to 7 digits.
-    """
+    """The same in float32 alone, several times as fast, for comparing many candidates; see `nearest_values`."""
     if not float32.supports(fmt):
         return tile_values(tiles, fmt, scale)
-    unit = multiplier(fmt, scale).float()
-    quotient = tiles / torch.where(unit == 0, torch.inf, unit)
-    if scale.zero_point is None:
-        return float32.nearest(fmt.element, quotient).mul_(unit)
-    return float32.nearest(fmt.element, quotient.add_(scale.zero_point)).sub_(scale.zero_point).mul_(unit)
+    return nearest_values(tiles, fmt, multiplier(fmt, scale).float(), scale.zero_point)
+
+
+def plainly_rounded(weight: Tensor, fmt: Format, scales: Scales) -> Tensor:
+    """The values of the codes nearest to float32 `weight` under given scales; see `nearest_values`."""
+    tiles = to_tiles(weight, fmt.granularity)
+    return from_tiles(quick_tile_values(tiles, fmt, _tile_scale(fmt, scales)), fmt.granularity, tuple(weight.shape))
 
 
 def requantize(weight: Tensor, fmt: Format, scales: Scales) -> Tensor:

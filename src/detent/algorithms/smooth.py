@@ -31,8 +31,8 @@ from detent.statistics import SiteStatistics
 _LEAST, _MOST = 1e-4, 1e4
 #: The alphas that a search tries.
 _ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-#: Output rows that candidates are compared on; the chosen one is measured on all.
-_ROWS = 512
+#: Output rows of a site's layers that candidates are compared on; the chosen one is measured on all.
+_ROWS = 256
 #: Elements rounded at once, few enough for a core's cache.
 _PIECE = 1 << 17
 #: Scales that are compared after clipping.
@@ -143,7 +143,8 @@ def awq_scale(
     """
     moment = statistics.moment()
     ones = torch.ones_like(statistics.amax)
-    sampled = [weight[:: max(1, weight.shape[0] // _ROWS)] for weight in weights]
+    share = max(1, sum(weight.shape[0] for weight in weights) // _ROWS)
+    sampled = [weight[::share] for weight in weights]
     plain = _loss(ones, sampled, formats, moment)
     tried = [ScaleChoice(ones, 0.0, 0.0, plain, plain)]
     magnitude = _weight_magnitude(weights, formats)
@@ -169,8 +170,8 @@ def awq_scale(
             attempt(max(0.0, best.alpha + da), max(0.0, best.beta + db))
     ranked = sorted(tried, key=lambda choice: choice.after)
     if not clip:
-        before, best = _loss(ones, weights, formats, moment, exact=True), ranked[0]
-        after = before if best is tried[0] else _loss(best.scale, weights, formats, moment, exact=True)
+        before, best = _loss(ones, weights, formats, moment), ranked[0]
+        after = before if best is tried[0] else _loss(best.scale, weights, formats, moment)
         if after >= before:
             return ScaleChoice(ones, 0.0, 0.0, before, before)
         return ScaleChoice(best.scale, best.alpha, best.beta, before, after)
@@ -200,15 +201,12 @@ def _clipped_loss(
     return total
 
 
-def _loss(
-    scale: Tensor, weights: Sequence[Tensor], formats: Sequence[Format], moment: Tensor, *, exact: bool = False
-) -> float:
-    total = 0.0
+def _loss(scale: Tensor, weights: Sequence[Tensor], formats: Sequence[Format], moment: Tensor) -> float:
+    differences = []
     for weight, fmt in zip(weights, formats, strict=True):
         w = weight.detach().float()
-        values = fake_quantize(w * scale, fmt) if exact else _quickly_rounded(w * scale, fmt)
-        total += float(output_error(values / scale - w, moment))
-    return total
+        differences.append(_quickly_rounded(w * scale, fmt).div_(scale).sub_(w))
+    return float(output_error(torch.cat(differences), moment))
 
 
 def _quickly_rounded(weight: Tensor, fmt: Format) -> Tensor:

@@ -202,7 +202,8 @@ class GPTQCalibConfig(DataAlgorithmConfig):
 
     Attributes:
         perc_damp: share of the mean diagonal added to the second moment.
-        block_size: columns between two updates of all later ones.
+        block_size: accepted for configurations that set it; what columns add to later ones is brought along in halves
+            here, with the same result.
         act_order: take columns by falling second moment; nothing extra has to be stored for it.
         scale_search: begin with the ranges of least error under the second moment's diagonal, unless an algorithm
             before this one chose ranges.
@@ -221,7 +222,7 @@ class GPTQCalibConfig(DataAlgorithmConfig):
     block_size: int = ConfigField(128, ge=1)
     act_order: bool = ConfigField(True)
     scale_search: bool = ConfigField(True)
-    search_steps: int = ConfigField(8, ge=1)
+    search_steps: int = ConfigField(5, ge=1)
     signed_scales: bool = ConfigField(True)
     retarget: bool = ConfigField(False)
     retarget_damping: float = ConfigField(0.001, gt=0, allow_inf_nan=False)
@@ -282,7 +283,7 @@ class BestCalibConfig(DataAlgorithmConfig):
     def parts(self) -> list[DataAlgorithmConfig]:
         """The algorithms that it is composed of, in order."""
         own = {name: getattr(self, name) for name in DataAlgorithmConfig.model_fields if name != "method"}
-        parts: list[DataAlgorithmConfig] = [GPTQCalibConfig(retarget=True, sequential=True, search_steps=17, **own)]
+        parts: list[DataAlgorithmConfig] = [GPTQCalibConfig(retarget=True, sequential=True, search_steps=12, **own)]
         own["max_tokens"] = None
         return parts + [DistillCalibConfig(steps=self.steps, **own)] * bool(self.steps)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -70,8 +71,8 @@ class SiteObserver:
     What the layers read in the float model can be put into `references` for a batch; what is observed next is paired
     with it.
 
-    `blocks`: names of the model's blocks, for messages. `stop`: end the forward pass by raising `Seen` once the last of
-    `layers` is called.
+    `blocks`: names of the model's blocks, for messages. `stop`: end the forward pass by raising `Seen` once all of
+    `layers` were called; not in the first batch, and not where one of them is called twice in it.
 
     Attributes:
         batch: number of the batch that runs, for messages.
@@ -84,6 +85,10 @@ class SiteObserver:
         self._wanted, self._blocks, self._stop = wanted, blocks, stop
         self._site_of: dict[str, Site] = {}
         self._hooks: list[Any] = []
+        #: How often each layer was called in the first batch, and which were in the one that runs.
+        self._calls: Counter[str] = Counter()
+        self._called: set[str] = set()
+        self._at = 0
         #: {layer: what it reads in the float model}, for the batch that is observed next.
         self.references: dict[str, list[Tensor]] = {}
         self.batch = 0
@@ -125,7 +130,17 @@ class SiteObserver:
             kept = self.references.get(layer.name)
             site._last = x
             self._update(site, x, kept.pop(0) if kept else None)
-        if self._stop and layer is self._layers[-1]:
+        if self._stop:
+            self._stop_if_all_called(layer)
+
+    def _stop_if_all_called(self, layer: Layer) -> None:
+        if self.batch == 0:
+            self._calls[layer.name] += 1
+            return
+        if self._at != self.batch:
+            self._at, self._called = self.batch, set()
+        self._called.add(layer.name)
+        if len(self._called) == len(self._layers) and max(self._calls.values(), default=0) == 1:
             raise Seen
 
     def _join(self, layer: Layer, x: Tensor) -> Site:

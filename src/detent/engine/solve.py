@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detent.algorithms.gptq import gptq
+from detent.algorithms.gptq import Job, factorise, gptq
 from detent.algorithms.mse import least_error_range, multipliers
 from detent.algorithms.objective import check_elementwise, output_error
 from detent.algorithms.outcome import Outcome
 from detent.algorithms.retarget import retarget
-from detent.algorithms.scale_search import RangeChoice, weighted_range
-from detent.algorithms.signed_scales import can_turn, signed_scales
+from detent.algorithms.scale_search import RangeChoice, can_turn, range_factors, weighted_range
 from detent.algorithms.smooth import ScaleChoice, Tie, awq_scale, clip_factors, smoothquant_scale, smoothquant_search
 from detent.config.algorithm import (
     AutoRoundCalibConfig,
@@ -42,14 +41,12 @@ from detent.engine.notices import notify
 from detent.engine.sites import Site, Wanted
 from detent.engine.weight_ranges import calibrate_weight
 from detent.errors import DetentError
-from detent.formats import FloatScale, Scales, fake_quantize
+from detent.formats import FloatScale, Format, fake_quantize
 from detent.formats.qtensor import scales_from_range
+from detent.nn import TensorQuantizer
 from detent.progress import track
 
 _log = logging.getLogger(__name__)
-
-#: Multiples of the plain range that `gptq` begins with a search over.
-_LEAST_FACTOR, _MOST_FACTOR = 0.35, 1.15
 
 
 def wanted(steps: Sequence[QuantizeAlgorithmConfig]) -> Wanted:
@@ -83,6 +80,8 @@ class Solver:
     #: Layers whose weight quantizers hold a range for the weight as it is now; of these, those that a step chose.
     ranged: set[str] = field(default_factory=set)
     searched: set[str] = field(default_factory=set)
+    #: Layers whose weights are on their grids: rounding them again changes nothing.
+    rounded: set[str] = field(default_factory=set)
     #: What the weights of layers were before they were rounded, where somebody wants to know.
     latents: dict[str, Tensor] | None = None
 
@@ -111,10 +110,19 @@ class Solver:
         for one in work:
             one.finish()
 
+    def grids(self, layers: Sequence[Layer]) -> list[TensorQuantizer]:
+        """Quantizers of weights that are on their grids already."""
+        return [
+            layer.quantizer
+            for layer in layers
+            if layer.name in self.rounded and layer.quantizer is layer.module.weight_quantizer
+        ]
+
     def forget(self, layer: str) -> None:
         """Note that a layer's weight has changed, so that its range no longer fits."""
         self.ranged.discard(layer)
         self.searched.discard(layer)
+        self.rounded.discard(layer)
 
 
 class _AtWork:
@@ -155,8 +163,8 @@ class _AtWork:
                 by_block, sweep = step.weighting == "block", step.fp8_scale_sweep
                 self._search(str(step.method), factors, block=by_block, sweep=sweep)
             case GPTQCalibConfig():
-                for layer in self.layers:
-                    self._round(layer, step)
+                if self.layers:
+                    self._round(step)
             case SVDQuantConfig():
                 self._split(step)
             case AutoRoundCalibConfig() | DistillCalibConfig():
@@ -366,11 +374,13 @@ class _AtWork:
         if isinstance(fmt.scale, FloatScale) and not fmt.dynamic:
             quantizer.set_range(low.reshape(grid), high.reshape(grid))
         else:
-            outer = self._outer_amax() if isinstance(fmt.scale, FloatScale) and fmt.scale.outer else None
-            layer.set_scales(scales_from_range(fmt, low, high, amax_tensor=outer))
+            layer.set_scales(scales_from_range(fmt, low, high, amax_tensor=self._amax_behind(fmt)))
         layer.module.refresh_weight()
         self._solver.ranged.add(layer.name)
         self._solver.searched.add(layer.name)
+
+    def _amax_behind(self, fmt: Format) -> Tensor | None:
+        return self._outer_amax() if isinstance(fmt.scale, FloatScale) and fmt.scale.outer else None
 
     def _search(
         self, name: str, factors: Sequence[float], *, block: bool = True, sweep: bool = False, label: str = ""
@@ -393,11 +403,11 @@ class _AtWork:
         block: bool,
         sweep: bool = False,
         weight: Tensor | None = None,
+        turn: bool = False,
     ) -> RangeChoice:
         self._check(layer, name)
         fmt = layer.format
-        rule = fmt.scale
-        outer = self._outer_amax() if isinstance(rule, FloatScale) and rule.outer else None
+        rule, outer = fmt.scale, self._amax_behind(fmt)
         sweep = sweep and isinstance(rule, FloatScale) and rule.outer and rule.dtype == "e4m3"
         moment = self._site.statistics.moment()
         try:
@@ -409,6 +419,7 @@ class _AtWork:
                 block=block,
                 fp8_scale_sweep=sweep,
                 global_amax=outer,
+                turn=turn,
             )
         except DetentError as error:
             raise DetentError(f"{layer.name}: {error}") from None
@@ -428,60 +439,51 @@ class _AtWork:
 
     # ---- rounding ---------------------------------------------------------------------------------------------------
 
-    def _round(self, layer: Layer, step: GPTQCalibConfig) -> None:
-        self._check(layer, "gptq")
-        weight, moment = layer.matrix(), self._site.statistics.moment()
-        target = None
-        if step.retarget and self._site.statistics.cross_moment is not None:
-            target = retarget(weight, moment, self._site.statistics.cross_moment, damping=step.retarget_damping)
-        searching = step.scale_search and layer.name not in self._solver.searched
-        if searching:
-            choice = self._choose(layer, "gptq", _factors(step), block=False, weight=target)
-            self._set_range(layer, choice.low, choice.high)
-        elif layer.name not in self._solver.ranged:
-            self._range(layer, None)
-        scales = layer.scales()
-        if searching and step.signed_scales and can_turn(layer.format):
-            scales = self._turned(layer, step, weight if target is None else target, scales)
+    def _round(self, step: GPTQCalibConfig) -> None:
+        jobs = [self._job(layer, step) for layer in self.layers]
         try:
-            result = gptq(
-                weight,
-                moment,
-                layer.format,
-                scales,
-                target=target,
-                block_size=step.block_size,
-                damping=step.perc_damp,
-                act_order=step.act_order,
-            )
+            factor = factorise(self._site.statistics.moment(), damping=step.perc_damp, act_order=step.act_order)
+            results = gptq(jobs, factor)
         except DetentError as error:
-            raise DetentError(f"{layer.name}: {error}") from None
-        notices = []
-        if result.damping > step.perc_damp:
-            notices.append(f"needed damping {result.damping:g} instead of {step.perc_damp:g}")
-        if result.kept_rows:
-            notices.append(f"{result.kept_rows} of {weight.shape[0]} rows keep plain rounding")
-        if self._solver.latents is not None:
-            self._solver.latents[layer.name] = weight if target is None else target
-        layer.set_scales(scales)
-        layer.set_matrix(result.weight)
-        layer.note(
-            Outcome(
-                "gptq",
-                "tr(D G D^T)" + (" against the float model's outputs" if target is not None else ""),
-                result.before,
-                result.after,
-                result.energy,
-                {"damping": result.damping, "act_order": step.act_order},
-                "; ".join(notices),
-            )
+            raise DetentError(f"{self._site.layers[0].name}: {error}") from None
+        damped = (
+            "" if factor.damping <= step.perc_damp else f"needed damping {factor.damping:g}, not {step.perc_damp:g}"
         )
+        for layer, job, result in zip(self.layers, jobs, results, strict=True):
+            if self._solver.latents is not None:
+                self._solver.latents[layer.name] = job.wish
+            layer.set_scales(job.scales)
+            layer.set_matrix(result.weight)
+            self._solver.rounded.add(layer.name)
+            kept = f"{result.kept_rows} of {len(result.weight)} rows keep plain rounding" if result.kept_rows else ""
+            layer.note(
+                Outcome(
+                    "gptq",
+                    "tr(D G D^T)" + (" against the float model's outputs" if job.target is not None else ""),
+                    result.before,
+                    result.after,
+                    result.energy,
+                    {"damping": factor.damping, "act_order": step.act_order},
+                    "; ".join(filter(None, (damped, kept))),
+                )
+            )
 
-    def _turned(self, layer: Layer, step: GPTQCalibConfig, weight: Tensor, upright: Scales) -> Scales:
-        """Scales of either sign, whichever suits each tile."""
-        choice = self._choose(layer, "gptq", _factors(step), block=False, weight=-weight)
-        mirrored = scales_from_range(layer.format, choice.low, choice.high)
-        return signed_scales(weight, layer.format, self._site.statistics.moment(), upright, mirrored)
+    def _job(self, layer: Layer, step: GPTQCalibConfig) -> Job:
+        """What a layer is rounded to, and under which scales."""
+        self._check(layer, "gptq")
+        weight, statistics, target = layer.matrix(), self._site.statistics, None
+        if step.retarget and statistics.cross_moment is not None:
+            target = retarget(weight, statistics.moment(), statistics.cross_moment, damping=step.retarget_damping)
+        if step.scale_search and layer.name not in self._solver.searched:
+            turn = step.signed_scales and can_turn(layer.format)
+            factors = range_factors(layer.format, step.search_steps)
+            choice = self._choose(layer, "gptq", factors, block=False, weight=target, turn=turn)
+            self._solver.ranged.add(layer.name)
+            self._solver.searched.add(layer.name)
+            return Job(weight, layer.format, choice.scales(layer.format, self._amax_behind(layer.format)), target)
+        if layer.name not in self._solver.ranged:
+            self._range(layer, None)
+        return Job(weight, layer.format, layer.scales(), target)
 
     def _check(self, layer: Layer, name: str) -> None:
         layer.check_matrix_format(name)
@@ -496,12 +498,6 @@ class _AtWork:
             return _squares(layer)
         weight = layer.matrix()
         return float(output_error(fake_quantize(weight, layer.format) - weight, moment))
-
-
-def _factors(step: GPTQCalibConfig) -> list[float]:
-    """What `gptq` multiplies the plain range with, evenly spaced; 1 is tried in any case."""
-    width = (_MOST_FACTOR - _LEAST_FACTOR) / max(1, step.search_steps - 1)
-    return [_LEAST_FACTOR + width * i for i in range(step.search_steps)]
 
 
 def follows_channels(layer: Layer) -> bool:

@@ -35,6 +35,7 @@ from detent.errors import DetentError
 from detent.nn import QuantWeightBase, TensorQuantizer
 from detent.progress import track
 from detent.statistics import SiteStatistics
+from detent.statistics.products import fast_forward
 from detent.structure.chain import block_names
 
 _log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def _observe_model(model: nn.Module, run: Run, layers: list[Layer], need: Wanted
 
     hook = model.register_forward_hook(next_batch)
     try:
-        with observer:
+        with observer, fast_forward(layer.module.weight for layer in layers):
             run(model)
     finally:
         hook.remove()
@@ -144,7 +145,7 @@ def _block_by_block(
     quantizers: Callable[[], Sequence[TensorQuantizer]],
 ) -> None:
     inside = {name: [layer for layer in layers if layer.name.startswith(f"{name}.")] for name in chain.names}
-    quantized = _quantized_inputs(steps)
+    quantized = _quantized_inputs(steps, layers)
     references = chain.inputs if need.references else None
     inputs = chain.inputs
     learned = next((step for step in steps if isinstance(step, AutoRoundCalibConfig)), None)
@@ -153,7 +154,7 @@ def _block_by_block(
         rounding = next((i for i, step in enumerate(steps) if getattr(step, "sequential", False)), None)
         floats = chain.store()
         if rounding is None:
-            sites = observed.sites(inside[name], None if quantized else floats)
+            sites = observed.sites(inside[name], None if quantized else floats, stop=quantized)
             _account_for(sites, inside[name], model, chain.names, solver)
             solver.solve(sites)
         else:
@@ -161,8 +162,9 @@ def _block_by_block(
         if learned is not None and observed.made is not None:
             tune_block(chain, index, inputs, observed.made, inside[name], learned)
         if quantized:
-            for output in chain.run_all(index, inputs):
-                floats.append(output)
+            with fast_forward(chain.blocks[index].parameters()), off(solver.grids(inside[name])):
+                for output in chain.run_all(index, inputs):
+                    floats.append(output)
         if inputs is not chain.inputs:
             inputs.clear()
         if references is not None and references is not chain.inputs:
@@ -218,7 +220,7 @@ class _ObservedBlock:
             batches: only so many.
             need: other statistics than the block's usual ones.
             leaders: layers whose inputs in the float block are kept for later runs; by default `layers`.
-            stop: leave the rest of the block out once the last layer was called.
+            stop: leave the rest of the block out once all layers were called, from the second batch on.
         """
         chain, index = self._chain, self._index
         block = chain.blocks[index]
@@ -227,7 +229,7 @@ class _ObservedBlock:
             self.made = chain.store()
         own = [module for module in block.modules() if isinstance(module, TensorQuantizer)]
         device = chain.device(index)
-        with off(own), observer:
+        with off(own), observer, fast_forward(block.parameters()):
             for batch in range(len(self._inputs) if batches is None else batches):
                 observer.batch = batch
                 if self.made is not None:
@@ -297,12 +299,24 @@ def _one_after_the_other(
         solver.solve(rest, steps=solver.steps[rounding:])
 
 
-def _quantized_inputs(steps: Sequence[QuantizeAlgorithmConfig]) -> bool:
-    """Whether a block is observed on what quantized blocks give: as asked, else where an algorithm rounds weights."""
+def _quantized_inputs(steps: Sequence[QuantizeAlgorithmConfig], layers: Sequence[Layer]) -> bool:
+    """Whether a block is observed on what quantized blocks give.
+
+    As asked. Else `autoround` and `gptq` do, but for `gptq` with 4 bits or more under float activations: there it
+    changes perplexity by less than the noise of the calibration text, and costs a second forward pass.
+    """
     asked = [s.inputs for s in steps if isinstance(s, DataAlgorithmConfig) and s.inputs is not None]
     if asked:
         return asked[-1] == "quantized"
-    return any(isinstance(step, (GPTQCalibConfig, AutoRoundCalibConfig)) for step in steps)
+    coarse = any(
+        layer.format.element.bits < 4 or (layer.input_quantizer is not None and layer.input_quantizer.is_enabled)
+        for layer in layers
+    )
+    return any(
+        isinstance(step, AutoRoundCalibConfig)
+        or (isinstance(step, GPTQCalibConfig) and (coarse or step.retarget or step.sequential))
+        for step in steps
+    )
 
 
 def _account_for(

@@ -124,7 +124,8 @@ class TensorQuantizer(CalibratedState):
     @property
     def transforms(self) -> bool:
         """Whether calling this quantizer can change a tensor: also off, it scales and rotates."""
-        return self._enabled or self._pre_quant_scale is not None or self._rotation is not None
+        at_work = self._enabled and (self._if_quant or self._if_calib)
+        return at_work or self._pre_quant_scale is not None or self._rotation is not None
 
     def enable(self) -> None:
         """Switch on."""

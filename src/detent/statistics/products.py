@@ -4,16 +4,18 @@ CPUs with bfloat16 matrix units multiply several times faster that way; small pr
 and activations that are bfloat16 already lose nothing. Rounding a factor changes it by at most 2^-9 of
 itself; the sums stay float32. A second moment of rounded rows is the exact second moment of rows that differ from the
 observed ones by at most 2^-9 in each entry: still symmetric and positive semi-definite, and an entry is off by at most
-2^-8 of ``sum |x_i x_j|``, far below what another sample of calibration text changes.
+2^-8 of ``sum |x_i x_j|``, far below what another sample of calibration text changes. The forward passes that only
+observe a large model are run the same way: what its layers read is then what the model in bfloat16 products makes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def _setting() -> Any:
@@ -43,3 +45,12 @@ def fast_products(size: int) -> Iterator[None]:
         yield
     finally:
         setting.fp32_precision = before
+
+
+#: Elements of a weight from which on its products count as large.
+LARGE_WEIGHT = 1 << 20
+
+
+def fast_forward(weights: Iterable[Tensor]) -> AbstractContextManager[None]:
+    """`fast_products` for forward passes of layers with these weights."""
+    return fast_products(LARGE if any(weight.numel() >= LARGE_WEIGHT for weight in weights) else 0)
