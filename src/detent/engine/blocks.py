@@ -1,9 +1,9 @@
 """Running a model block by block: what enters the first block is recorded once, then each block runs by itself.
 
-The calibration loop runs once over a model whose blocks (all but for the first batch) pass their input on. What every
-block is called with besides (masks, positions) is recorded then, per batch. Replaying a block on recorded inputs is
-compared with the real run on the first batch; if anything differs (state that blocks hand on otherwise, caches), the
-model is not traversed block by block, and the reason is given.
+The calibration loop runs once over a model whose blocks pass their input on. What every block is called with besides
+(masks, positions) is recorded then, per batch. On the first sequence of the first batch the blocks do run, and running
+each by itself on what it was called with is compared with that; if anything differs (state that blocks hand on
+otherwise, caches), the model is not traversed block by block, and the reason is given.
 """
 
 from __future__ import annotations
@@ -172,7 +172,10 @@ class _Recorder:
             folder = Path(self.spill.name) / "0"
             folder.mkdir()
         self.inputs = TensorStore(folder)
-        self.first: list[tuple[Tensor, Tensor]] = []  # (input, output) of each block in the first batch
+        #: For each block the call on the first sequence, what entered it there, and what came out.
+        self.first: list[tuple[_Call, Tensor, Tensor]] = []
+        self.first_mask: Tensor | None = None
+        self._handed_on: Tensor | None = None
         self.trouble = ""
         self._template: list[Any] = [None for _ in blocks]
         self._last: list[_Call | None] = [None for _ in blocks]
@@ -215,12 +218,31 @@ class _Recorder:
             self.calls[index].append(self._shared(index, call))
             if batch:
                 return _like(self._template[index], hidden)
-            output = original(*args, **kwargs)
-            self.first.append((hidden.detach().clone(), _hidden_of(output).detach().clone()))
-            self._template[index] = output
-            return output
+            return self._first(index, original, hidden, call, args, kwargs)
 
         return forward
+
+    def _first(
+        self, index: int, original: Callable[..., Any], hidden: Tensor, call: _Call, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a block on the first sequence of the first batch (all of it, if it can't be cut)."""
+        if index and self._handed_on is not None and not torch.equal(hidden.nan_to_num(), self._handed_on.nan_to_num()):
+            self.trouble = "what enters a block is not what left the block before it"
+        cached = any(kwargs.get(name) is not None for name in _CACHES)
+        small = None if cached else _first_sequence(hidden, call, self.masks[0])
+        if small is None:
+            entered, self.first_mask = hidden, self.masks[0]
+        else:
+            entered, call, self.first_mask = small
+            entered = self.first[-1][2][:1] if index else entered
+            args, kwargs = _with_hidden(call, entered)
+        with token_mask(self.first_mask):
+            output = original(*args, **kwargs)
+        left = _hidden_of(output).detach().clone()
+        self.first.append((call, entered.detach().clone(), left))
+        self._template[index] = output
+        self._handed_on = left if small is None else hidden.detach().clone()
+        return output if small is None else _like(output, hidden)
 
     def _shared(self, index: int, call: _Call) -> _Call:
         """`call` with tensors of an earlier one where they are equal, so that masks are held once."""
@@ -249,15 +271,36 @@ def _mismatch(chain: BlockChain, recorder: _Recorder) -> str:
         return "the calibration data never reached the blocks"
     if any(len(calls) != chain.batches for calls in chain.calls):
         return "some blocks don't run for every batch"
-    for index in range(len(chain.blocks)):
-        entered, left = recorder.first[index]
-        before = recorder.first[index - 1][1]
-        if index and not torch.equal(entered.nan_to_num(), before.nan_to_num()):
-            return f"what enters {chain.names[index]} is not what left the block before it"
-        again = chain.run(index, 0, entered)
+    for name, block, (call, entered, left) in zip(chain.names, chain.blocks, recorder.first, strict=True):
+        args, kwargs = _with_hidden(call, entered)
+        with token_mask(recorder.first_mask):
+            again = _hidden_of(block(*args, **kwargs))
         if again.shape != left.shape or not _close(again, left):
-            return f"{chain.names[index]} run by itself doesn't give what it gives inside the model"
+            return f"{name} run by itself doesn't give what it gives inside the model"
     return ""
+
+
+def _first_sequence(hidden: Tensor, call: _Call, mask: Tensor | None) -> tuple[Tensor, _Call, Tensor | None] | None:
+    """A call cut to the first sequence of its batch, or None where that is all or not every tensor has the batch in
+    front."""
+    batch = hidden.shape[0]
+    if hidden.dim() != 3 or batch < 2:
+        return None
+    fits = True
+
+    def cut(value: Any) -> Any:
+        nonlocal fits
+        if isinstance(value, tuple):
+            return tuple(cut(v) for v in value)
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            fits = fits and not isinstance(value, (list, dict))
+            return value
+        fits = fits and value.shape[0] in (1, batch)
+        return value[:1]
+
+    small = _Call(tuple(cut(v) for v in call.args), {name: cut(v) for name, v in call.kwargs.items()})
+    mask = cut(mask)
+    return (hidden[:1], small, mask) if fits else None
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
