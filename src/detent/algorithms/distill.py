@@ -67,6 +67,7 @@ def distill(
     checks: int = 4,
     seed: int = 0,
     task: str = "",
+    name: str = "distill",
 ) -> Distilled:
     """Train `weights` and `others` in place.
 
@@ -82,13 +83,14 @@ def distill(
         checks: how often the held-out objective is measured, the last time at the end.
         seed: of the order of the batches.
         task: named in progress reports.
+        name: of the algorithm, in messages.
 
     Raises:
         DetentError: nothing to train, no batches, or an objective that isn't finite.
     """
-    check_some(weights, "distill")
+    check_some(weights, name)
     if not batches or not held_out:
-        raise DetentError("distill: needs at least one batch to train on and one to choose by")
+        raise DetentError(f"{name}: needs at least one batch to train on and one to choose by")
     rates = rates or Rates()
     trained = [*(w.position for w in weights), *(w.stretch for w in weights if w.stretch is not None), *others]
     wanted = [p.requires_grad for p in trained]
@@ -107,7 +109,7 @@ def distill(
                 loss = objective(batches[order[step - 1]])
                 loss.backward()
             if not math.isfinite(now := float(loss.detach())):
-                raise DetentError(f"distill: the objective became {now} in step {step}; use lower rates")
+                raise DetentError(f"{name}: the objective became {now} in step {step}; use lower rates")
             optimizer.step()
             optimizer.zero_grad()
             for weight in weights:

@@ -101,6 +101,12 @@ class LearnedWeight(nn.Module):
             scales = Scales(stored, scales.zero_point, scales.outer_scale)
         return requantize(self(), self._fmt, scales), scales
 
+    @torch.no_grad()
+    def latent(self) -> Tensor:
+        """The weight whose positions these are, float32 in the weight's shape."""
+        zero = 0.0 if self._zero_point is None else self._zero_point
+        return from_tiles((self.position - zero) * self._scale(), self._fmt.granularity, self._shape)
+
 
 def has_free_scale(fmt: Format) -> bool:
     """Whether a scale of this format can take (nearly) any value: a float of 16 bits or more, none on top of it."""

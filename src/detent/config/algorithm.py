@@ -245,11 +245,29 @@ class AutoRoundCalibConfig(DataAlgorithmConfig):
     batch_size: int = ConfigField(8, ge=1)
 
 
+class BlockAPCalibConfig(DataAlgorithmConfig):
+    """All codes and scales of a block trained together to give the float model's outputs (Block-AP of EfficientQAT,
+    arXiv 2407.11062), from what the algorithms before it rounded.
+
+    Attributes:
+        steps: for each block.
+        batch_size: sequences in a step.
+        position_rate, scale_rate: learning rates of codes (in steps of the grid) and of scales (relative).
+    """
+
+    method: Literal["block_ap"] = ConfigField("block_ap")
+    steps: int = ConfigField(48, ge=1)
+    batch_size: int = ConfigField(4, ge=1)
+    position_rate: float = ConfigField(0.007, ge=0, allow_inf_nan=False)
+    scale_rate: float = ConfigField(0.004, ge=0, allow_inf_nan=False)
+
+
 class DistillCalibConfig(DataAlgorithmConfig):
     """Codes, scales and norms of a rounded model trained end to end, to give the float model's predictions.
 
     Attributes:
         steps: how many.
+        passes: over the data at most; None: as many as the steps ask for.
         batch_size: sequences in a step.
         held_out: batches that choose the step to keep; a quarter of all at most.
         position_rate, scale_rate, norm_rate: learning rates of codes (in steps of the grid), of scales (relative) and
@@ -259,6 +277,7 @@ class DistillCalibConfig(DataAlgorithmConfig):
 
     method: Literal["distill"] = ConfigField("distill")
     steps: int = ConfigField(80, ge=1)
+    passes: int | None = ConfigField(None, ge=1)
     batch_size: int = ConfigField(2, ge=1)
     held_out: int = ConfigField(4, ge=0)
     position_rate: float = ConfigField(0.005, ge=0, allow_inf_nan=False)
@@ -268,24 +287,28 @@ class DistillCalibConfig(DataAlgorithmConfig):
 
 
 class BestCalibConfig(DataAlgorithmConfig):
-    """The lowest perplexity for a number of bits in little time: `gptq`, re-targeted to the float model's outputs and
-    site after site, then `distill`.
+    """The lowest perplexity for a number of bits in little time: `gptq`, then `block_ap` on each block, then `distill`
+    on the whole model.
 
     Attributes:
-        steps: of `distill`; 0 for none.
-        max_tokens: tokens that `gptq` observes; None for all. `distill` sees all of them.
+        block_steps: of `block_ap`; 0 for none.
+        steps: of `distill`, which passes over the data once at most; 0 for none.
+        max_tokens: tokens that `gptq` and `block_ap` see; None for all. `distill` sees all of them.
     """
 
     method: Literal["best"] = ConfigField("best")
-    steps: int = ConfigField(120, ge=0)
+    block_steps: int = ConfigField(48, ge=0)
+    steps: int = ConfigField(60, ge=0)
     max_tokens: int | None = ConfigField(16384, ge=1)
 
     def parts(self) -> list[DataAlgorithmConfig]:
         """The algorithms that it is composed of, in order."""
         own = {name: getattr(self, name) for name in DataAlgorithmConfig.model_fields if name != "method"}
-        parts: list[DataAlgorithmConfig] = [GPTQCalibConfig(retarget=True, sequential=True, search_steps=12, **own)]
+        parts: list[DataAlgorithmConfig] = [GPTQCalibConfig(search_steps=12, **own)]
+        if self.block_steps:
+            parts.append(BlockAPCalibConfig(steps=self.block_steps, **own))
         own["max_tokens"] = None
-        return parts + [DistillCalibConfig(steps=self.steps, **own)] * bool(self.steps)
+        return parts + [DistillCalibConfig(steps=self.steps, passes=1, **own)] * bool(self.steps)
 
 
 #: The algorithms that are there, by method.
@@ -301,6 +324,7 @@ ALGORITHMS: dict[str | None, type[QuantizeAlgorithmConfig]] = {
     "local_hessian": LocalHessianCalibConfig,
     "gptq": GPTQCalibConfig,
     "autoround": AutoRoundCalibConfig,
+    "block_ap": BlockAPCalibConfig,
     "distill": DistillCalibConfig,
     "best": BestCalibConfig,
 }

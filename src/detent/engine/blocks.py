@@ -107,12 +107,29 @@ class BlockChain:
         if self._spill is not None:
             self._spill.cleanup()
 
-    def run(self, index: int, batch: int, hidden: Tensor, block: nn.Module | None = None) -> Tensor:
-        """The output of a block for `hidden`, called as in that batch. `block`: another in its place."""
-        call = self.calls[index][batch]
+    def run(
+        self, index: int, batch: int, hidden: Tensor, block: nn.Module | None = None, *, rows: slice | None = None
+    ) -> Tensor:
+        """The output of a block for `hidden`, called as in that batch.
+
+        Args:
+            index, batch: number of the block and of the batch.
+            hidden: what enters it.
+            block: another in its place.
+            rows: only these sequences of the batch; see `can_cut`.
+        """
+        call, mask = self.calls[index][batch], self.masks[batch]
+        if rows is not None:
+            portion = _cut(hidden, call, mask, rows)
+            assert portion is not None
+            hidden, call, mask = portion
         args, kwargs = _with_hidden(call, hidden)
-        with token_mask(self.masks[batch]):
+        with token_mask(mask):
             return _hidden_of((block or self.blocks[index])(*args, **kwargs))
+
+    def can_cut(self, index: int, batch: int, hidden: Tensor) -> bool:
+        """Whether a block can be called with a part of a batch's sequences."""
+        return _cut(hidden, self.calls[index][batch], self.masks[batch], slice(0, 1)) is not None
 
     def device(self, index: int) -> torch.device:
         """Where a block's parameters lie."""
@@ -229,7 +246,7 @@ class _Recorder:
         if index and self._handed_on is not None and not torch.equal(hidden.nan_to_num(), self._handed_on.nan_to_num()):
             self.trouble = "what enters a block is not what left the block before it"
         cached = any(kwargs.get(name) is not None for name in _CACHES)
-        small = None if cached else _first_sequence(hidden, call, self.masks[0])
+        small = None if cached else _cut(hidden, call, self.masks[0], slice(0, 1))
         if small is None:
             entered, self.first_mask = hidden, self.masks[0]
         else:
@@ -280,8 +297,8 @@ def _mismatch(chain: BlockChain, recorder: _Recorder) -> str:
     return ""
 
 
-def _first_sequence(hidden: Tensor, call: _Call, mask: Tensor | None) -> tuple[Tensor, _Call, Tensor | None] | None:
-    """A call cut to the first sequence of its batch, or None where that is all or not every tensor has the batch in
+def _cut(hidden: Tensor, call: _Call, mask: Tensor | None, rows: slice) -> tuple[Tensor, _Call, Tensor | None] | None:
+    """A call cut to some sequences of its batch, or None where there is one only or not every tensor has the batch in
     front."""
     batch = hidden.shape[0]
     if hidden.dim() != 3 or batch < 2:
@@ -296,11 +313,11 @@ def _first_sequence(hidden: Tensor, call: _Call, mask: Tensor | None) -> tuple[T
             fits = fits and not isinstance(value, (list, dict))
             return value
         fits = fits and value.shape[0] in (1, batch)
-        return value[:1]
+        return value if value.shape[0] == 1 else value[rows]
 
     small = _Call(tuple(cut(v) for v in call.args), {name: cut(v) for name, v in call.kwargs.items()})
     mask = cut(mask)
-    return (hidden[:1], small, mask) if fits else None
+    return (hidden[rows], small, mask) if fits else None
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -153,7 +153,7 @@ def _calibrate_on_data(
         )
     distilling = [step for step in steps if isinstance(step, DistillCalibConfig)]
     lessons = predictions(model, loop, distilling[0]) if distilling else []
-    solver = Solver(steps, folding, latents={} if distilling else None)
+    solver = Solver(steps, folding)
     waiting = _waiting(model)
     together = _ActivationPass(model, waiting, loop)
     limits = [step.max_tokens for step in steps if isinstance(step, DataAlgorithmConfig) and step.max_tokens]
@@ -168,7 +168,7 @@ def _calibrate_on_data(
     for step in distilling:
         if not together.done:
             _calibrate_activations(model, loop)
-        changed = distill_model(model, lessons, [x for x in layers_of(model) if x.has_rows], step, solver.latents or {})
+        changed = distill_model(model, lessons, [x for x in layers_of(model) if x.has_rows], step, solver.latents)
         if folding is not None:
             folding.changed |= changed
     elsewhere = any(not q.name.endswith("input_quantizer") for q in waiting)

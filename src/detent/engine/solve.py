@@ -26,6 +26,7 @@ from detent.config.algorithm import (
     AWQClipCalibConfig,
     AWQFullCalibConfig,
     AWQLiteCalibConfig,
+    BlockAPCalibConfig,
     DataAlgorithmConfig,
     DistillCalibConfig,
     GPTQCalibConfig,
@@ -55,7 +56,7 @@ def wanted(steps: Sequence[QuantizeAlgorithmConfig]) -> Wanted:
     for step in steps:
         if isinstance(step, SmoothQuantCalibConfig):
             need |= Wanted(sample_size=step.sample_size if step.alpha == "auto" else 0)
-        elif isinstance(step, AutoRoundCalibConfig):
+        elif isinstance(step, (AutoRoundCalibConfig, BlockAPCalibConfig)):
             need |= Wanted(references=True)
         elif isinstance(step, GPTQCalibConfig):
             need |= Wanted(second_moment=True, cross_moment=step.retarget, references=step.retarget)
@@ -82,8 +83,13 @@ class Solver:
     searched: set[str] = field(default_factory=set)
     #: Layers whose weights are on their grids: rounding them again changes nothing.
     rounded: set[str] = field(default_factory=set)
-    #: What the weights of layers were before they were rounded, where somebody wants to know.
-    latents: dict[str, Tensor] | None = None
+    #: What the weights of layers were before they were rounded, where a step wants to know.
+    latents: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def keeps_latents(self) -> bool:
+        """Whether a step starts from what rounded weights were before."""
+        return any(isinstance(step, (BlockAPCalibConfig, DistillCalibConfig)) for step in self.steps)
 
     @torch.no_grad()
     def solve(
@@ -167,7 +173,7 @@ class _AtWork:
                     self._round(step)
             case SVDQuantConfig():
                 self._split(step)
-            case AutoRoundCalibConfig() | DistillCalibConfig():
+            case AutoRoundCalibConfig() | BlockAPCalibConfig() | DistillCalibConfig():
                 pass  # not one site's affair
             case _:
                 for layer in self.layers:
@@ -450,7 +456,7 @@ class _AtWork:
             "" if factor.damping <= step.perc_damp else f"needed damping {factor.damping:g}, not {step.perc_damp:g}"
         )
         for layer, job, result in zip(self.layers, jobs, results, strict=True):
-            if self._solver.latents is not None:
+            if self._solver.keeps_latents:
                 self._solver.latents[layer.name] = job.wish
             layer.set_scales(job.scales)
             layer.set_matrix(result.weight)

@@ -19,6 +19,7 @@ from torch import nn
 
 from detent.config.algorithm import (
     AutoRoundCalibConfig,
+    BlockAPCalibConfig,
     DataAlgorithmConfig,
     GPTQCalibConfig,
     QuantizeAlgorithmConfig,
@@ -42,6 +43,8 @@ _log = logging.getLogger(__name__)
 
 #: Bytes of a float block's activations that are kept while its sites are solved one after the other.
 REFERENCE_BYTES = 1 << 30
+#: Algorithms that learn block by block, by gradients.
+_LEARNING = (AutoRoundCalibConfig, BlockAPCalibConfig)
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
@@ -86,6 +89,9 @@ def solve_model(
     layers = [layer for layer in layers if layer.has_rows]
     chain = _chain(model, steps, run, quantizers)
     if chain is None:
+        for step in steps:
+            if isinstance(step, _LEARNING):
+                notify(f"{step.method} learns block by block, so it did nothing: the model is taken as a whole")
         with together(), off(quantizers()), without_cache(model):
             observer = _observe_model(model, run, layers, need)
         _account_for(observer.sites, layers, model, block_names(model), solver)
@@ -148,7 +154,7 @@ def _block_by_block(
     quantized = _quantized_inputs(steps, layers)
     references = chain.inputs if need.references else None
     inputs = chain.inputs
-    learned = next((step for step in steps if isinstance(step, AutoRoundCalibConfig)), None)
+    learned = next((step for step in steps if isinstance(step, _LEARNING)), None)
     for index, name in enumerate(track(chain.names, "Block by block", len(chain.names))):
         observed = _ObservedBlock(chain, index, inputs, references, need)
         rounding = next((i for i, step in enumerate(steps) if getattr(step, "sequential", False)), None)
@@ -160,7 +166,7 @@ def _block_by_block(
         else:
             _one_after_the_other(observed, inside[name], rounding, model, solver)
         if learned is not None and observed.made is not None:
-            tune_block(chain, index, inputs, observed.made, inside[name], learned)
+            tune_block(chain, index, inputs, observed.made, inside[name], learned, solver.latents)
         if quantized:
             with fast_forward(chain.blocks[index].parameters()), off(solver.grids(inside[name])):
                 for output in chain.run_all(index, inputs):
@@ -302,8 +308,8 @@ def _one_after_the_other(
 def _quantized_inputs(steps: Sequence[QuantizeAlgorithmConfig], layers: Sequence[Layer]) -> bool:
     """Whether a block is observed on what quantized blocks give.
 
-    As asked. Else `autoround` and `gptq` do, but for `gptq` with 4 bits or more under float activations: there it
-    changes perplexity by less than the noise of the calibration text, and costs a second forward pass.
+    As asked. Else `autoround`, `block_ap` and `gptq` do, but for `gptq` with 4 bits or more under float activations:
+    there it changes perplexity by less than the noise of the calibration text, and costs a second forward pass.
     """
     asked = [s.inputs for s in steps if isinstance(s, DataAlgorithmConfig) and s.inputs is not None]
     if asked:
@@ -313,7 +319,7 @@ def _quantized_inputs(steps: Sequence[QuantizeAlgorithmConfig], layers: Sequence
         for layer in layers
     )
     return any(
-        isinstance(step, AutoRoundCalibConfig)
+        isinstance(step, _LEARNING)
         or (isinstance(step, GPTQCalibConfig) and (coarse or step.retarget or step.sequential))
         for step in steps
     )

@@ -21,7 +21,7 @@ from detent.algorithms.distill import Rates, distill, divergence
 from detent.algorithms.learned import LearnedWeight
 from detent.algorithms.objective import check_elementwise
 from detent.algorithms.outcome import Outcome
-from detent.config.algorithm import AutoRoundCalibConfig, DistillCalibConfig
+from detent.config.algorithm import AutoRoundCalibConfig, BlockAPCalibConfig, DistillCalibConfig
 from detent.data.padding import token_mask
 from detent.engine.blocks import BlockChain, TensorStore, without_cache
 from detent.engine.data_loop import Call, DataLoop, regrouped
@@ -35,6 +35,8 @@ from detent.statistics.products import fast_products
 
 #: Bytes that the float model's predictions may take; on so many tokens `distill` trains.
 PREDICTION_BYTES = 1 << 30
+#: Steps' worth of sequences by which `block_ap` judges whether a block has become better.
+_JUDGES = 4
 
 
 def trainable(layers: Sequence[Layer], algorithm: str) -> list[Layer]:
@@ -106,9 +108,10 @@ def tune_block(
     inputs: TensorStore,
     targets: TensorStore,
     layers: Sequence[Layer],
-    config: AutoRoundCalibConfig,
+    config: AutoRoundCalibConfig | BlockAPCalibConfig,
+    latents: dict[str, Tensor],
 ) -> None:
-    """Learn the rounding of a block's weights so that it gives the float model's outputs.
+    """Learn the codes and scales of a block's weights so that it gives the float model's outputs.
 
     Args:
         chain, index: the block.
@@ -116,50 +119,87 @@ def tune_block(
         targets: what the float model has for its outputs.
         layers: the block's quantized layers, with ranges to begin with.
         config: of the algorithm.
+        latents: {layer: float [out, in]}: what rounding came from, where that isn't what the layer holds; `block_ap`
+            starts from these and leaves its own there.
     """
-    layers = trainable(layers, "autoround")
+    name = str(config.method)
+    layers = trainable(layers, name)
     if not layers:
         return
     block = chain.blocks[index]
     device = chain.device(index)
-    weights = {layer.name: OffsetWeight(layer.matrix(), layer.format, layer.scales()) for layer in layers}
-    shapes = [inputs.get(i, torch.device("cpu")).shape for i in range(len(inputs))]
-    groups = _grouped([shape[0] for shape in shapes], config.batch_size)
-    tokens = math.prod(shapes[0][:-1])
+    portions = _portions(chain, index, inputs, config.batch_size)
+    tokens = math.prod(inputs.get(0, torch.device("cpu")).shape[:-1])
 
-    def objective(batches: list[int]) -> Tensor:
+    def objective(portion: list[tuple[int, slice | None]]) -> Tensor:
         errors, count = [], 0
-        for batch in batches:
+        for batch, rows in portion:
             target = targets.get(batch, device)
-            output = chain.run(index, batch, inputs.get(batch, device))
+            target = target if rows is None else target[rows]
+            output = chain.run(index, batch, inputs.get(batch, device), rows=rows)
             errors.append((output.float() - target.float()).square().sum())
             count += target.numel()
         return torch.stack(errors).sum() / count
 
-    with only_these_learn(block, []), computing_with(weights, layers), fast_products(_work(layers, tokens)):
-        tuned = autoround(objective, groups, list(weights.values()), iterations=config.iterations, rate=config.lr)
-    outcome = Outcome(
-        "autoround",
-        "mean squared error of the block's outputs",
-        tuned.before,
-        tuned.after,
-        decided={"iterations": tuned.iterations, "kept": tuned.kept},
-        notice="" if tuned.kept else "no step was better, so plain rounding is kept",
-    )
-    _adopt(layers, weights, tuned.kept, outcome)
+    weights: dict[str, OffsetWeight] | dict[str, LearnedWeight]
+    with only_these_learn(block, []), fast_products(_work(layers, tokens)):
+        if isinstance(config, AutoRoundCalibConfig):
+            weights = offsets = {
+                layer.name: OffsetWeight(layer.matrix(), layer.format, layer.scales()) for layer in layers
+            }
+            with computing_with(offsets, layers):
+                tuned = autoround(
+                    objective, portions, list(offsets.values()), iterations=config.iterations, rate=config.lr
+                )
+            before, after, kept, plain = tuned.before, tuned.after, tuned.kept, "plain rounding is kept"
+            decided = {"iterations": tuned.iterations, "kept": kept}
+        else:
+            weights = learned = _learned_weights(layers, latents)
+            with computing_with(learned, layers):
+                done = distill(
+                    objective,
+                    portions,
+                    portions[:: -(-len(portions) // _JUDGES)],
+                    list(learned.values()),
+                    steps=config.steps,
+                    rates=Rates(config.position_rate, config.scale_rate),
+                    checks=1,
+                    name=name,
+                )
+            before, after, kept, plain = done.before, done.after, done.kept, "the weights stay as they were"
+            decided = {"steps": done.steps, "kept": kept}
+            if kept:
+                latents.update({layer: weight.latent() for layer, weight in learned.items()})
+    objective_name = "mean squared error of the block's outputs"
+    notice = "" if kept else f"no step was better, so {plain}"
+    _adopt(layers, weights, kept, Outcome(name, objective_name, before, after, decided=decided, notice=notice))
 
 
-def _grouped(rows: Sequence[int], size: int) -> list[list[int]]:
-    """Numbers of batches, together until they have `size` sequences."""
-    groups: list[list[int]] = []
+def _learned_weights(layers: Sequence[Layer], latents: Mapping[str, Tensor]) -> dict[str, LearnedWeight]:
+    return {
+        layer.name: LearnedWeight(
+            latents.get(layer.name, layer.matrix()), layer.format, layer.scales(), rounded=layer.matrix()
+        )
+        for layer in layers
+    }
+
+
+def _portions(chain: BlockChain, index: int, inputs: TensorStore, size: int) -> list[list[tuple[int, slice | None]]]:
+    """(number of a batch, which of its sequences), together until they have `size` sequences; None: all of them, also
+    where a batch can't be cut."""
+    portions: list[list[tuple[int, slice | None]]] = []
     count = size
-    for batch, number in enumerate(rows):
-        if count >= size:
-            groups.append([])
-            count = 0
-        groups[-1].append(batch)
-        count += number
-    return groups
+    for batch in range(len(inputs)):
+        hidden = inputs.get(batch, torch.device("cpu"))
+        rows = hidden.shape[0]
+        step = size if rows > size and chain.can_cut(index, batch, hidden) else rows
+        for start in range(0, rows, step):
+            if count >= size:
+                portions.append([])
+                count = 0
+            portions[-1].append((batch, None if step == rows else slice(start, start + step)))
+            count += min(step, rows - start)
+    return portions
 
 
 # ---- the whole model ------------------------------------------------------------------------------------------------
@@ -221,18 +261,13 @@ def distill_model(
     layers = trainable(layers, "distill")
     if not layers:
         return set()
-    weights = {
-        layer.name: LearnedWeight(
-            latents.get(layer.name, layer.matrix()), layer.format, layer.scales(), rounded=layer.matrix()
-        )
-        for layer in layers
-    }
+    weights = _learned_weights(layers, latents)
     others = _norm_parameters(model) if config.train_norms else {}
     for parameter in others.values():
         parameter.data = parameter.data.clone()
     held = min(config.held_out, len(lessons) // 4)
     chosen = lessons[-held:] if held else lessons
-    steps = config.steps
+    steps = config.steps if config.passes is None else min(config.steps, config.passes * (len(lessons) - held))
 
     def objective(lesson: Lesson) -> Tensor:
         output, is_logits = _prediction(_called(model, lesson.call))
