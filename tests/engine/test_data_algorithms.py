@@ -101,6 +101,80 @@ def test_blocks_are_observed_on_what_quantized_blocks_give() -> None:
     assert not torch.equal(linears(seen)[name].weight, linears(float_inputs)[name].weight)
 
 
+@pytest.mark.parametrize(
+    ("bits", "inputs", "expected"), [(4, False, "float"), (3, False, "quantized"), (4, True, "quantized")]
+)
+def test_gptq_takes_float_inputs_where_these_are_good_enough(bits: int, inputs: bool, expected: str) -> None:
+    config: dict[str, Any] = {**W4, "*weight_quantizer": {"num_bits": bits, "block_sizes": {-1: 16}}}
+    config["*input_quantizer"] = {"num_bits": 8} if inputs else {"enable": False}
+    left = {kind: quantized({"method": "gptq", "inputs": kind}, config) for kind in ("float", "quantized")}
+    default = quantized("gptq", config)
+    other = {"float": "quantized", "quantized": "float"}[expected]
+    name = "model.layers.1.mlp.gate_proj"
+    assert torch.equal(linears(default)[name].weight, linears(left[expected])[name].weight)
+    assert not torch.equal(linears(default)[name].weight, linears(left[other])[name].weight)
+
+
+def test_a_block_is_left_once_all_its_layers_were_seen() -> None:
+    """Its last layer is called in the recording run, twice in the first batch, and where outputs are needed."""
+    model, calls = make_model(), []
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: calls.append(1))
+    quantized({"method": "gptq", "inputs": "quantized"}, model=model)
+    recorded_and_checked, observed, handed_on = 2, 1, len(IDS)
+    assert len(calls) == recorded_and_checked + observed + handed_on
+
+
+class TwiceRead(nn.Module):
+    """A block whose first layer is called again after its last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(torch.tanh(self.last(torch.tanh(self.first(x)))))
+
+
+def test_a_layer_that_is_called_twice_is_observed_twice() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(TwiceRead(), TwiceRead())
+    batches = [torch.randn(2, 5, 16) for _ in range(3)]
+
+    def feed(m: nn.Module) -> None:
+        for x in batches:
+            m(x)
+
+    first = copy.deepcopy(model[0])
+    config = {"*weight_quantizer": {"num_bits": 3, "axis": 0}, "*input_quantizer": {"enable": False}}
+    result = quantized("gptq", config, model, feed)
+    outcome = outcomes(result[0].first)[0]
+    x = torch.cat([b.reshape(-1, 16) for b in batches])
+    with torch.no_grad():
+        again = torch.tanh(first.last(torch.tanh(first.first(x))))
+        difference = (result[0].first.weight - first.first.weight).double()
+        rows = torch.cat([x, again]).double()
+    assert outcome.after == pytest.approx(float(((rows @ difference.T) ** 2).sum()), rel=1e-3)
+
+
+def test_the_check_of_blocks_runs_on_one_sequence() -> None:
+    model, seen = make_model().eval(), []
+    block = model.model.layers[1]
+    block.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
+    names = ["model.layers.0", "model.layers.1"]
+    with torch.no_grad():
+        chain = record_chain(model, names, loop)
+        assert isinstance(chain, BlockChain)
+        ran, seen[:] = [shape for shape in seen if shape[0] == 1], []
+        assert len(ran) == 1  # by itself; inside the model its forward is replaced under the hook
+        hidden = chain.inputs.get(2, torch.device("cpu"))
+        assert hidden.shape[:2] == IDS.shape[1:]
+        whole = chain.run(0, 2, hidden)
+        for rows in (slice(0, 1), slice(1, 2)):
+            torch.testing.assert_close(chain.run(0, 2, hidden, rows=rows), whole[rows])
+        expected = model.model.layers[0](hidden, **chain.calls[0][2].kwargs)
+    torch.testing.assert_close(whole, expected if isinstance(expected, torch.Tensor) else expected[0])
+
+
 def test_data_is_asked_for_once_and_replayed() -> None:
     calls = []
 
@@ -451,8 +525,17 @@ def test_registering_is_checked() -> None:
 # ---- algorithms that learn by gradients -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", [{"method": "autoround", "iterations": 30}, {"method": "best", "steps": 30}])
-def test_learned_weights_are_on_the_grid_and_nearer_to_the_float_model(algorithm: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        {"method": "autoround", "iterations": 30},
+        {"method": "block_ap", "steps": 30},
+        ["gptq", {"method": "block_ap", "steps": 30, "batch_size": 1}],
+        {"method": "best", "steps": 30, "block_steps": 30},
+    ],
+    ids=str,
+)
+def test_learned_weights_are_on_the_grid_and_nearer_to_the_float_model(algorithm: Any) -> None:
     reference, rough = make_model(), {**W4_ONLY, "*weight_quantizer": {"num_bits": 3, "block_sizes": {-1: 16}}}
     model = quantized(algorithm, rough)
     assert difference(model, reference) < 0.9 * difference(quantized("max", rough), reference)
@@ -461,6 +544,42 @@ def test_learned_weights_are_on_the_grid_and_nearer_to_the_float_model(algorithm
         if name != "lm_head":
             assert torch.equal(module.quantized_weight(), module.weight), name  # type: ignore[operator]
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_block_ap_lowers_the_error_of_blocks_that_gptq_rounded() -> None:
+    rough = {**W4_ONLY, "*weight_quantizer": {"num_bits": 3, "block_sizes": {-1: 16}}}
+    model = quantized(["gptq", {"method": "block_ap", "steps": 40}], rough)
+    last = [outcomes(module)[-1] for name, module in linears(model).items() if name != "lm_head"]
+    assert {outcome.algorithm for outcome in last} == {"block_ap"}
+    assert all(outcome.after < 0.95 * outcome.before for outcome in last)
+
+
+@pytest.mark.parametrize("method", ["autoround", "block_ap"])
+def test_learning_by_blocks_says_so_where_there_are_none(method: str) -> None:
+    with collected_notices() as notices:
+        quantized({"method": method, "layerwise": False})
+    assert any(f"{method} learns block by block, so it did nothing" in text for text in notices)
+
+
+def test_sequences_are_put_together_and_cut_for_a_step() -> None:
+    from detent.engine.tuning import _portions
+
+    sizes = [5, 1, 1, 2]
+    with torch.no_grad():
+        chain = record_chain(
+            make_model().eval(),
+            ["model.layers.0", "model.layers.1"],
+            lambda m: [m(torch.ones(n, 8, dtype=torch.long)) for n in sizes],
+        )
+    assert isinstance(chain, BlockChain)
+    portions = _portions(chain, 0, chain.inputs, 2)
+    whole = None
+    assert portions == [
+        [(0, slice(0, 2))],
+        [(0, slice(2, 4))],
+        [(0, slice(4, 6)), (1, whole)],
+        [(2, whole), (3, whole)],
+    ]
 
 
 def test_distillation_alone_starts_from_plain_rounding() -> None:
