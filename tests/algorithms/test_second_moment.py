@@ -155,7 +155,8 @@ def test_gptq_refuses_what_it_cannot_serve() -> None:
         factorise(-torch.eye(48) + 2 * torch.ones(48, 48), damping=0.0)
 
 
-def test_gptq_rounds_layers_of_one_site_as_each_by_itself() -> None:
+def test_gptq_rounds_layers_of_one_site_as_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detent.algorithms.gptq._MOST_ELEMENTS", 10 * 48)
     x = tokens()
     factor = factorise(statistics_of(x).moment())
     jobs = []

@@ -41,6 +41,8 @@ _MOST_DAMPING = 1.0
 _FEW = 16
 #: Rows whose objective is nearer to that of plain rounding than this share of it are compared without rounded factors.
 _CLOSE = 0.02
+#: Elements rounded together: half a dozen copies of so many are held.
+_MOST_ELEMENTS = 1 << 24
 #: Rows from which the energy of a layer's output, only reported, is estimated.
 _ENERGY_ROWS = 256
 
@@ -176,12 +178,14 @@ def _round_alike(jobs: Sequence[Job], factor: Factor) -> list[Rounded]:
     target = weight if all(job.target is None for job in jobs) else torch.cat([job.wish for job in jobs])
     plain = torch.cat([plainly_rounded(job.weight.detach().to(torch.float32), fmt, job.scales) for job in jobs])
     units = Units.together([units_of(fmt, job.scales, (len(job.weight), len(order))) for job in jobs])
-    columns = _Columns(target.T[order].contiguous(), factor.carry, fmt, replace(units, at=units.at[order.cpu()]))
-    columns.round(0, len(order))
-    after = columns.objective(factor)
-    result = torch.empty_like(columns.values)
-    result[order] = columns.values
-    result = result.T.contiguous()
+    units = replace(units, at=units.at[order.cpu()])
+    result, after = torch.empty_like(target), torch.empty(len(target), dtype=torch.float64, device=target.device)
+    step = max(1, _MOST_ELEMENTS // len(order))
+    for rows in (slice(start, start + step) for start in range(0, len(target), step)):
+        columns = _Columns(target[rows].T[order].contiguous(), factor.carry, fmt, units.some(rows))
+        columns.round(0, len(order))
+        after[rows] = columns.objective(factor)
+        result[rows] = columns.values[torch.argsort(order)].T
     result[:, factor.dead] = plain[:, factor.dead]
 
     before = rows_error(target - plain, factor.moment)
@@ -189,7 +193,7 @@ def _round_alike(jobs: Sequence[Job], factor: Factor) -> list[Rounded]:
     if bool(close.any()):
         before[close] = rows_error((target - plain)[close], factor.moment, exact=True)
         after[close] = rows_error((target - result)[close], factor.moment, exact=True)
-    worse = after > before
+    worse = ~(after <= before)
     result[worse] = plain[worse]
     sizes = [len(job.weight) for job in jobs]
     energy = [_energy(part, factor.moment) for part in target.split(sizes)]

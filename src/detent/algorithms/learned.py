@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from detent.algorithms.objective import check_elementwise, requantize
 from detent.errors import DetentError
-from detent.formats import FloatScale, Format, Integer, Scales
+from detent.formats import FloatScale, Format, Integer, Scales, float32
 from detent.formats.elements import Element
 from detent.formats.granularity import from_tiles, to_tiles
 from detent.formats.qtensor import _tile_scale
@@ -135,7 +135,9 @@ def nearest(position: Tensor, element: Element) -> Tensor:
 
 
 def _round(position: Tensor, element: Element) -> Tensor:
-    """The same without a gradient."""
+    """The same without a gradient. Positions are float32, so that no quotient is rounded and float32 is exact."""
+    if isinstance(element, Integer):
+        return float32.nearest(element, position.detach())
     flat = position.detach().reshape(-1)
     out = torch.empty_like(flat)
     for start in range(0, len(flat), _PIECE):

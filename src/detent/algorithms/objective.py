@@ -73,6 +73,10 @@ class Units:
         """`at` as numbers."""
         return self.at.tolist()
 
+    def some(self, rows: slice) -> Units:
+        """Those of some rows of the weight."""
+        return Units(self.unit[:, rows], None if self.zero_point is None else self.zero_point[:, rows], self.at)
+
     @staticmethod
     def together(many: Sequence[Units]) -> Units:
         """Those of weights put below one another; of one format."""

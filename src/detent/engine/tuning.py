@@ -36,7 +36,7 @@ from detent.statistics.products import fast_products
 #: Bytes that the float model's predictions may take; on so many tokens `distill` trains.
 PREDICTION_BYTES = 1 << 30
 #: Steps' worth of sequences by which `block_ap` judges whether a block has become better.
-_JUDGES = 4
+_JUDGES = 2
 
 
 def trainable(layers: Sequence[Layer], algorithm: str) -> list[Layer]:
@@ -226,6 +226,8 @@ def predictions(model: nn.Module, loop: DataLoop, config: DistillCalibConfig) ->
             "distill: the calibration loop calls only parts of the model, so there is no output to learn from"
         )
     pieces = regrouped(calls, config.batch_size)
+    if config.passes is not None:
+        pieces = pieces[: config.steps + config.held_out]
     lessons, size = [], 0
     quantizers = [module for module in model.modules() if isinstance(module, TensorQuantizer)]
     with torch.no_grad(), off(quantizers), without_cache(model):
@@ -289,6 +291,7 @@ def distill_model(
             list(others.values()),
             steps=steps,
             rates=Rates(config.position_rate, config.scale_rate, config.norm_rate),
+            checks=min(4, 1 + steps // 40),
             task="Distilling",
         )
     outcome = Outcome(
