@@ -117,6 +117,7 @@ DETENT: dict[str, Any] = {
     "mse": "mse",
     "hqq": "hqq",
     "awq_lite": "awq_lite",
+    "awq_clip": "awq_clip",
     "awq_full": "awq_full",
     "gptq": "gptq",
     "gptq, retargeted": {"method": "gptq", "retarget": True},
@@ -131,7 +132,9 @@ PEERS["detent"] = Peer(
     "Detent",
     (),
     {
-        **_weights("max", "mse", "hqq", "awq_lite", "awq_full", "gptq", "gptq, retargeted", "autoround", "best"),
+        **_weights(
+            "max", "mse", "hqq", "awq_lite", "awq_clip", "awq_full", "gptq", "gptq, retargeted", "autoround", "best"
+        ),
         "W4A8": ("max", "awq_lite", "gptq", "best"),
         "W8A8": ("max", "smoothquant", "smoothquant, gptq"),
         "NVFP4": ("max", "mse", "awq_lite", "gptq", "best"),

@@ -73,12 +73,16 @@ def range_factors(fmt: Format, count: int) -> list[float]:
     For integers these are about the ends that hold 98 % of the best multiples for normal and Laplace numbers in tiles
     of 32 and 128.
     """
-    element = fmt.element
+    element, rule = fmt.element, fmt.scale
     bits = element.bits if isinstance(element, Integer) else 0
+    # The ends below are for a plain range that is divided by half the number of steps.
+    wider = 1.0
+    if bits and isinstance(rule, FloatScale) and fmt.zero_point == "none":
+        wider = rule.divisor(element, 0.0) / ((element.maximum - element.minimum) / 2)
     least, most = {2: (0.28, 0.94), 3: (0.46, 1.05), 4: (0.73, 1.08), 5: (0.86, 1.14)}.get(
         bits, (0.95, 1.2) if bits > 5 else (0.35, 1.15)
     )
-    return [least + (most - least) / max(1, count - 1) * i for i in range(count)]
+    return [wider * (least + (most - least) / max(1, count - 1) * i) for i in range(count)]
 
 
 def weighted_range(

@@ -258,7 +258,7 @@ class BlockAPCalibConfig(DataAlgorithmConfig):
     method: Literal["block_ap"] = ConfigField("block_ap")
     steps: int = ConfigField(52, ge=1)
     batch_size: int = ConfigField(4, ge=1)
-    position_rate: float = ConfigField(0.007, ge=0, allow_inf_nan=False)
+    position_rate: float = ConfigField(0.012, ge=0, allow_inf_nan=False)
     scale_rate: float = ConfigField(0.004, ge=0, allow_inf_nan=False)
 
 
