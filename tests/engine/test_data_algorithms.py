@@ -561,6 +561,14 @@ def test_learning_by_blocks_says_so_where_there_are_none(method: str) -> None:
     assert any(f"{method} learns block by block, so it did nothing" in text for text in notices)
 
 
+@pytest.mark.parametrize("method", ["mse", "hqq"])
+def test_searching_scales_that_are_not_free_says_so(method: str) -> None:
+    dynamic = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
+    with collected_notices() as notices:
+        quantized(method, {**W4_ONLY, "*weight_quantizer": dynamic})
+    assert sum(f"{method} changed nothing" in text and "dynamic scales" in text for text in notices) == 1
+
+
 def test_sequences_are_put_together_and_cut_for_a_step() -> None:
     from detent.engine.tuning import _portions
 

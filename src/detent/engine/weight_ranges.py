@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from detent.algorithms import least_error_range, multipliers
 from detent.algorithms.hqq import hqq_range
 from detent.config import HQQConfig, MseCalibConfig, QuantizeAlgorithmConfig
+from detent.engine.notices import notify
 from detent.errors import DetentError
 from detent.formats import FloatScale
 from detent.nn import QuantWeightBase, TensorQuantizer, quantizers_of
@@ -53,6 +54,9 @@ def _improve(quantizer: TensorQuantizer, weight: Tensor, config: QuantizeAlgorit
     """From the plain range of a weight to the one that the algorithm and the format ask for."""
     rule = quantizer.format.scale
     if quantizer.format.dynamic or not isinstance(rule, FloatScale):
+        if isinstance(config, (HQQConfig, MseCalibConfig)):
+            kind = "dynamic scales" if isinstance(rule, FloatScale) else "scales that are powers of two"
+            notify(f"{config.method} changed nothing for {quantizer.format}: {kind} follow from the largest magnitude")
         return
     if rule.outer:
         quantizer.global_amax = weight.abs().amax()
