@@ -45,6 +45,7 @@ def run(job: Job, clock: Clock) -> Any:
         "*weight_quantizer": weights(job),
         "*input_quantizer": INPUTS[job.activation],
         "*lm_head*": {"enable": False},
+        "*embed_tokens*": {"enable": False},
     }
     with clock("quantize"):
         return quantize(model, {"quant_cfg": rules, "algorithm": DETENT[job.method]}, forward_loop)

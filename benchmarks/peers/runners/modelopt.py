@@ -49,7 +49,7 @@ def run(job: Job, clock: Clock) -> Any:
     ]
     if job.activation is not None:
         rules.append({"quantizer_name": "*input_quantizer", "cfg": input_quantizer(job)})
-    rules.append({"quantizer_name": "*lm_head*", "enable": False})
+    rules += [{"quantizer_name": name, "enable": False} for name in ("*lm_head*", "*embed_tokens*")]
     model = job.load_model()
     with clock("quantize"):
         mtq.quantize(model, {"quant_cfg": rules, "algorithm": ALGORITHMS[job.method]}, job.forward_loop)
