@@ -256,7 +256,7 @@ class BlockAPCalibConfig(DataAlgorithmConfig):
     """
 
     method: Literal["block_ap"] = ConfigField("block_ap")
-    steps: int = ConfigField(48, ge=1)
+    steps: int = ConfigField(52, ge=1)
     batch_size: int = ConfigField(4, ge=1)
     position_rate: float = ConfigField(0.012, ge=0, allow_inf_nan=False)
     scale_rate: float = ConfigField(0.004, ge=0, allow_inf_nan=False)
@@ -297,7 +297,7 @@ class BestCalibConfig(DataAlgorithmConfig):
     """
 
     method: Literal["best"] = ConfigField("best")
-    block_steps: int = ConfigField(48, ge=0)
+    block_steps: int = ConfigField(52, ge=0)
     steps: int = ConfigField(48, ge=0)
     max_tokens: int | None = ConfigField(16384, ge=1)
 

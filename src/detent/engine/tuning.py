@@ -37,8 +37,6 @@ from detent.statistics.products import fast_products
 PREDICTION_BYTES = 1 << 30
 #: Steps' worth of sequences by which `block_ap` judges whether a block has become better.
 _JUDGES = 2
-#: Multiplications in a product from which on learning may round its factors (gradients of a few sequences are noisier).
-_LEARNED_PRODUCT = 1 << 22
 
 
 def trainable(layers: Sequence[Layer], algorithm: str) -> list[Layer]:
@@ -144,7 +142,7 @@ def tune_block(
         return torch.stack(errors).sum() / count
 
     weights: dict[str, OffsetWeight] | dict[str, LearnedWeight]
-    with only_these_learn(block, []), fast_products(_work(layers, tokens), _LEARNED_PRODUCT):
+    with only_these_learn(block, []), fast_products(_work(layers, tokens)):
         if isinstance(config, AutoRoundCalibConfig):
             weights = offsets = {
                 layer.name: OffsetWeight(layer.matrix(), layer.format, layer.scales()) for layer in layers
@@ -283,7 +281,7 @@ def distill_model(
         only_these_learn(model, list(others.values())),
         computing_with(weights, layers),
         without_cache(model),
-        fast_products(_work(layers, math.prod(lessons[0].prediction.shape[:-1])), _LEARNED_PRODUCT),
+        fast_products(_work(layers, math.prod(lessons[0].prediction.shape[:-1]))),
     ):
         done = distill(
             objective,

@@ -29,15 +29,14 @@ LARGE = 1 << 29
 
 
 @contextmanager
-def fast_products(size: int, least: int = LARGE) -> Iterator[None]:
+def fast_products(size: int) -> Iterator[None]:
     """Let products of float32 matrices on the CPU round their factors to bfloat16 inside the block.
 
     Args:
-        size: multiplications in one product.
-        least: below so many, nothing is rounded.
+        size: multiplications in one product; below `LARGE`, nothing is rounded.
     """
     setting = _setting()
-    if size < least or setting is None or not torch.backends.mkldnn.is_available():
+    if size < LARGE or setting is None or not torch.backends.mkldnn.is_available():
         yield
         return
     before = setting.fp32_precision
