@@ -161,7 +161,7 @@ class AWQClipCalibConfig(DataAlgorithmConfig):
 
     method: Literal["awq_clip"] = ConfigField("awq_clip")
     min_clip_ratio: float = ConfigField(0.5, gt=0, le=1)
-    shrink_step: float = ConfigField(0.05, gt=0, lt=1)
+    shrink_step: float = ConfigField(0.025, gt=0, lt=1)
     max_co_batch_size: int | None = ConfigField(None)
     max_tokens_per_batch: int | None = ConfigField(None)
 
@@ -171,7 +171,7 @@ class AWQFullCalibConfig(AWQLiteCalibConfig):
 
     method: Literal["awq_full"] = ConfigField("awq_full")  # type: ignore[assignment]
     min_clip_ratio: float = ConfigField(0.5, gt=0, le=1)
-    shrink_step: float = ConfigField(0.05, gt=0, lt=1)
+    shrink_step: float = ConfigField(0.025, gt=0, lt=1)
     max_co_batch_size: int | None = ConfigField(None)
     max_tokens_per_batch: int | None = ConfigField(None)
 
@@ -256,7 +256,7 @@ class BlockAPCalibConfig(DataAlgorithmConfig):
     """
 
     method: Literal["block_ap"] = ConfigField("block_ap")
-    steps: int = ConfigField(52, ge=1)
+    steps: int = ConfigField(40, ge=1)
     batch_size: int = ConfigField(4, ge=1)
     position_rate: float = ConfigField(0.012, ge=0, allow_inf_nan=False)
     scale_rate: float = ConfigField(0.004, ge=0, allow_inf_nan=False)
@@ -297,7 +297,7 @@ class BestCalibConfig(DataAlgorithmConfig):
     """
 
     method: Literal["best"] = ConfigField("best")
-    block_steps: int = ConfigField(52, ge=0)
+    block_steps: int = ConfigField(40, ge=0)
     steps: int = ConfigField(48, ge=0)
     max_tokens: int | None = ConfigField(16384, ge=1)
 
