@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detent.algorithms.learned import Snapshot, check_some, has_free_scale, nearest, shuffled, storable
-from detent.algorithms.objective import check_elementwise, requantize
+from detent.algorithms.learned import Snapshot, check_some, nearest, shuffled, storable
+from detent.algorithms.objective import check_elementwise, has_free_scale, requantize
 from detent.errors import DetentError
 from detent.formats import FloatScale, Format, Scales
 from detent.formats.elements import Element, Float, Integer, power_below

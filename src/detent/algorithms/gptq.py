@@ -176,7 +176,10 @@ def _round_alike(jobs: Sequence[Job], factor: Factor) -> list[Rounded]:
     fmt, order = jobs[0].format, factor.order
     weight = torch.cat([job.weight.detach().to(torch.float32) for job in jobs])
     target = weight if all(job.target is None for job in jobs) else torch.cat([job.wish for job in jobs])
-    plain = torch.cat([plainly_rounded(job.weight.detach().to(torch.float32), fmt, job.scales) for job in jobs])
+    sizes = [len(job.weight) for job in jobs]
+    plain = torch.cat(
+        [plainly_rounded(part, fmt, job.scales) for part, job in zip(weight.split(sizes), jobs, strict=True)]
+    )
     units = Units.together([units_of(fmt, job.scales, (len(job.weight), len(order))) for job in jobs])
     units = replace(units, at=units.at[order.cpu()])
     result, after = torch.empty_like(target), torch.empty(len(target), dtype=torch.float64, device=target.device)
@@ -195,7 +198,6 @@ def _round_alike(jobs: Sequence[Job], factor: Factor) -> list[Rounded]:
         after[close] = rows_error((target - result)[close], factor.moment, exact=True)
     worse = ~(after <= before)
     result[worse] = plain[worse]
-    sizes = [len(job.weight) for job in jobs]
     energy = [_energy(part, factor.moment) for part in target.split(sizes)]
     return [
         Rounded(rows, float(was.sum()), float(torch.minimum(was, now).sum()), whole, int(kept.sum()))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detent.algorithms.objective import check_elementwise, requantize
+from detent.algorithms.objective import check_elementwise, has_free_scale, requantize
 from detent.errors import DetentError
 from detent.formats import FloatScale, Format, Integer, Scales, float32
 from detent.formats.elements import Element
@@ -106,11 +106,6 @@ class LearnedWeight(nn.Module):
         """The weight whose positions these are, float32 in the weight's shape."""
         zero = 0.0 if self._zero_point is None else self._zero_point
         return from_tiles((self.position - zero) * self._scale(), self._fmt.granularity, self._shape)
-
-
-def has_free_scale(fmt: Format) -> bool:
-    """Whether a scale of this format can take (nearly) any value: a float of 16 bits or more, none on top of it."""
-    return isinstance(fmt.scale, FloatScale) and not fmt.scale.outer and fmt.scale.bits > 8
 
 
 def storable(scale: Tensor, fmt: Format) -> Tensor:

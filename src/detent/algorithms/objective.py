@@ -22,6 +22,9 @@ from detent.formats.qtensor import _tile_scale
 from detent.formats.tiles import TileScale, multiplier
 from detent.statistics.products import fast_products
 
+#: Elements worked on at once where many passes follow each other, few enough for a core's cache.
+PIECE = 1 << 17
+
 
 def output_error(difference: Tensor, moment: Tensor) -> Tensor:
     """tr(D G D^T) of D [out, in] and G [in, in], a float64 scalar."""
@@ -139,8 +142,24 @@ def quick_tile_values(tiles: Tensor, fmt: Format, scale: TileScale) -> Tensor:
 
 def plainly_rounded(weight: Tensor, fmt: Format, scales: Scales) -> Tensor:
     """The values of the codes nearest to float32 `weight` under given scales; see `nearest_values`."""
+    return rounded_under(weight, fmt, _tile_scale(fmt, scales))
+
+
+def rounded_under(weight: Tensor, fmt: Format, scale: TileScale) -> Tensor:
+    """The same under the scales of its tiles, some tiles after the others so that they stay in a core's cache."""
     tiles = to_tiles(weight, fmt.granularity)
-    return from_tiles(quick_tile_values(tiles, fmt, _tile_scale(fmt, scales)), fmt.granularity, tuple(weight.shape))
+    out = torch.empty_like(tiles)
+    step = max(1, PIECE // tiles.shape[1]) if len(scale.value) == len(tiles) else len(tiles)
+    for start in range(0, len(tiles), step):
+        piece = slice(start, start + step)
+        part = TileScale(scale.value[piece], None if scale.zero_point is None else scale.zero_point[piece], scale.outer)
+        out[piece] = quick_tile_values(tiles[piece], fmt, part)
+    return from_tiles(out, fmt.granularity, tuple(weight.shape))
+
+
+def has_free_scale(fmt: Format) -> bool:
+    """Whether a scale of this format can take (nearly) any value: a float of 16 bits or more, none on top of it."""
+    return isinstance(fmt.scale, FloatScale) and not fmt.scale.outer and fmt.scale.bits > 8
 
 
 def requantize(weight: Tensor, fmt: Format, scales: Scales) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from detent.algorithms.max import weight_range
 from detent.algorithms.mse import e4m3_ranges
-from detent.algorithms.objective import quick_tile_values
+from detent.algorithms.objective import PIECE, has_free_scale, quick_tile_values
 from detent.errors import DetentError
 from detent.formats import FloatScale, Format, Integer, Scales, float32, scales_from_range
 from detent.formats.granularity import to_tiles
@@ -29,8 +29,6 @@ from detent.formats.tiles import TileScale, multiplier, scale_from_range
 
 #: What a range is multiplied with, where scales are powers of two: other factors round to one of these.
 _POWERS = (0.25, 0.5, 2.0)
-#: Elements that all candidates are tried on before the next ones.
-_PIECE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -62,13 +60,12 @@ def can_turn(fmt: Format) -> bool:
     """Whether a negative scale can be better: signed integers with a code to spare below zero, under a plain scale."""
     element = fmt.element
     lopsided = isinstance(element, Integer) and element.signed and not element.narrow
-    plain = isinstance(fmt.scale, FloatScale) and not fmt.scale.outer and fmt.scale.bits > 8
-    return lopsided and plain and fmt.zero_point == "none" and fmt.base is None
+    return lopsided and has_free_scale(fmt) and fmt.zero_point == "none" and fmt.base is None
 
 
 def range_factors(fmt: Format, count: int) -> list[float]:
-    """Evenly spaced multiples of the plain range, from where the best ones of a format's tiles begin to
-    where they end.
+    """Evenly spaced multiples of the plain range, from where the best ones of a format's tiles begin to where
+    they end.
 
     For integers these are about the ends that hold 98 % of the best multiples for normal and Laplace numbers in tiles
     of 32 and 128.
@@ -177,7 +174,7 @@ def _pieces(tiles: Tensor, rows: int) -> Iterator[slice]:
     """Whole rows of the weight at once, few enough to stay in a core's cache while all candidates are tried."""
     count = tiles.shape[0]
     per_row = count // rows if rows and count % rows == 0 else 1
-    step = max(1, _PIECE // max(1, tiles.shape[1] * per_row)) * per_row
+    step = max(1, PIECE // max(1, tiles.shape[1] * per_row)) * per_row
     for start in range(0, count, step):
         yield slice(start, start + step)
 

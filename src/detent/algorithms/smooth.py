@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from detent.algorithms.max import weight_range
-from detent.algorithms.objective import output_error, quick_tile_values, requantize, tile_values
+from detent.algorithms.objective import output_error, requantize, rounded_under, tile_values
 from detent.algorithms.scale_search import weighted_range
 from detent.errors import DetentError
 from detent.formats import FloatScale, Format, fake_quantize, scales_from_range
 from detent.formats.granularity import from_tiles, to_tiles
-from detent.formats.tiles import TileScale, scale_from_range
+from detent.formats.tiles import scale_from_range
 from detent.statistics import SiteStatistics
 
 _LEAST, _MOST = 1e-4, 1e4
@@ -33,8 +33,6 @@ _LEAST, _MOST = 1e-4, 1e4
 _ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 #: Output rows of a site's layers that candidates are compared on; the chosen one is measured on all.
 _ROWS = 256
-#: Elements rounded at once, few enough for a core's cache.
-_PIECE = 1 << 17
 #: Scales that are compared after clipping.
 _FINALISTS = 3
 
@@ -214,16 +212,9 @@ def _quickly_rounded(weight: Tensor, fmt: Format) -> Tensor:
     rule = fmt.scale
     if fmt.base is not None or not isinstance(rule, FloatScale) or rule.four_over_six or fmt.zero_point == "float":
         return fake_quantize(weight, fmt)
-    tiles = to_tiles(weight, fmt.granularity)
     low, high = (bound.reshape(-1, 1) for bound in weight_range(weight, fmt))
-    scale = scale_from_range(fmt, low, high, rule.outer_scale(weight.abs().amax(), fmt.element) if rule.outer else None)
-    out = torch.empty_like(tiles)
-    step = max(1, _PIECE // tiles.shape[1]) if len(low) == len(tiles) else len(tiles)
-    for start in range(0, len(tiles), step):
-        piece = slice(start, start + step)
-        part = TileScale(scale.value[piece], None if scale.zero_point is None else scale.zero_point[piece], scale.outer)
-        out[piece] = quick_tile_values(tiles[piece], fmt, part)
-    return from_tiles(out, fmt.granularity, tuple(weight.shape))
+    outer = rule.outer_scale(weight.abs().amax(), fmt.element) if rule.outer else None
+    return rounded_under(weight, fmt, scale_from_range(fmt, low, high, outer))
 
 
 def _weight_magnitude(weights: Sequence[Tensor], formats: Sequence[Format]) -> Tensor:
