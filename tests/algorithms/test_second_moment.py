@@ -8,7 +8,7 @@ import torch
 
 from detent.algorithms.gptq import Job, factorise, gptq
 from detent.algorithms.objective import output_error, plainly_rounded, requantize
-from detent.algorithms.scale_search import weighted_range
+from detent.algorithms.scale_search import weighing_of, weighted_range
 from detent.algorithms.smooth import awq_scale, smoothquant_scale
 from detent.errors import DetentError
 from detent.formats import (
@@ -207,7 +207,7 @@ def test_awq_scale_lowers_the_error_that_it_says(fmt: Format) -> None:
 def test_weighted_range_is_the_best_candidate_of_each_group() -> None:
     x, w, fmt = tokens(), weight(), integer(3, per_group(16))
     factors = [1 - 0.05 * i for i in range(1, 11)]
-    choice = weighted_range(w, fmt, statistics_of(x).moment(), factors, block=True)
+    choice = weighted_range(w, fmt, weighing_of(statistics_of(x), fmt), factors)
     low, high = choice.low, choice.high
     for row in range(w.shape[0]):
         for group in range(3):
@@ -222,3 +222,28 @@ def test_weighted_range_is_the_best_candidate_of_each_group() -> None:
             index = int(np.argmin([abs(chosen - k) for k in [1.0, *factors]]))
             assert losses[index] <= min(losses) * (1 + 1e-4)
     assert torch.equal(low, -high)
+
+
+def test_finer_factors_come_near_the_whole_grid() -> None:
+    x, w, fmt = tokens(), weight(200), integer(3, per_group(16))
+    weighing = weighing_of(statistics_of(x), fmt)
+    coarse = [0.75, 0.5]
+    whole = weighted_range(w, fmt, weighing, [1 - 0.05 * i for i in range(1, 11)])
+    first = weighted_range(w, fmt, weighing, coarse)
+    found = weighted_range(w, fmt, weighing, coarse, finer=(0.1, 0.05))
+    assert whole.after <= found.after * (1 + 1e-6)
+    assert found.after < first.after - 0.8 * (first.after - whole.after)
+    shares = (found.high / weighted_range(w, fmt, weighing, []).high).flatten()
+    assert float(shares.min()) >= 0.5 - 1e-6
+    assert float(shares.max()) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("rows", [20, 400])  # fewer and more than channels: measured on rows, or under G
+def test_awq_from_a_sample(rows: int) -> None:
+    x, w, fmt = tokens(count=rows), weight(), integer(4, per_group(16))
+    sampled = SiteStatistics.empty(48, second_moment=False, sample_size=400)
+    sampled.update(x)
+    choice, wanted = (awq_scale(statistics, [w], [fmt]) for statistics in (sampled, statistics_of(x)))
+    assert choice.before == pytest.approx(wanted.before, rel=1e-4)
+    assert (choice.alpha, choice.beta) == (wanted.alpha, wanted.beta)
+    torch.testing.assert_close(choice.scale, wanted.scale)

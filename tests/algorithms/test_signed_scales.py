@@ -17,7 +17,7 @@ def test_each_tile_takes_the_better_side() -> None:
     moment = x.T @ x
     fmt = integer(2, per_group(8))
     amax = weight.reshape(16, 3, 8).abs().amax(2)
-    choice = weighted_range(weight, fmt, moment, [0.5, 0.7], turn=True)
+    choice = weighted_range(weight, fmt, moment.diagonal(), [0.5, 0.7], turn=True)
     scales = choice.scales(fmt)
 
     def error(unit: torch.Tensor) -> torch.Tensor:
@@ -40,6 +40,27 @@ def test_each_tile_takes_the_better_side() -> None:
     assert torch.allclose(taken, least, rtol=1e-5)
     (rounded,) = gptq([Job(weight, fmt, scales)], factorise(moment))
     assert torch.equal(requantize(rounded.weight, fmt, scales), rounded.weight)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5])
+def test_the_sign_of_the_largest_number_decides(bits: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight, diagonal = torch.randn(64, 96, generator=generator), torch.rand(96, generator=generator)
+    fmt, factors = integer(bits, per_group(16)), [0.6, 0.7, 0.8, 0.9, 1.0]
+    choice = weighted_range(weight, fmt, diagonal, factors, turn=True)
+    tiles = weight.reshape(64, 6, 16)
+    unit = tiles.abs().amax(2) / (2**bits - 1) * 2
+
+    def error(units: torch.Tensor) -> torch.Tensor:
+        spread = units.double().unsqueeze(2)
+        codes = torch.round(tiles.double() / spread).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        return ((codes * spread - tiles.double()) ** 2 * diagonal.double().reshape(6, 16)).sum(2)
+
+    least = torch.stack([error(sign * unit * k) for k in factors for sign in (1, -1)]).amin(0).sum()
+    upright = torch.stack([error(unit * k) for k in factors]).amin(0).sum()
+    assert choice.after == pytest.approx(float(error(choice.scales(fmt).scale).sum()), rel=1e-5)
+    assert choice.after < float(least) * 1.01
+    assert choice.after < float(upright) * 0.95
 
 
 def test_formats_that_can_turn() -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from detent.algorithms.objective import (
     Units,
     check_elementwise,
+    energy_of,
     nearest_values,
     output_error,
     plainly_rounded,
@@ -43,8 +44,6 @@ _FEW = 16
 _CLOSE = 0.02
 #: Elements rounded together: half a dozen copies of so many are held.
 _MOST_ELEMENTS = 1 << 24
-#: Rows from which the energy of a layer's output, only reported, is estimated.
-_ENERGY_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Rounded:
     Attributes:
         weight: float32 [out, in], every value one that a code stands for: encoding it under the same scales is exact.
         before, after: the objective with plain rounding, and of `weight`.
-        energy: the objective of a weight of zeros, of which `_ENERGY_ROWS` rows may stand for all.
+        energy: the objective of a weight of zeros, of which some rows may stand for all.
         kept_rows: rows that keep plain rounding, since the algorithm would have made them worse.
     """
 
@@ -198,18 +197,13 @@ def _round_alike(jobs: Sequence[Job], factor: Factor) -> list[Rounded]:
         after[close] = rows_error((target - result)[close], factor.moment, exact=True)
     worse = ~(after <= before)
     result[worse] = plain[worse]
-    energy = [_energy(part, factor.moment) for part in target.split(sizes)]
+    energy = [energy_of(part, lambda d: float(output_error(d, factor.moment))) for part in target.split(sizes)]
     return [
         Rounded(rows, float(was.sum()), float(torch.minimum(was, now).sum()), whole, int(kept.sum()))
         for whole, rows, was, now, kept in zip(
             energy, *(tensor.split(sizes) for tensor in (result, before, after, worse)), strict=True
         )
     ]
-
-
-def _energy(weight: Tensor, moment: Tensor) -> float:
-    some = weight[:: max(1, len(weight) // _ENERGY_ROWS)]
-    return float(output_error(some, moment)) * len(weight) / max(1, len(some))
 
 
 class _Columns:

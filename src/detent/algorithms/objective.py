@@ -6,7 +6,7 @@ the calibration tokens, exactly, computed from G alone in ``out * in^2`` operati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,10 +20,15 @@ from detent.formats.granularity import from_tiles, to_tiles
 from detent.formats.kernels import simulate_static
 from detent.formats.qtensor import _tile_scale
 from detent.formats.tiles import TileScale, multiplier
+from detent.statistics import SiteStatistics
 from detent.statistics.products import fast_products
 
 #: Elements worked on at once where many passes follow each other, few enough for a core's cache.
-PIECE = 1 << 17
+PIECE = 1 << 18
+#: Rows from which the energy of a layer's output, only reported, is estimated.
+_ENERGY_ROWS = 256
+#: Outputs of a layer that are held at once.
+_MOST_OUTPUTS = 1 << 22
 
 
 def output_error(difference: Tensor, moment: Tensor) -> Tensor:
@@ -37,6 +42,38 @@ def rows_error(difference: Tensor, moment: Tensor, *, exact: bool = False) -> Te
     with nullcontext() if exact else fast_products(d.numel() * d.shape[1]):
         product = d @ moment
     return (product * d).sum(1, dtype=torch.float64).clamp_min(0.0)
+
+
+def error_measure(statistics: SiteStatistics, most: int | None = None) -> Callable[[Tensor], float]:
+    """What measures ``tr(D G D^T)`` of a difference D [out, in] at a site in the fewest operations: G, or the rows x of
+    a sample, ``sum |D x|^2``.
+
+    Args:
+        statistics: with a second moment or a sample.
+        most: rows of the sample that are enough, for comparing candidates.
+    """
+    if statistics.sample is not None:
+        rows = statistics.drawn()[:most]
+        if len(rows) < rows.shape[1]:
+            share = statistics.tokens / len(rows)
+            return lambda d: share * _outputs_error(d, rows)
+    moment = statistics.moment()
+    return lambda d: float(output_error(d, moment))
+
+
+def _outputs_error(difference: Tensor, rows: Tensor) -> float:
+    total = 0.0
+    with fast_products(difference.numel() * len(rows)):
+        for piece in difference.split(max(1, _MOST_OUTPUTS // len(rows))):
+            outputs = piece @ rows.T
+            total += float(torch.linalg.vecdot(outputs, outputs).sum(dtype=torch.float64))
+    return total
+
+
+def energy_of(weight: Tensor, measure: Callable[[Tensor], float]) -> float:
+    """The objective of a weight of zeros, estimated from some of the rows."""
+    some = weight[:: max(1, len(weight) // _ENERGY_ROWS)]
+    return measure(some) * len(weight) / max(1, len(some))
 
 
 def check_elementwise(fmt: Format, algorithm: str) -> None:

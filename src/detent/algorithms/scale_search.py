@@ -12,7 +12,7 @@ codes, the more it gives: about 10 % less error at 4 bits and 20 % at 2 (AutoRou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,9 +26,13 @@ from detent.errors import DetentError
 from detent.formats import FloatScale, Format, Integer, Scales, float32, scales_from_range
 from detent.formats.granularity import to_tiles
 from detent.formats.tiles import TileScale, multiplier, scale_from_range
+from detent.statistics import SiteStatistics
 
 #: What a range is multiplied with, where scales are powers of two: other factors round to one of these.
 _POWERS = (0.25, 0.5, 2.0)
+#: Bits from which on the sign of a tile's scale is that which gives its largest number the code without a counterpart:
+#: the error is within 1 % of that with both signs tried.
+_SIGN_KNOWN = 4
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,29 @@ def range_factors(fmt: Format, count: int) -> list[float]:
     return [wider * (least + (most - least) / max(1, count - 1) * i) for i in range(count)]
 
 
+def weighing_of(statistics: SiteStatistics, fmt: Format, *, block: bool = True) -> Tensor:
+    """What `weighted_range` weighs differences with: G's blocks where there are groups, unless `block` is False, or its
+    diagonal."""
+    size = fmt.granularity.group_size
+    return statistics.diagonal() if size is None or not block else statistics.blocks(size)
+
+
+def divided_weighing(weighing: Tensor, scale: Tensor) -> Tensor:
+    """The weighing of inputs that are divided by `scale` [channels]."""
+    if weighing.dim() == 1:
+        return weighing / scale.square()
+    groups, size = weighing.shape[:2]
+    padded = torch.nn.functional.pad(scale, (0, groups * size - len(scale)), value=1.0).reshape(groups, size)
+    return weighing / (padded.unsqueeze(1) * padded.unsqueeze(2))
+
+
 def weighted_range(
     weight: Tensor,
     fmt: Format,
     moment: Tensor,
     factors: Iterable[float],
     *,
-    block: bool = False,
+    finer: Sequence[float] = (),
     fp8_scale_sweep: bool = False,
     global_amax: Tensor | None = None,
     turn: bool = False,
@@ -98,76 +118,135 @@ def weighted_range(
     Args:
         weight: [out, in].
         fmt: a format whose codes are chosen one by one.
-        moment: G, float32 [in, in], or its diagonal [in].
+        moment: what of G differences are weighed with, float32: its diagonal [in], or its block under each group of
+            columns [groups, size, size], a short last group filled up with zeros. See `weighing_of`.
         factors: what the plain range is multiplied with; for power-of-two scales 1/4, 1/2 and 2 instead.
-        block: use the block of G under each tile, not its diagonal only; for groups.
+        finer: distances at which factors on both sides of each tile's best one are tried next, one distance after the
+            other, between the least and the greatest of `factors` and 1.
         fp8_scale_sweep: try every E4M3 scale instead, for formats with these under an outer scale.
         global_amax: the largest magnitude behind an outer scale, by default that of `weight`.
         turn: try negative scales too; for formats of which `can_turn` is true.
 
     Raises:
-        DetentError: the sweep is asked of a format without E4M3 scales, or `block` of one without groups.
+        DetentError: the sweep is asked of a format without E4M3 scales.
     """
-    rule, granularity = fmt.scale, fmt.granularity
-    if block and granularity.group_size is None:
-        raise DetentError(f"local_hessian weighs the columns of a group together; {granularity} has no groups")
+    rule = fmt.scale
     low, high = weight_range(weight, fmt)
     outer = None
     if isinstance(rule, FloatScale) and rule.outer:
         outer = rule.outer_scale(weight.detach().abs().amax() if global_amax is None else global_amax, fmt.element)
     elif fp8_scale_sweep:
         raise DetentError(f"fp8_scale_sweep needs E4M3 scales under an outer scale, not {fmt}")
-    tiles = to_tiles(weight.detach().float(), granularity)
-    if block:
-        assert granularity.group_size is not None
-        measure = _block_error(weight, moment, granularity.group_size)
-    else:
-        measure = _diagonal_error(weight, fmt, moment if moment.dim() == 1 else moment.diagonal())
-    factors, lo, hi = list(factors), low.reshape(-1, 1), high.reshape(-1, 1)
-    best_lo, best_hi, total, reached = lo.clone(), hi.clone(), 0.0, 0.0
-    turned = torch.zeros_like(lo, dtype=torch.bool)
+    tiles = to_tiles(weight.detach().float(), fmt.granularity)
+    measure = _block_error(moment) if moment.dim() == 3 else _diagonal_error(weight, fmt, moment)
+    tried = _Tried(fmt, [] if fp8_scale_sweep else list(factors), finer, outer, fp8_scale_sweep)
+    found: list[_Best] = []
     for piece in _pieces(tiles, weight.shape[0]):
-        part, plain_lo, plain_hi = tiles[piece], lo[piece], hi[piece]
-        plain, least = None, torch.full_like(plain_lo, torch.inf)
-        for new_lo, new_hi in _candidates(fmt, plain_lo, plain_hi, factors, outer, fp8_scale_sweep):
-            scale = scale_from_range(fmt, new_lo, new_hi, outer)
-            for negative, error in enumerate(_errors(part, fmt, scale, partial(measure, piece), turn)):
-                plain = error if plain is None else plain
-                better = error < least
-                best_lo[piece] = torch.where(better, new_lo, best_lo[piece])
-                best_hi[piece] = torch.where(better, new_hi, best_hi[piece])
-                if turn:
-                    turned[piece] = torch.where(better, bool(negative), turned[piece])
-                least = torch.minimum(least, error)
-        if plain is not None:
-            total += float(plain.sum(dtype=torch.float64))
-            reached += float(least.sum(dtype=torch.float64))
+        best = _Best(low.reshape(-1, 1)[piece], high.reshape(-1, 1)[piece])
+        sides = _sides(tiles[piece], fmt) if turn else [(tiles[piece], None)]
+        for candidate in tried.ranges(best):
+            scale = scale_from_range(fmt, candidate.low, candidate.high, outer)
+            if candidate is best.plain_range:
+                best.error = best.plain = _error(tiles[piece], fmt, scale, partial(measure, piece))
+                if not turn:
+                    continue
+            for side, negative in sides:
+                best.compare(candidate, _error(side, fmt, scale, partial(measure, piece)), negative)
+        found.append(best)
     return RangeChoice(
-        best_lo.reshape(low.shape),
-        best_hi.reshape(high.shape),
-        total,
-        reached,
-        turned.reshape(low.shape) if turn else None,
+        torch.cat([best.low for best in found]).reshape(low.shape),
+        torch.cat([best.high for best in found]).reshape(high.shape),
+        sum(float(best.plain.sum(dtype=torch.float64)) for best in found),
+        sum(float(best.error.sum(dtype=torch.float64)) for best in found),
+        torch.cat([best.negative for best in found]).reshape(low.shape) if turn else None,
     )
 
 
-def _errors(
-    tiles: Tensor, fmt: Format, scale: TileScale, measure: Callable[[Tensor], Tensor], turn: bool
-) -> Iterator[Tensor]:
-    """The error of each tile under `scale`, and, if it may turn, under its negative."""
+@dataclass(frozen=True)
+class _Range:
+    """A range of each of some tiles, each [tiles, 1] or a number, and what the plain one is multiplied with for it."""
+
+    low: Tensor
+    high: Tensor
+    factor: Tensor | float = 1.0
+
+
+class _Best:
+    """The best range of each of some tiles so far.
+
+    Attributes:
+        low, high, factor, negative: [tiles, 1].
+        error, plain: the objective under it, and under the plain range.
+    """
+
+    def __init__(self, low: Tensor, high: Tensor) -> None:
+        self.plain_range = _Range(low, high)
+        self.low, self.high, self.factor = low, high, torch.ones_like(low)
+        self.negative = torch.zeros_like(low, dtype=torch.bool)
+        self.error = self.plain = torch.full_like(low, torch.inf)
+
+    def compare(self, candidate: _Range, error: Tensor, negative: Tensor | None) -> None:
+        """Take what is better."""
+        better = error < self.error
+        self.low = torch.where(better, candidate.low, self.low)
+        self.high = torch.where(better, candidate.high, self.high)
+        self.factor = torch.where(better, candidate.factor, self.factor)
+        if negative is not None:
+            self.negative = torch.where(better, negative, self.negative)
+        self.error = torch.minimum(error, self.error)
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """Which ranges are tried; see `weighted_range`."""
+
+    fmt: Format
+    factors: Sequence[float]
+    finer: Sequence[float]
+    outer: Tensor | None
+    sweep: bool
+
+    def ranges(self, best: _Best) -> Iterator[_Range]:
+        """The plain range, then others; what comes later may depend on which was the best before."""
+        plain = best.plain_range
+        yield plain
+        if self.sweep:
+            assert self.outer is not None
+            yield from (_Range(low, high) for low, high in e4m3_ranges(self.fmt, plain.high, self.outer))
+            return
+        free = isinstance(self.fmt.scale, FloatScale)
+        for factor in self.factors if free else _POWERS:
+            yield _Range(plain.low * factor, plain.high * factor, factor)
+        for distance in self.finer if free else ():
+            middle, ends = best.factor, (min(1.0, *self.factors), max(1.0, *self.factors))
+            for near in ((middle - distance).clamp(*ends), (middle + distance).clamp(*ends)):
+                yield _Range(plain.low * near, plain.high * near, near)
+
+
+def _sides(tiles: Tensor, fmt: Format) -> list[tuple[Tensor, Tensor | None]]:
+    """Tiles as they look under scales of the sign that is tried, [tiles, elements], and which scales are negative.
+
+    The code without a counterpart is worth most to the largest number of a tile. Under 4 bits, either sign is tried:
+    there the better one may be the other.
+    """
+    if fmt.element.bits < _SIGN_KNOWN:
+        return [
+            (tiles, torch.zeros_like(tiles[:, :1], dtype=torch.bool)),
+            (-tiles, torch.ones_like(tiles[:, :1], dtype=torch.bool)),
+        ]
+    low, high = tiles.aminmax(dim=1, keepdim=True)
+    negative = high > -low
+    return [(torch.where(negative, -tiles, tiles), negative)]
+
+
+def _error(tiles: Tensor, fmt: Format, scale: TileScale, measure: Callable[[Tensor], Tensor]) -> Tensor:
+    """The error of each tile under `scale`."""
     if fmt.zero_point != "none" or scale.outer is not None or not float32.supports(fmt):
-        yield measure(quick_tile_values(tiles, fmt, scale).sub_(tiles))
-        return
+        return measure(quick_tile_values(tiles, fmt, scale).sub_(tiles))
     # In units of the scale: what is measured is quadratic.
     unit = multiplier(fmt, scale).float()
-    quotient, square = tiles / unit, unit.square()
-    element = fmt.element
-    if not turn:
-        yield measure(float32.nearest(element, quotient).sub_(quotient)).mul_(square)
-        return
-    codes = float32.to_integer(quotient)
-    yield measure(codes.clamp(element.minimum, element.maximum).sub_(quotient)).mul_(square)
-    yield measure(codes.clamp_(-element.maximum, -element.minimum).sub_(quotient)).mul_(square)
+    quotient = tiles / unit
+    return measure(float32.nearest(fmt.element, quotient).sub_(quotient)).mul_(unit.square())
 
 
 def _pieces(tiles: Tensor, rows: int) -> Iterator[slice]:
@@ -177,19 +256,6 @@ def _pieces(tiles: Tensor, rows: int) -> Iterator[slice]:
     step = max(1, PIECE // max(1, tiles.shape[1] * per_row)) * per_row
     for start in range(0, count, step):
         yield slice(start, start + step)
-
-
-def _candidates(
-    fmt: Format, low: Tensor, high: Tensor, factors: Iterable[float], outer: Tensor | None, sweep: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The plain range first."""
-    yield low, high
-    if sweep:
-        assert outer is not None
-        yield from e4m3_ranges(fmt, high, outer)
-        return
-    for k in factors if isinstance(fmt.scale, FloatScale) else _POWERS:
-        yield low * k, high * k
 
 
 #: From some tiles, by number, and their difference to the error of each, [tiles, 1].
@@ -212,13 +278,9 @@ def _diagonal_error(weight: Tensor, fmt: Format, diagonal: Tensor) -> Measure:
     return lambda piece, difference: torch.linalg.vecdot(difference.square_(), expanded[piece]).unsqueeze(1)
 
 
-def _block_error(weight: Tensor, moment: Tensor, size: int) -> Measure:
-    """The same with the whole block of G that belongs to a group of columns; a short last group counts as padded."""
-    width = weight.shape[1]
-    groups = -(-width // size)
-    padded = torch.zeros(groups * size, groups * size, dtype=torch.float32, device=moment.device)
-    padded[:width, :width] = moment
-    blocks = torch.stack([padded[i : i + size, i : i + size] for i in range(0, groups * size, size)])
+def _block_error(blocks: Tensor) -> Measure:
+    """The same with the whole block of G that belongs to a group of columns."""
+    groups, size = blocks.shape[:2]
 
     def measure(_: slice, difference: Tensor) -> Tensor:
         d = difference.reshape(-1, groups, size).transpose(0, 1)

@@ -14,27 +14,37 @@ both are rounded.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from detent.algorithms.max import weight_range
-from detent.algorithms.objective import output_error, requantize, rounded_under, tile_values
-from detent.algorithms.scale_search import weighted_range
-from detent.errors import DetentError
-from detent.formats import FloatScale, Format, fake_quantize, scales_from_range
+from detent.algorithms.objective import error_measure, plainly_rounded, rounded_under, tile_values
+from detent.algorithms.scale_search import (
+    RangeChoice,
+    can_turn,
+    divided_weighing,
+    range_factors,
+    weighing_of,
+    weighted_range,
+)
+from detent.formats import FloatScale, Format, fake_quantize
 from detent.formats.granularity import from_tiles, to_tiles
-from detent.formats.tiles import scale_from_range
+from detent.formats.tiles import TileScale, scale_from_range
 from detent.statistics import SiteStatistics
 
 _LEAST, _MOST = 1e-4, 1e4
 #: The alphas that a search tries.
 _ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-#: Output rows of a site's layers that candidates are compared on; the chosen one is measured on all.
-_ROWS = 256
-#: Scales that are compared after clipping.
+#: Output rows of a site's layers that candidates are compared on: as many as hold so many weights, or so many rows.
+_COMPARED, _LEAST_ROWS = 1 << 17, 128
+#: Scales, and none at all, that are compared after clipping.
 _FINALISTS = 3
+#: As `_COMPARED` for what is measured of the chosen one.
+_MEASURED = 1 << 20
+#: Tokens that they are compared on, where so few take less work than the whole second moment.
+_TOKENS = 512
 
 #: From a scale to the one that can be used, such as equal ones for channels that share a producer.
 Tie = Callable[[Tensor], Tensor]
@@ -85,9 +95,7 @@ def smoothquant_search(
     Raises:
         DetentError: no sample was drawn.
     """
-    x = statistics.sample
-    if x is None or not x.shape[0]:
-        raise DetentError("smoothquant: alpha='auto' needs a sample of tokens, and none was drawn")
+    x = statistics.drawn()
     targets = [x @ w.detach().float().T for w in weights]
     largest = torch.stack([w.detach().abs().amax(0).float() for w in weights]).amax(0)
 
@@ -124,26 +132,26 @@ def awq_scale(
     *,
     alpha_step: float = 0.1,
     refine: bool = True,
-    clip: Sequence[float] = (),
+    clip: Clipping | None = None,
     tie: Tie = lambda scale: scale,
 ) -> ScaleChoice:
     """The channel scale under which the weights of a site, rounded, change its outputs least.
 
     Args:
-        statistics: of the site, with its second moment.
+        statistics: of the site, with its second moment or a sample.
         weights: float [out, in] of every layer that reads the site.
         formats: their formats.
         alpha_step: distance of the exponents tried in [0, 1].
         refine: try also what lies between the best grid point and its neighbours.
-        clip: shares of the range that each tile may be clipped to afterwards: the best scales, and none at all, are
-            then compared as they are after clipping, and the objectives are those of clipped weights.
+        clip: how each tile is clipped afterwards: the best scales, and none at all, are then compared as they are after
+            clipping, and the objectives are those of clipped weights.
         tie: makes a scale usable.
     """
-    moment = statistics.moment()
+    rounded = _quickly_rounded if clip is None or not clip.signed_scales else _roughly_clipped
+    measure, quick = error_measure(statistics), error_measure(statistics, _TOKENS)
     ones = torch.ones_like(statistics.amax)
-    share = max(1, sum(weight.shape[0] for weight in weights) // _ROWS)
-    sampled = [weight[::share] for weight in weights]
-    plain = _loss(ones, sampled, formats, moment)
+    some, measured = _some_rows(weights, formats, _COMPARED), _some_rows(weights, formats, _MEASURED)
+    plain = _loss(ones, some, formats, quick, rounded)
     tried = [ScaleChoice(ones, 0.0, 0.0, plain, plain)]
     magnitude = _weight_magnitude(weights, formats)
     activation = statistics.mean_abs.double()
@@ -154,7 +162,7 @@ def awq_scale(
         live = scale[~dead] if bool((~dead).any()) else scale
         scale = scale / (live.amax() * live.amin()).sqrt()
         scale = tie(torch.where(dead, 1.0, scale).clamp(_LEAST, _MOST).float())
-        tried.append(ScaleChoice(scale, alpha, beta, plain, _loss(scale, sampled, formats, moment)))
+        tried.append(ScaleChoice(scale, alpha, beta, plain, _loss(scale, some, formats, quick, rounded)))
 
     steps = max(1, round(1 / alpha_step))
     for i in range(steps + 1):
@@ -167,44 +175,51 @@ def awq_scale(
         for da, db in ((-half, 0.0), (half, 0.0), (0.0, -2 * half), (0.0, 2 * half)):
             attempt(max(0.0, best.alpha + da), max(0.0, best.beta + db))
     ranked = sorted(tried, key=lambda choice: choice.after)
-    if not clip:
-        before, best = _loss(ones, weights, formats, moment), ranked[0]
-        after = before if best is tried[0] else _loss(best.scale, weights, formats, moment)
+    if clip is None:
+        before, best = _loss(ones, measured, formats, measure, rounded), ranked[0]
+        after = before if best is tried[0] else _loss(best.scale, measured, formats, measure, rounded)
         if after >= before:
             return ScaleChoice(ones, 0.0, 0.0, before, before)
         return ScaleChoice(best.scale, best.alpha, best.beta, before, after)
-    unclipped = tried[0]
-    finalists = [unclipped, *[choice for choice in ranked[:_FINALISTS] if choice is not unclipped]]
-    losses = [_clipped_loss(choice.scale, weights, formats, moment, clip) for choice in finalists]
-    return min(
-        (
-            ScaleChoice(choice.scale, choice.alpha, choice.beta, losses[0], loss)
-            for choice, loss in zip(finalists, losses, strict=True)
-        ),
-        key=lambda choice: choice.after,
-    )
+    weighings = [weighing_of(statistics, fmt) for fmt in formats]
+
+    def clipped_loss(scale: Tensor) -> float:
+        differences = []
+        for weight, fmt, weighing in zip(some, formats, weighings, strict=True):
+            wide = weight.detach().float() * scale
+            choice = clip.search(wide, fmt, divided_weighing(weighing, scale))
+            clipped = plainly_rounded(wide, fmt, choice.scales(fmt, wide.abs().amax()))
+            differences.append(clipped.sub_(wide).div_(scale))
+        return quick(torch.cat(differences))
+
+    before = clipped_loss(ones)
+    choices = [ScaleChoice(ones, 0.0, 0.0, before, before)]
+    for choice in ranked[:_FINALISTS]:
+        if choice is not tried[0]:
+            choices.append(replace(choice, before=before, after=clipped_loss(choice.scale)))
+    return min(choices, key=lambda choice: choice.after)
 
 
-def _clipped_loss(
-    scale: Tensor, weights: Sequence[Tensor], formats: Sequence[Format], moment: Tensor, clip: Sequence[float]
+def _some_rows(weights: Sequence[Tensor], formats: Sequence[Format], elements: int) -> list[Tensor]:
+    """Rows of all weights together, evenly spread, of about so many elements; all of them where rows share scales."""
+    most = max(_LEAST_ROWS, elements // weights[0].shape[1])
+    step = max(1, sum(weight.shape[0] for weight in weights) // most)
+    apart = all(fmt.granularity.lengths(tuple(w.shape))[0] == 1 for w, fmt in zip(weights, formats, strict=True))
+    return [weight[::step] if apart else weight for weight in weights]
+
+
+def _loss(
+    scale: Tensor,
+    weights: Sequence[Tensor],
+    formats: Sequence[Format],
+    measure: Callable[[Tensor], float],
+    rounded: Callable[[Tensor, Format], Tensor],
 ) -> float:
-    inverse = 1 / scale
-    scaled_moment = moment * (inverse[:, None] * inverse)
-    total = 0.0
-    for weight, fmt in zip(weights, formats, strict=True):
-        wide = weight.detach().float() * scale
-        choice = weighted_range(wide, fmt, scaled_moment, clip, block=fmt.granularity.group_size is not None)
-        clipped = requantize(wide, fmt, scales_from_range(fmt, choice.low, choice.high, amax_tensor=wide.abs().amax()))
-        total += float(output_error(clipped - wide, scaled_moment))
-    return total
-
-
-def _loss(scale: Tensor, weights: Sequence[Tensor], formats: Sequence[Format], moment: Tensor) -> float:
     differences = []
     for weight, fmt in zip(weights, formats, strict=True):
         w = weight.detach().float()
-        differences.append(_quickly_rounded(w * scale, fmt).div_(scale).sub_(w))
-    return float(output_error(torch.cat(differences), moment))
+        differences.append(rounded(w * scale, fmt).div_(scale).sub_(w))
+    return measure(torch.cat(differences))
 
 
 def _quickly_rounded(weight: Tensor, fmt: Format) -> Tensor:
@@ -215,6 +230,17 @@ def _quickly_rounded(weight: Tensor, fmt: Format) -> Tensor:
     low, high = (bound.reshape(-1, 1) for bound in weight_range(weight, fmt))
     outer = rule.outer_scale(weight.abs().amax(), fmt.element) if rule.outer else None
     return rounded_under(weight, fmt, scale_from_range(fmt, low, high, outer))
+
+
+def _roughly_clipped(weight: Tensor, fmt: Format) -> Tensor:
+    """`weight` rounded about as it is after its tiles are clipped under scales of either sign."""
+    if not can_turn(fmt):
+        return _quickly_rounded(weight, fmt)
+    factor = range_factors(fmt, 3)[1]
+    low, high = (bound.reshape(-1, 1) * factor for bound in weight_range(weight, fmt))
+    scale = scale_from_range(fmt, low, high)
+    least, most = to_tiles(weight, fmt.granularity).aminmax(dim=1, keepdim=True)
+    return rounded_under(weight, fmt, TileScale(torch.where(most > -least, -scale.value, scale.value)))
 
 
 def _weight_magnitude(weights: Sequence[Tensor], formats: Sequence[Format]) -> Tensor:
@@ -229,7 +255,25 @@ def _weight_magnitude(weights: Sequence[Tensor], formats: Sequence[Format]) -> T
     return torch.cat(rows).mean(0, dtype=torch.float64).clamp_min(1e-6)
 
 
-def clip_factors(min_clip_ratio: float, shrink_step: float) -> list[float]:
-    """The shares of a tile's range that AWQ's clipping tries, 1 excluded."""
-    steps = round((1 - min_clip_ratio) / shrink_step)
-    return [1 - i * shrink_step for i in range(1, steps + 1)]
+@dataclass(frozen=True)
+class Clipping:
+    """AWQ's search for how much of each tile's range to give up: every fifth of the shares from 1 down to `least`,
+    `step` apart, then those on both sides of the best, two steps and one step away.
+
+    Attributes:
+        least: the smallest share of the range.
+        step: distance of shares.
+        signed_scales: whether scales may be negative.
+    """
+
+    least: float
+    step: float
+    signed_scales: bool
+
+    def search(self, weight: Tensor, fmt: Format, weighing: Tensor, global_amax: Tensor | None = None) -> RangeChoice:
+        """The range of each tile, under differences weighed with `weighing`; see `weighted_range`."""
+        steps = round((1 - self.least) / self.step)
+        factors = [1 - i * self.step for i in sorted({*range(5, steps, 5), steps} - {0})]
+        turn = self.signed_scales and can_turn(fmt)
+        finer = (2 * self.step, self.step)
+        return weighted_range(weight, fmt, weighing, factors, finer=finer, turn=turn, global_amax=global_amax)

@@ -155,6 +155,8 @@ class AWQClipCalibConfig(DataAlgorithmConfig):
     Attributes:
         min_clip_ratio: the smallest share of the range that is tried.
         shrink_step: distance of the shares tried.
+        signed_scales: let the scales of signed integers be negative where that suits a tile better; see
+            `GPTQCalibConfig`.
         max_co_batch_size, max_tokens_per_batch: accepted for configurations that set them; clipping is computed from
             second moments here, whose cost doesn't depend on tokens.
     """
@@ -162,6 +164,7 @@ class AWQClipCalibConfig(DataAlgorithmConfig):
     method: Literal["awq_clip"] = ConfigField("awq_clip")
     min_clip_ratio: float = ConfigField(0.5, gt=0, le=1)
     shrink_step: float = ConfigField(0.025, gt=0, lt=1)
+    signed_scales: bool = ConfigField(True)
     max_co_batch_size: int | None = ConfigField(None)
     max_tokens_per_batch: int | None = ConfigField(None)
 
@@ -172,6 +175,7 @@ class AWQFullCalibConfig(AWQLiteCalibConfig):
     method: Literal["awq_full"] = ConfigField("awq_full")  # type: ignore[assignment]
     min_clip_ratio: float = ConfigField(0.5, gt=0, le=1)
     shrink_step: float = ConfigField(0.025, gt=0, lt=1)
+    signed_scales: bool = ConfigField(True)
     max_co_batch_size: int | None = ConfigField(None)
     max_tokens_per_batch: int | None = ConfigField(None)
 

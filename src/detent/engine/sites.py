@@ -15,14 +15,25 @@ from detent.data.padding import drop_padding
 from detent.engine.layers import Layer
 from detent.statistics import SiteStatistics
 
+#: Rows of a sample from which second moments are estimated, however wide they are.
+LEAST_ROWS = 1024
+
 
 @dataclass(frozen=True)
 class Wanted:
-    """The statistics that a run needs beyond channel ranges; `references`: whether the float model runs too."""
+    """The statistics that a run needs beyond channel ranges.
+
+    Attributes:
+        second_moment, cross_moment: see `SiteStatistics`.
+        sample_size: rows of a sample.
+        sample_elements: the same as how many numbers they hold; at least `LEAST_ROWS` rows.
+        references: whether the float model runs too.
+    """
 
     second_moment: bool = False
     cross_moment: bool = False
     sample_size: int = 0
+    sample_elements: int = 0
     references: bool = False
 
     def __or__(self, other: Wanted) -> Wanted:
@@ -30,8 +41,14 @@ class Wanted:
             self.second_moment or other.second_moment,
             self.cross_moment or other.cross_moment,
             max(self.sample_size, other.sample_size),
+            max(self.sample_elements, other.sample_elements),
             self.references or other.references,
         )
+
+    def rows(self, channels: int) -> int:
+        """How many rows of so many channels a sample has."""
+        by_elements = max(LEAST_ROWS, self.sample_elements // channels) if self.sample_elements else 0
+        return max(self.sample_size, by_elements)
 
 
 @dataclass
@@ -153,7 +170,7 @@ class SiteObserver:
             layer.width,
             second_moment=self._wanted.second_moment,
             cross_moment=self._wanted.cross_moment,
-            sample_size=self._wanted.sample_size,
+            sample_size=self._wanted.rows(layer.width),
             device=layer.module.weight.device,
         )
         site = self._site_of[layer.name] = Site([layer], statistics)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from detent.algorithms.gptq import Job, factorise, gptq
 from detent.algorithms.mse import least_error_range, multipliers
-from detent.algorithms.objective import check_elementwise, output_error
+from detent.algorithms.objective import check_elementwise, energy_of, error_measure
 from detent.algorithms.outcome import Outcome
 from detent.algorithms.retarget import retarget
-from detent.algorithms.scale_search import RangeChoice, can_turn, range_factors, weighted_range
-from detent.algorithms.smooth import ScaleChoice, Tie, awq_scale, clip_factors, smoothquant_scale, smoothquant_search
+from detent.algorithms.scale_search import RangeChoice, can_turn, range_factors, weighing_of, weighted_range
+from detent.algorithms.smooth import Clipping, ScaleChoice, Tie, awq_scale, smoothquant_scale, smoothquant_search
 from detent.config.algorithm import (
     AutoRoundCalibConfig,
     AWQClipCalibConfig,
@@ -49,6 +49,9 @@ from detent.progress import track
 
 _log = logging.getLogger(__name__)
 
+#: Numbers in the sample of tokens from which AWQ's objective is taken, at each site: 8 MiB.
+SAMPLE_ELEMENTS = 1 << 21
+
 
 def wanted(steps: Sequence[QuantizeAlgorithmConfig]) -> Wanted:
     """The statistics that the steps need together."""
@@ -60,6 +63,8 @@ def wanted(steps: Sequence[QuantizeAlgorithmConfig]) -> Wanted:
             need |= Wanted(references=True)
         elif isinstance(step, GPTQCalibConfig):
             need |= Wanted(second_moment=True, cross_moment=step.retarget, references=step.retarget)
+        elif isinstance(step, (AWQLiteCalibConfig, AWQClipCalibConfig)):
+            need |= Wanted(sample_elements=SAMPLE_ELEMENTS)
         elif isinstance(step, DataAlgorithmConfig) and not isinstance(step, DistillCalibConfig):
             need |= Wanted(second_moment=True)
     return need
@@ -157,13 +162,13 @@ class _AtWork:
             case SmoothQuantCalibConfig():
                 self._smooth(step)
             case AWQFullCalibConfig():
-                clip = clip_factors(step.min_clip_ratio, step.shrink_step)
+                clip = Clipping(step.min_clip_ratio, step.shrink_step, step.signed_scales)
                 self._awq(step, clip)
-                self._search(str(step.method), clip, label="awq_full (clip)")
+                self._clip(clip, "awq_full (clip)")
             case AWQLiteCalibConfig():
                 self._awq(step)
             case AWQClipCalibConfig():
-                self._search(str(step.method), clip_factors(step.min_clip_ratio, step.shrink_step))
+                self._clip(Clipping(step.min_clip_ratio, step.shrink_step, step.signed_scales), str(step.method))
             case LocalHessianCalibConfig():
                 factors = multipliers(step.step_size, step.start_multiplier, step.stop_multiplier)
                 by_block, sweep = step.weighting == "block", step.fp8_scale_sweep
@@ -243,7 +248,7 @@ class _AtWork:
         )
         self._take(name, "squared error of the outputs on a sample of tokens", choice)
 
-    def _awq(self, step: AWQLiteCalibConfig, clip: Sequence[float] = (), name: str = "") -> None:
+    def _awq(self, step: AWQLiteCalibConfig, clip: Clipping | None = None, name: str = "") -> None:
         name = name or str(step.method)
         reason = self._cannot_scale()
         if not reason and any(layer.width != layer.channels for layer in self._site.layers):
@@ -265,13 +270,12 @@ class _AtWork:
 
     def _take(self, name: str, objective: str, choice: ScaleChoice) -> None:
         """Use a scale that a search found, or say that none is better than plain rounding."""
-        moment = self._site.statistics.second_moment
         helps = choice.after < choice.before
         share = len(self.layers)
         for layer in self.layers:
             energy = None
-            if share == 1 and moment is not None:  # else the objective isn't this layer's
-                energy = float(output_error(layer.matrix(), moment))
+            if share == 1 and objective.startswith("tr("):  # else the objective isn't this layer's
+                energy = energy_of(layer.matrix(), error_measure(self._site.statistics))
             layer.note(
                 Outcome(
                     name,
@@ -382,53 +386,50 @@ class _AtWork:
         else:
             layer.set_scales(scales_from_range(fmt, low, high, amax_tensor=self._amax_behind(fmt)))
         layer.module.refresh_weight()
+        self._found(layer)
+
+    def _found(self, layer: Layer) -> None:
+        """Note that a search found the layer's scales."""
         self._solver.ranged.add(layer.name)
         self._solver.searched.add(layer.name)
 
     def _amax_behind(self, fmt: Format) -> Tensor | None:
         return self._outer_amax() if isinstance(fmt.scale, FloatScale) and fmt.scale.outer else None
 
-    def _search(
-        self, name: str, factors: Sequence[float], *, block: bool = True, sweep: bool = False, label: str = ""
-    ) -> None:
-        """The ranges of least error weighed by the blocks of G, where there are groups and they are wanted, or its
-        diagonal."""
+    def _clip(self, clip: Clipping, name: str) -> None:
+        """How much of each tile's range to give up."""
         for layer in self.layers:
-            grouped = layer.format.granularity.group_size is not None and block
-            choice = self._choose(layer, name, factors, block=grouped, sweep=sweep)
-            objective = "error weighed by G's " + ("blocks" if grouped else "diagonal")
-            layer.note(Outcome(label or name, objective, choice.before, choice.after))
-            self._set_range(layer, choice.low, choice.high)
+            self._check(layer, name)
+            weighing = weighing_of(self._site.statistics, layer.format)
+            choice = clip.search(layer.matrix(), layer.format, weighing, self._amax_behind(layer.format))
+            self._use(layer, name, weighing, choice)
 
-    def _choose(
-        self,
-        layer: Layer,
-        name: str,
-        factors: Sequence[float],
-        *,
-        block: bool,
-        sweep: bool = False,
-        weight: Tensor | None = None,
-        turn: bool = False,
-    ) -> RangeChoice:
-        self._check(layer, name)
-        fmt = layer.format
-        rule, outer = fmt.scale, self._amax_behind(fmt)
-        sweep = sweep and isinstance(rule, FloatScale) and rule.outer and rule.dtype == "e4m3"
-        moment = self._site.statistics.moment()
-        try:
-            return weighted_range(
-                layer.matrix() if weight is None else weight,
-                fmt,
-                moment,
+    def _search(self, name: str, factors: Sequence[float], *, block: bool, sweep: bool) -> None:
+        """The ranges of least error."""
+        for layer in self.layers:
+            self._check(layer, name)
+            rule = layer.format.scale
+            sweep = sweep and isinstance(rule, FloatScale) and rule.outer and rule.dtype == "e4m3"
+            weighing = weighing_of(self._site.statistics, layer.format, block=block)
+            choice = weighted_range(
+                layer.matrix(),
+                layer.format,
+                weighing,
                 factors,
-                block=block,
                 fp8_scale_sweep=sweep,
-                global_amax=outer,
-                turn=turn,
+                global_amax=self._amax_behind(layer.format),
             )
-        except DetentError as error:
-            raise DetentError(f"{layer.name}: {error}") from None
+            self._use(layer, name, weighing, choice)
+
+    def _use(self, layer: Layer, name: str, weighing: Tensor, choice: RangeChoice) -> None:
+        """Take the ranges that a search found."""
+        objective = "error weighed by G's " + ("blocks" if weighing.dim() == 3 else "diagonal")
+        layer.note(Outcome(name, objective, choice.before, choice.after))
+        if choice.turned is None:
+            self._set_range(layer, choice.low, choice.high)
+        else:
+            layer.set_scales(choice.scales(layer.format))
+            self._found(layer)
 
     # ---- a low-rank branch ------------------------------------------------------------------------------------------
 
@@ -483,10 +484,12 @@ class _AtWork:
         if step.scale_search and layer.name not in self._solver.searched:
             turn = step.signed_scales and can_turn(layer.format)
             factors = range_factors(layer.format, step.search_steps)
-            choice = self._choose(layer, "gptq", factors, block=False, weight=target, turn=turn)
-            self._solver.ranged.add(layer.name)
-            self._solver.searched.add(layer.name)
-            return Job(weight, layer.format, choice.scales(layer.format, self._amax_behind(layer.format)), target)
+            amax = self._amax_behind(layer.format)
+            weighing = weighing_of(statistics, layer.format, block=False)
+            wish = weight if target is None else target
+            choice = weighted_range(wish, layer.format, weighing, factors, global_amax=amax, turn=turn)
+            self._found(layer)
+            return Job(weight, layer.format, choice.scales(layer.format, amax), target)
         if layer.name not in self._solver.ranged:
             self._range(layer, None)
         return Job(weight, layer.format, layer.scales(), target)
@@ -499,11 +502,11 @@ class _AtWork:
             raise DetentError(f"{layer.name}: {error}") from None
 
     def _output_error(self, layer: Layer) -> float:
-        moment = self._site.statistics.second_moment
-        if moment is None:
+        statistics = self._site.statistics
+        if statistics.second_moment is None and statistics.sample is None:
             return _squares(layer)
         weight = layer.matrix()
-        return float(output_error(fake_quantize(weight, layer.format) - weight, moment))
+        return error_measure(statistics)(fake_quantize(weight, layer.format) - weight)
 
 
 def follows_channels(layer: Layer) -> bool:

@@ -130,8 +130,10 @@ def _chain(
     default = any(not isinstance(step, SmoothQuantCalibConfig) for step in data_steps)
     if not (asked[-1] if asked else default):
         return None
-    with off(quantizers()):
-        chain = record_chain(model, block_names(model), run, spill=any(step.spill for step in data_steps))
+    names = block_names(model)
+    weights = (parameter for name in names[:1] for parameter in model.get_submodule(name).parameters())
+    with off(quantizers()), fast_forward(weights):
+        chain = record_chain(model, names, run, spill=any(step.spill for step in data_steps))
     if isinstance(chain, NoChain):
         must = any(asked) or any(getattr(step, "retarget", False) for step in data_steps)
         text = f"The model is taken as a whole, not block by block: {chain.reason}"

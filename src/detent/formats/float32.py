@@ -55,7 +55,8 @@ def values(x: Tensor, fmt: Format, unit: Tensor, zero_point: Tensor | None) -> T
         quotient = _off_false_ties(quotient, scaled, divisor)
     if zero_point is None:
         return nearest(fmt.element, quotient) * unit
-    steps = to_integer(quotient.clamp(-1024.0, 1024.0))  # beyond any distance from the zero point
+    bounded = quotient.clamp(-1024.0, 1024.0)  # beyond any distance from the zero point
+    steps = (bounded + _TO_INTEGER) - _TO_INTEGER
     low, high = fmt.element.minimum - zero_point, fmt.element.maximum - zero_point
     return torch.minimum(torch.maximum(steps, low), high) * unit
 
@@ -63,7 +64,7 @@ def values(x: Tensor, fmt: Format, unit: Tensor, zero_point: Tensor | None) -> T
 def nearest(element: Element, v: Tensor) -> Tensor:
     """`element.nearest` in float32, for the elements that `supports` accepts."""
     if isinstance(element, Integer):
-        return to_integer(v.clamp(element.minimum, element.maximum))
+        return v.clamp(element.minimum, element.maximum).add_(_TO_INTEGER).sub_(_TO_INTEGER)
     assert isinstance(element, Float)
     if element in _CASTS:  # conversion instructions, or code as good, exist; they round to even but don't saturate
         return v.clamp(element.minimum, element.maximum).to(_CASTS[element]).to(torch.float32)
@@ -74,11 +75,6 @@ def nearest(element: Element, v: Tensor) -> Tensor:
         below = _TO_INTEGER * 2.0 ** (exponent - 1 - element.mantissa_bits)
         magic = torch.where(magnitude < 2.0**exponent, below, magic)
     return torch.copysign((magnitude + magic) - magic, v)
-
-
-def to_integer(v: Tensor) -> Tensor:
-    """`v` (below 2^22) rounded to integers, ties to even."""
-    return (v + _TO_INTEGER) - _TO_INTEGER
 
 
 def _off_false_ties(quotient: Tensor, x: Tensor, divisor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """`SiteStatistics`: what the activations at one site leave behind. A site is one tensor that one or more weights read.
 
-Invariant: merging is associative and commutative (up to float32 rounding), so shards of data can be observed apart.
+Invariant: merging is associative and commutative (up to float32 rounding, and to which rows a sample holds), so shards
+of data can be observed apart.
 
 Second moments are sums of float32 products. Each update adds one matrix product, itself a float32 sum over the tokens
 of a batch, to a float32 total: after n updates an entry is off by at most about n * 2^-24 of ``sum |x_i x_j|``, far
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from detent.errors import DetentError
 from detent.statistics.products import fast_products
+from detent.statistics.sample import Sample
 
 
 @dataclass
@@ -29,9 +31,7 @@ class SiteStatistics:
         second_moment: float32 [channels, channels], the sum of x x^T, or None where it wasn't asked for.
         cross_moment: float32 [channels, channels], the sum of r x^T with r the same token's row in the float model, or
             None where it wasn't asked for.
-        sample: float32 [at most sample_size, channels], rows drawn from all that were seen. Which ones depends on their
-            values alone, so that the draw doesn't depend on the order.
-        sample_size: the most rows in `sample`.
+        sample: rows drawn from all that were seen, or None where none were asked for.
     """
 
     tokens: int
@@ -40,8 +40,7 @@ class SiteStatistics:
     abs_sum: Tensor
     second_moment: Tensor | None = None
     cross_moment: Tensor | None = None
-    sample: Tensor | None = None
-    sample_size: int = 0
+    sample: Sample | None = None
 
     @staticmethod
     def empty(
@@ -64,8 +63,7 @@ class SiteStatistics:
             zeros(channels),
             zeros(channels, channels) if second_moment else None,
             zeros(channels, channels) if cross_moment else None,
-            zeros(0, channels) if sample_size else None,
-            sample_size,
+            Sample(sample_size, channels, device) if sample_size else None,
         )
 
     def update(self, x: Tensor, name: str = "activation", reference: Tensor | None = None) -> None:
@@ -80,6 +78,8 @@ class SiteStatistics:
         low, high = rows.amin(0), rows.amax(0)
         if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
             raise DetentError(f"{name}: NaN or infinity in an activation during calibration")
+        if self.sample is not None:
+            self.sample.add(rows, self.tokens)
         self.tokens += rows.shape[0]
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         self.abs_sum = self.abs_sum + rows.abs().sum(0)
@@ -89,8 +89,6 @@ class SiteStatistics:
             if self.cross_moment is not None:
                 other = rows if reference is None else reference.detach().reshape(rows.shape).to(torch.float32)
                 self.cross_moment += other.T @ rows
-        if self.sample is not None:
-            self.sample = _drawn(torch.cat([self.sample, rows]), self.sample_size)
 
     def merge(self, other: SiteStatistics) -> SiteStatistics:
         """The statistics of what both have seen; moments and samples only where both have them."""
@@ -98,8 +96,6 @@ class SiteStatistics:
         def added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
             return None if a is None or b is None else a + b
 
-        size = min(self.sample_size, other.sample_size)
-        both = self.sample is not None and other.sample is not None
         return SiteStatistics(
             self.tokens + other.tokens,
             torch.minimum(self.low, other.low),
@@ -107,8 +103,7 @@ class SiteStatistics:
             self.abs_sum + other.abs_sum,
             added(self.second_moment, other.second_moment),
             added(self.cross_moment, other.cross_moment),
-            _drawn(torch.cat([self.sample, other.sample]), size) if both else None,  # type: ignore[list-item]
-            size if both else 0,
+            None if self.sample is None or other.sample is None else self.sample.merged(other.sample),
         )
 
     def divided(self, scale: Tensor) -> SiteStatistics:
@@ -122,7 +117,7 @@ class SiteStatistics:
             abs_sum=self.abs_sum * inverse,
             second_moment=None if self.second_moment is None else self.second_moment * outer,
             cross_moment=None if self.cross_moment is None else self.cross_moment * outer,
-            sample=None if self.sample is None else self.sample * inverse,
+            sample=None if self.sample is None else self.sample.scaled(inverse),
         )
 
     @property
@@ -136,19 +131,40 @@ class SiteStatistics:
         return self.abs_sum / max(1, self.tokens)
 
     def moment(self) -> Tensor:
-        """G = sum x x^T. Raises DetentError where it wasn't collected or no token was seen."""
-        if self.second_moment is None or self.tokens == 0:
+        """G = sum x x^T, estimated from the sample where it wasn't collected.
+
+        Raises:
+            DetentError: there is no sample either, or no token was seen.
+        """
+        if self.tokens == 0 or (self.second_moment is None and self.sample is None):
             raise DetentError("no second moment was collected at this site")
-        return self.second_moment
+        if self.second_moment is not None:
+            return self.second_moment
+        rows = self.drawn()
+        with fast_products(rows.numel() * rows.shape[1]):
+            return (rows.T @ rows).mul_(self.tokens / len(rows))
 
+    def diagonal(self) -> Tensor:
+        """The diagonal of G, float32 [channels]. Raises as `moment` does."""
+        if self.second_moment is None and self.sample is not None and self.tokens:
+            rows = self.drawn()
+            return rows.square().sum(0) * (self.tokens / len(rows))
+        return self.moment().diagonal()
 
-def _drawn(rows: Tensor, size: int) -> Tensor:
-    """The `size` rows with the smallest hashes of their values."""
-    if rows.shape[0] <= size:
-        return rows
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.rand(rows.shape[1], generator=generator).to(rows.device)
-    bits = (rows @ direction).view(torch.int32).long()
-    hashes = (bits * 2654435761) & 0xFFFFFFFF
-    hashes = (hashes ^ (hashes >> 15)) * 2246822519 & 0xFFFFFFFF
-    return rows[hashes.argsort(stable=True)[:size]]
+    def blocks(self, size: int) -> Tensor:
+        """The blocks of G on its diagonal, float32 [groups, size, size]; the last one filled up with zeros. Raises as
+        `moment` does."""
+        groups = -(-len(self.low) // size)
+        pad = groups * size - len(self.low)
+        if self.second_moment is None and self.sample is not None and self.tokens:
+            rows = torch.nn.functional.pad(self.drawn(), (0, pad)).reshape(-1, groups, size).transpose(0, 1)
+            return torch.bmm(rows.transpose(1, 2), rows).mul_(self.tokens / rows.shape[1])
+        moment = self.moment()
+        moment = torch.nn.functional.pad(moment, (0, pad, 0, pad)) if pad else moment
+        return torch.stack([moment[i : i + size, i : i + size] for i in range(0, groups * size, size)])
+
+    def drawn(self) -> Tensor:
+        """The rows of the sample, float32 [n, channels]. Raises DetentError where there is none."""
+        if self.sample is None or not self.tokens:
+            raise DetentError("no sample of tokens was drawn at this site")
+        return self.sample.rows()
