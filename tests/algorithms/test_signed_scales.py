@@ -42,7 +42,7 @@ def test_each_tile_takes_the_better_side() -> None:
     assert torch.equal(requantize(rounded.weight, fmt, scales), rounded.weight)
 
 
-@pytest.mark.parametrize("bits", [3, 4, 5])
+@pytest.mark.parametrize("bits", [3, 4])
 def test_the_sign_of_the_largest_number_decides(bits: int) -> None:
     generator = torch.Generator().manual_seed(1)
     weight, diagonal = torch.randn(64, 96, generator=generator), torch.rand(96, generator=generator)

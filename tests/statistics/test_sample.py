@@ -78,3 +78,31 @@ def test_samples_are_scaled_and_merged_with_their_statistics() -> None:
 def test_no_sample_no_rows() -> None:
     with pytest.raises(DetentError, match="no sample"):
         SiteStatistics.empty(3, second_moment=True).drawn()
+
+
+@pytest.mark.parametrize("channels", [40, 1500])  # whole, and the upper half in strips
+def test_second_moments_are_sums_over_all_rows(channels: int) -> None:
+    torch.manual_seed(2)
+    x = torch.randn(700, channels)
+    statistics = SiteStatistics.empty(channels, second_moment=True)
+    for part in x.split([1, 300, 399]):
+        statistics.update(part)
+    exact = x.double().T @ x.double()
+    assert float((statistics.moment().double() - exact).norm() / exact.norm()) < 3e-3  # factors may be bfloat16
+    assert torch.equal(statistics.moment(), statistics.moment().T)
+    statistics.update(x[:100])
+    exact += x[:100].double().T @ x[:100].double()
+    assert float((statistics.moment().double() - exact).norm() / exact.norm()) < 3e-3
+
+
+def test_evenly_spread_rows_stand_for_all() -> None:
+    torch.manual_seed(3)
+    x = torch.randn(4000, 12) @ torch.randn(12, 12)
+    statistics = SiteStatistics.empty(12, second_moment=True, cross_moment=True)
+    for part in x.split(400):
+        statistics.update(part, reference=2 * part, most=100)
+    exact = x.double().T @ x.double()
+    assert statistics.tokens == 4000
+    assert float((statistics.moment().double() - exact).norm() / exact.norm()) < 0.1
+    assert statistics.cross_moment is not None
+    torch.testing.assert_close(statistics.cross_moment, 2 * statistics.moment(), rtol=1e-4, atol=1e-2)

@@ -103,7 +103,9 @@ def factorise(moment: Tensor, *, damping: float = 0.01, act_order: bool = True) 
     order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(len(moment), device=moment.device)
     # U D U^T is the Cholesky factorisation with rows and columns counted from the end.
     backwards = order.flip(0)
-    g = torch.where(dead[:, None] | dead[None, :], 0.0, moment)[backwards][:, backwards]
+    g = moment.index_select(0, backwards).index_select(1, backwards)
+    if bool(dead.any()):
+        g.masked_fill_(dead[backwards][:, None] | dead[backwards], 0.0)
     mean = float(g.diagonal().sum(dtype=torch.float64) / max(1, int((~dead).sum())))
     g.diagonal().add_(dead[backwards].to(g.dtype) * (mean or 1.0))
     share = damping
@@ -182,13 +184,14 @@ def _round_alike(jobs: Sequence[Job], factor: Factor) -> list[Rounded]:
     units = Units.together([units_of(fmt, job.scales, (len(job.weight), len(order))) for job in jobs])
     units = replace(units, at=units.at[order.cpu()])
     result, after = torch.empty_like(target), torch.empty(len(target), dtype=torch.float64, device=target.device)
-    step = max(1, _MOST_ELEMENTS // len(order))
+    step, back = max(1, _MOST_ELEMENTS // len(order)), torch.argsort(order)
     for rows in (slice(start, start + step) for start in range(0, len(target), step)):
-        columns = _Columns(target[rows].T[order].contiguous(), factor.carry, fmt, units.some(rows))
+        columns = _Columns(target[rows].T.contiguous()[order], factor.carry, fmt, units.some(rows))
         columns.round(0, len(order))
         after[rows] = columns.objective(factor)
-        result[rows] = columns.values[torch.argsort(order)].T
-    result[:, factor.dead] = plain[:, factor.dead]
+        result[rows] = columns.values[back].T
+    if bool(factor.dead.any()):
+        result[:, factor.dead] = plain[:, factor.dead]
 
     before = rows_error(target - plain, factor.moment)
     close = (after - before).abs() <= _CLOSE * before
@@ -237,6 +240,6 @@ class _Columns:
 
     def objective(self, factor: Factor) -> Tensor:
         """The objective of each row once all columns are rounded, float64 [out]. Ends the use of `work`."""
-        cost = self.work.sub_(self.values).square_().mul_(factor.cost.float()[:, None])
-        added = self.error.square().mul_((~factor.dead[factor.order] * factor.added).float()[:, None])
-        return (cost.sum(0, dtype=torch.float64) - added.sum(0, dtype=torch.float64)).clamp_min(0.0)
+        cost = factor.cost.float() @ self.work.sub_(self.values).square_()
+        added = factor.added * ((~factor.dead[factor.order]).float() @ self.error.square())
+        return (cost.double() - added).clamp_min(0.0)

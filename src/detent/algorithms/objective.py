@@ -41,7 +41,7 @@ def rows_error(difference: Tensor, moment: Tensor, *, exact: bool = False) -> Te
     d = difference.to(torch.float32)
     with nullcontext() if exact else fast_products(d.numel() * d.shape[1]):
         product = d @ moment
-    return (product * d).sum(1, dtype=torch.float64).clamp_min(0.0)
+    return torch.linalg.vecdot(product, d).double().clamp_min(0.0)
 
 
 def error_measure(statistics: SiteStatistics, most: int | None = None) -> Callable[[Tensor], float]:
@@ -156,8 +156,8 @@ def nearest_values(weight: Tensor, fmt: Format, unit: Tensor, zero_point: Tensor
         return (fmt.element.nearest(quotient + zero_point) - zero_point).float() * unit
     quotient = weight / (torch.where(unit == 0, torch.inf, unit) if _may_vanish(fmt) else unit)
     if zero_point is None:
-        return float32.nearest(fmt.element, quotient).mul_(unit)
-    return float32.nearest(fmt.element, quotient.add_(zero_point)).sub_(zero_point).mul_(unit)
+        return float32.nearest(fmt.element, quotient, over=True).mul_(unit)
+    return float32.nearest(fmt.element, quotient.add_(zero_point), over=True).sub_(zero_point).mul_(unit)
 
 
 def _may_vanish(fmt: Format) -> bool:

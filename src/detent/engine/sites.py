@@ -17,6 +17,9 @@ from detent.statistics import SiteStatistics
 
 #: Rows of a sample from which second moments are estimated, however wide they are.
 LEAST_ROWS = 1024
+#: Tokens that a second moment is the sum over: so many, or so many for each channel, whichever is more. Where more
+#: come, and it is known in how many batches, evenly spread ones of each batch stand for all.
+MOMENT_TOKENS, TOKENS_A_CHANNEL = 1 << 14, 8
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,16 @@ class SiteObserver:
     """
 
     def __init__(
-        self, layers: Iterable[Layer], wanted: Wanted, blocks: Sequence[str] = (), *, stop: bool = False
+        self,
+        layers: Iterable[Layer],
+        wanted: Wanted,
+        blocks: Sequence[str] = (),
+        *,
+        stop: bool = False,
+        batches: int | None = None,
     ) -> None:
         self._layers = [layer for layer in layers if layer.has_rows]
-        self._wanted, self._blocks, self._stop = wanted, blocks, stop
+        self._wanted, self._blocks, self._stop, self._batches = wanted, blocks, stop, batches
         self._site_of: dict[str, Site] = {}
         self._hooks: list[Any] = []
         #: How often each layer was called in the first batch, and which were in the one that runs.
@@ -190,7 +199,12 @@ class SiteObserver:
             layer.rows(_transformed(layer, x)),
             where,
             None if reference is None else layer.rows(_transformed(layer, reference)),
+            self._most(layer.width),
         )
+
+    def _most(self, channels: int) -> int | None:
+        """Rows of a batch that go into second moments."""
+        return None if self._batches is None else -(-max(MOMENT_TOKENS, TOKENS_A_CHANNEL * channels) // self._batches)
 
 
 def _alike(a: Layer, b: Layer) -> bool:

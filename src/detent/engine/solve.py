@@ -441,7 +441,9 @@ class _AtWork:
                 magnitude = torch.stack([self._per_channel(layer) for layer in self._site.layers]).amax(0)
                 self._scale(self._tie()(smoothquant_scale(self._channel_amax(), magnitude, step.alpha)))
         for layer in self.layers:
-            layer.note(split_layer(layer, self._site.statistics.second_moment, step))
+            statistics = self._site.statistics
+            moment = None if statistics.second_moment is None else statistics.moment()
+            layer.note(split_layer(layer, moment, step))
             self._solver.forget(layer.name)
 
     # ---- rounding ---------------------------------------------------------------------------------------------------

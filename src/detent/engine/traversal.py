@@ -232,13 +232,14 @@ class _ObservedBlock:
         """
         chain, index = self._chain, self._index
         block = chain.blocks[index]
-        observer = SiteObserver(layers, self._need if need is None else need, chain.names, stop=stop)
+        count = len(self._inputs) if batches is None else batches
+        observer = SiteObserver(layers, self._need if need is None else need, chain.names, stop=stop, batches=count)
         if self._references is not None and self.made is None and batches is None:
             self.made = chain.store()
         own = [module for module in block.modules() if isinstance(module, TensorQuantizer)]
         device = chain.device(index)
         with off(own), observer, fast_forward(block.parameters()):
-            for batch in range(len(self._inputs) if batches is None else batches):
+            for batch in range(count):
                 observer.batch = batch
                 if self.made is not None:
                     observer.references = self._read(batch, layers if leaders is None else leaders, device)

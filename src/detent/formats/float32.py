@@ -61,10 +61,11 @@ def values(x: Tensor, fmt: Format, unit: Tensor, zero_point: Tensor | None) -> T
     return torch.minimum(torch.maximum(steps, low), high) * unit
 
 
-def nearest(element: Element, v: Tensor) -> Tensor:
-    """`element.nearest` in float32, for the elements that `supports` accepts."""
+def nearest(element: Element, v: Tensor, *, over: bool = False) -> Tensor:
+    """`element.nearest` in float32, for the elements that `supports` accepts. `over`: `v` may be written over."""
     if isinstance(element, Integer):
-        return v.clamp(element.minimum, element.maximum).add_(_TO_INTEGER).sub_(_TO_INTEGER)
+        bounded = (v.clamp_ if over else v.clamp)(element.minimum, element.maximum)
+        return bounded.add_(_TO_INTEGER).sub_(_TO_INTEGER)
     assert isinstance(element, Float)
     if element in _CASTS:  # conversion instructions, or code as good, exist; they round to even but don't saturate
         return v.clamp(element.minimum, element.maximum).to(_CASTS[element]).to(torch.float32)

@@ -10,12 +10,14 @@ below the sampling error of any calibration set. What the factors may lose befor
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from detent.errors import DetentError
+from detent.statistics.gram import Gram
 from detent.statistics.products import fast_products
 from detent.statistics.sample import Sample
 
@@ -28,7 +30,7 @@ class SiteStatistics:
         tokens: how many rows were seen.
         low, high: float32 [channels], the smallest and the largest value of each channel, and 0.
         abs_sum: float32 [channels], the sum of magnitudes.
-        second_moment: float32 [channels, channels], the sum of x x^T, or None where it wasn't asked for.
+        second_moment: the sum of x x^T, or None where it wasn't asked for.
         cross_moment: float32 [channels, channels], the sum of r x^T with r the same token's row in the float model, or
             None where it wasn't asked for.
         sample: rows drawn from all that were seen, or None where none were asked for.
@@ -38,7 +40,7 @@ class SiteStatistics:
     low: Tensor
     high: Tensor
     abs_sum: Tensor
-    second_moment: Tensor | None = None
+    second_moment: Gram | None = None
     cross_moment: Tensor | None = None
     sample: Sample | None = None
 
@@ -61,13 +63,21 @@ class SiteStatistics:
             zeros(channels),
             zeros(channels),
             zeros(channels),
-            zeros(channels, channels) if second_moment else None,
+            Gram(channels, device) if second_moment else None,
             zeros(channels, channels) if cross_moment else None,
             Sample(sample_size, channels, device) if sample_size else None,
         )
 
-    def update(self, x: Tensor, name: str = "activation", reference: Tensor | None = None) -> None:
-        """Take in an activation [..., channels], and, for the cross moment, what the float model has in its place.
+    def update(
+        self, x: Tensor, name: str = "activation", reference: Tensor | None = None, most: int | None = None
+    ) -> None:
+        """Take in an activation.
+
+        Args:
+            x: [..., channels].
+            name: of the activation, for messages.
+            reference: what the float model has in its place, for the cross moment.
+            most: rows that go into the moments: evenly spread ones, which count for all.
 
         Raises:
             DetentError: NaN or infinity in it.
@@ -83,12 +93,15 @@ class SiteStatistics:
         self.tokens += rows.shape[0]
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         self.abs_sum = self.abs_sum + rows.abs().sum(0)
-        with fast_products(rows.numel() * rows.shape[1]):
-            if self.second_moment is not None:
-                self.second_moment += rows.T @ rows
-            if self.cross_moment is not None:
-                other = rows if reference is None else reference.detach().reshape(rows.shape).to(torch.float32)
-                self.cross_moment += other.T @ rows
+        chosen, weight = _evenly(rows, most)
+        if self.second_moment is not None:
+            self.second_moment.add(chosen if weight == 1 else chosen * math.sqrt(weight))
+        if self.cross_moment is not None:
+            other = chosen
+            if reference is not None:
+                other, _ = _evenly(reference.detach().reshape(rows.shape).to(torch.float32), most)
+            with fast_products(chosen.numel() * chosen.shape[1]):
+                self.cross_moment += (other.T @ chosen).mul_(weight)
 
     def merge(self, other: SiteStatistics) -> SiteStatistics:
         """The statistics of what both have seen; moments and samples only where both have them."""
@@ -101,7 +114,9 @@ class SiteStatistics:
             torch.minimum(self.low, other.low),
             torch.maximum(self.high, other.high),
             self.abs_sum + other.abs_sum,
-            added(self.second_moment, other.second_moment),
+            None
+            if self.second_moment is None or other.second_moment is None
+            else Gram.of(self.second_moment.matrix() + other.second_moment.matrix()),
             added(self.cross_moment, other.cross_moment),
             None if self.sample is None or other.sample is None else self.sample.merged(other.sample),
         )
@@ -115,7 +130,7 @@ class SiteStatistics:
             low=self.low * inverse,
             high=self.high * inverse,
             abs_sum=self.abs_sum * inverse,
-            second_moment=None if self.second_moment is None else self.second_moment * outer,
+            second_moment=None if self.second_moment is None else Gram.of(self.second_moment.matrix() * outer),
             cross_moment=None if self.cross_moment is None else self.cross_moment * outer,
             sample=None if self.sample is None else self.sample.scaled(inverse),
         )
@@ -139,7 +154,7 @@ class SiteStatistics:
         if self.tokens == 0 or (self.second_moment is None and self.sample is None):
             raise DetentError("no second moment was collected at this site")
         if self.second_moment is not None:
-            return self.second_moment
+            return self.second_moment.matrix()
         rows = self.drawn()
         with fast_products(rows.numel() * rows.shape[1]):
             return (rows.T @ rows).mul_(self.tokens / len(rows))
@@ -168,3 +183,11 @@ class SiteStatistics:
         if self.sample is None or not self.tokens:
             raise DetentError("no sample of tokens was drawn at this site")
         return self.sample.rows()
+
+
+def _evenly(rows: Tensor, most: int | None) -> tuple[Tensor, float]:
+    """At most so many rows, and how many each of them counts for."""
+    if most is None or len(rows) <= most:
+        return rows, 1.0
+    at = torch.linspace(0, len(rows) - 1, most, device=rows.device).round().long()
+    return rows[at], len(rows) / most
