@@ -146,6 +146,7 @@ PEERS["detent"] = Peer(
 SPEED = (
     ("modelopt", "awq_lite", "W4"),
     ("detent", "awq_lite", "W4"),
+    ("detent", "awq_full", "W4"),
     ("llmcompressor", "gptq", "W4"),
     ("detent", "gptq", "W4"),
     ("llmcompressor", "smoothquant", "W8A8"),
