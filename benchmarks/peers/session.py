@@ -59,6 +59,18 @@ class Session:
         print(f"{time.strftime('%H:%M:%S')} {what}: {ending}", file=sys.stderr, flush=True)
         return result
 
+    def again(self, source: Input, tool: str, method: str, scheme: str) -> None:
+        """Do a job once more and keep the faster run: what else the machine does only ever adds time."""
+        wanted = Result(source.title, scheme, PEERS[tool].title, method, tokens=source.tokens)
+        place = next(i for i, result in enumerate(self.results) if result.key == wanted.key)
+        before = self.results[place]
+        result = self._fresh(wanted, source, tool)
+        if not result.error and (before.error or result.wall < before.wall):
+            self.results[place] = result
+            self._save()
+        took = result.error or f"{result.wall:.1f} s ({result.cpu:.1f} of processor time)"
+        print(f"{time.strftime('%H:%M:%S')} {source.title} {scheme} {tool} {method} again: {took}", file=sys.stderr)
+
     def environment_sizes(self) -> dict[str, int]:
         """Bytes of each environment that was used, by title of its tool."""
         sizes = {}

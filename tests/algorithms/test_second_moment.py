@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from detent.algorithms import smooth
 from detent.algorithms.gptq import Job, factorise, gptq
 from detent.algorithms.objective import output_error, plainly_rounded, requantize
 from detent.algorithms.scale_search import weighing_of, weighted_range
-from detent.algorithms.smooth import awq_scale, smoothquant_scale
+from detent.algorithms.smooth import Clipping, awq_scale, smoothquant_scale
 from detent.errors import DetentError
 from detent.formats import (
     Format,
@@ -247,3 +248,22 @@ def test_awq_from_a_sample(rows: int) -> None:
     assert choice.before == pytest.approx(wanted.before, rel=1e-4)
     assert (choice.alpha, choice.beta) == (wanted.alpha, wanted.beta)
     torch.testing.assert_close(choice.scale, wanted.scale)
+
+
+def test_objectives_measured_on_some_rows_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smooth, "_MEASURED", 1 << 14)
+    x, fmt = tokens(), integer(4, per_group(16))
+    w = weight(2000)  # more than are measured
+    choice = awq_scale(statistics_of(x), [w], [fmt])
+    error = (fake_quantize(w, fmt) - w).double()
+    assert choice.before == pytest.approx(float(((x.double() @ error.T) ** 2).sum()), rel=0.05)
+    assert choice.after < choice.before
+
+
+def test_nothing_is_clipped_where_the_whole_range_is_asked_for() -> None:
+    x, w, fmt = tokens(), weight(), integer(4, per_group(16))
+    statistics = statistics_of(x)
+    kept = Clipping(1.0, 0.05, False).search(w, fmt, weighing_of(statistics, fmt))
+    plain = weighted_range(w, fmt, weighing_of(statistics, fmt), [])
+    assert torch.equal(kept.high, plain.high)
+    assert kept.after == kept.before

@@ -218,7 +218,7 @@ class _Tried:
         for factor in self.factors if free else _POWERS:
             yield _Range(plain.low * factor, plain.high * factor, factor)
         for distance in self.finer if free else ():
-            middle, ends = best.factor, (min(1.0, *self.factors), max(1.0, *self.factors))
+            middle, ends = best.factor, (min([1.0, *self.factors]), max([1.0, *self.factors]))
             for near in ((middle - distance).clamp(*ends), (middle + distance).clamp(*ends)):
                 yield _Range(plain.low * near, plain.high * near, near)
 

@@ -176,8 +176,9 @@ def awq_scale(
             attempt(max(0.0, best.alpha + da), max(0.0, best.beta + db))
     ranked = sorted(tried, key=lambda choice: choice.after)
     if clip is None:
-        before, best = _loss(ones, measured, formats, measure, rounded), ranked[0]
-        after = before if best is tried[0] else _loss(best.scale, measured, formats, measure, rounded)
+        share = _share(weights, measured)
+        before, best = share * _loss(ones, measured, formats, measure, rounded), ranked[0]
+        after = before if best is tried[0] else share * _loss(best.scale, measured, formats, measure, rounded)
         if after >= before:
             return ScaleChoice(ones, 0.0, 0.0, before, before)
         return ScaleChoice(best.scale, best.alpha, best.beta, before, after)
@@ -190,7 +191,7 @@ def awq_scale(
             choice = clip.search(wide, fmt, divided_weighing(weighing, scale))
             clipped = plainly_rounded(wide, fmt, choice.scales(fmt, wide.abs().amax()))
             differences.append(clipped.sub_(wide).div_(scale))
-        return quick(torch.cat(differences))
+        return _share(weights, some) * quick(torch.cat(differences))
 
     before = clipped_loss(ones)
     choices = [ScaleChoice(ones, 0.0, 0.0, before, before)]
@@ -206,6 +207,11 @@ def _some_rows(weights: Sequence[Tensor], formats: Sequence[Format], elements: i
     step = max(1, sum(weight.shape[0] for weight in weights) // most)
     apart = all(fmt.granularity.lengths(tuple(w.shape))[0] == 1 for w, fmt in zip(weights, formats, strict=True))
     return [weight[::step] if apart else weight for weight in weights]
+
+
+def _share(weights: Sequence[Tensor], some: Sequence[Tensor]) -> float:
+    """How many rows each of some rows stands for."""
+    return sum(map(len, weights)) / max(1, sum(map(len, some)))
 
 
 def _loss(

@@ -241,12 +241,15 @@ class AutoRoundCalibConfig(DataAlgorithmConfig):
         iterations: steps for each block.
         lr: the learning rate at first; None: 1 / iterations.
         batch_size: sequences in a step.
+        scale_search, signed_scales: begin as `GPTQCalibConfig` does.
     """
 
     method: Literal["autoround"] = ConfigField("autoround")
     iterations: int = ConfigField(200, ge=1)
     lr: float | None = ConfigField(None, gt=0, allow_inf_nan=False)
     batch_size: int = ConfigField(8, ge=1)
+    scale_search: bool = ConfigField(True)
+    signed_scales: bool = ConfigField(True)
 
 
 class BlockAPCalibConfig(DataAlgorithmConfig):

@@ -42,14 +42,14 @@ from detent.engine.notices import notify
 from detent.engine.sites import Site, Wanted
 from detent.engine.weight_ranges import calibrate_weight
 from detent.errors import DetentError
-from detent.formats import FloatScale, Format, fake_quantize
+from detent.formats import FloatScale, Format, Scales, fake_quantize
 from detent.formats.qtensor import scales_from_range
 from detent.nn import TensorQuantizer
 from detent.progress import track
 
 _log = logging.getLogger(__name__)
 
-#: Numbers in the sample of tokens from which AWQ's objective is taken, at each site: 8 MiB.
+#: Numbers in the sample of tokens from which AWQ and AutoRound take G, at each site: 8 MiB.
 SAMPLE_ELEMENTS = 1 << 21
 
 
@@ -59,7 +59,9 @@ def wanted(steps: Sequence[QuantizeAlgorithmConfig]) -> Wanted:
     for step in steps:
         if isinstance(step, SmoothQuantCalibConfig):
             need |= Wanted(sample_size=step.sample_size if step.alpha == "auto" else 0)
-        elif isinstance(step, (AutoRoundCalibConfig, BlockAPCalibConfig)):
+        elif isinstance(step, AutoRoundCalibConfig):
+            need |= Wanted(references=True, sample_elements=SAMPLE_ELEMENTS if step.scale_search else 0)
+        elif isinstance(step, BlockAPCalibConfig):
             need |= Wanted(references=True)
         elif isinstance(step, GPTQCalibConfig):
             need |= Wanted(second_moment=True, cross_moment=step.retarget, references=step.retarget)
@@ -178,7 +180,12 @@ class _AtWork:
                     self._round(step)
             case SVDQuantConfig():
                 self._split(step)
-            case AutoRoundCalibConfig() | BlockAPCalibConfig() | DistillCalibConfig():
+            case AutoRoundCalibConfig():
+                for layer in self.layers:
+                    if step.scale_search and layer.name not in self._solver.searched | self._solver.rounded:
+                        self._check(layer, str(step.method))
+                        layer.set_scales(self._searched_scales(layer, 12, step.signed_scales))
+            case BlockAPCalibConfig() | DistillCalibConfig():
                 pass  # not one site's affair
             case _:
                 for layer in self.layers:
@@ -266,7 +273,8 @@ class _AtWork:
             clip=clip,
             tie=tie,
         )
-        self._take(name, "tr(D G D^T)" + (" after clipping" if clip else ""), choice)
+        of = self._site.statistics.sampled
+        self._take(name, "tr(D G D^T)" + (" after clipping" if clip else "") + (f", G from {of}" if of else ""), choice)
 
     def _take(self, name: str, objective: str, choice: ScaleChoice) -> None:
         """Use a scale that a search found, or say that none is better than plain rounding."""
@@ -409,14 +417,14 @@ class _AtWork:
         for layer in self.layers:
             self._check(layer, name)
             rule = layer.format.scale
-            sweep = sweep and isinstance(rule, FloatScale) and rule.outer and rule.dtype == "e4m3"
+            by_scale = sweep and isinstance(rule, FloatScale) and rule.outer and rule.dtype == "e4m3"
             weighing = weighing_of(self._site.statistics, layer.format, block=block)
             choice = weighted_range(
                 layer.matrix(),
                 layer.format,
                 weighing,
                 factors,
-                fp8_scale_sweep=sweep,
+                fp8_scale_sweep=by_scale,
                 global_amax=self._amax_behind(layer.format),
             )
             self._use(layer, name, weighing, choice)
@@ -484,17 +492,21 @@ class _AtWork:
         if step.retarget and statistics.cross_moment is not None:
             target = retarget(weight, statistics.moment(), statistics.cross_moment, damping=step.retarget_damping)
         if step.scale_search and layer.name not in self._solver.searched:
-            turn = step.signed_scales and can_turn(layer.format)
-            factors = range_factors(layer.format, step.search_steps)
-            amax = self._amax_behind(layer.format)
-            weighing = weighing_of(statistics, layer.format, block=False)
-            wish = weight if target is None else target
-            choice = weighted_range(wish, layer.format, weighing, factors, global_amax=amax, turn=turn)
-            self._found(layer)
-            return Job(weight, layer.format, choice.scales(layer.format, amax), target)
+            scales = self._searched_scales(layer, step.search_steps, step.signed_scales, target)
+            return Job(weight, layer.format, scales, target)
         if layer.name not in self._solver.ranged:
             self._range(layer, None)
         return Job(weight, layer.format, layer.scales(), target)
+
+    def _searched_scales(self, layer: Layer, steps: int, signed: bool, wish: Tensor | None = None) -> Scales:
+        """The scales of least error under G's diagonal. `wish`: for this in place of the layer's weight."""
+        fmt, amax = layer.format, self._amax_behind(layer.format)
+        weighing = weighing_of(self._site.statistics, fmt, block=False)
+        weight = layer.matrix() if wish is None else wish
+        turn = signed and can_turn(fmt)
+        choice = weighted_range(weight, fmt, weighing, range_factors(fmt, steps), global_amax=amax, turn=turn)
+        self._found(layer)
+        return choice.scales(fmt, amax)
 
     def _check(self, layer: Layer, name: str) -> None:
         layer.check_matrix_format(name)

@@ -145,6 +145,13 @@ class SiteStatistics:
         """The mean magnitude of each channel, float32 [channels]."""
         return self.abs_sum / max(1, self.tokens)
 
+    @property
+    def sampled(self) -> str:
+        """How many of the tokens `moment` is estimated from, in words; "" for all."""
+        if self.second_moment is not None or self.sample is None or self.tokens <= self.sample.size:
+            return ""
+        return f"{self.sample.size} of {self.tokens} tokens"
+
     def moment(self) -> Tensor:
         """G = sum x x^T, estimated from the sample where it wasn't collected.
 
