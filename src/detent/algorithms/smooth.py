@@ -41,7 +41,7 @@ _ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _COMPARED, _LEAST_ROWS = 1 << 17, 128
 #: Scales, and none at all, that are compared after clipping.
 _FINALISTS = 3
-#: As `_COMPARED` for what is measured of the chosen one.
+#: As `_COMPARED` for what is measured of all weights and of the chosen scale.
 _MEASURED = 1 << 20
 #: Tokens that they are compared on, where so few take less work than the whole second moment.
 _TOKENS = 512
@@ -153,7 +153,7 @@ def awq_scale(
     some, measured = _some_rows(weights, formats, _COMPARED), _some_rows(weights, formats, _MEASURED)
     plain = _loss(ones, some, formats, quick, rounded)
     tried = [ScaleChoice(ones, 0.0, 0.0, plain, plain)]
-    magnitude = _weight_magnitude(weights, formats)
+    magnitude = _weight_magnitude(measured, formats)
     activation = statistics.mean_abs.double()
     dead = activation == 0
 
