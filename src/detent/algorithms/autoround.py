@@ -136,7 +136,8 @@ def _gap(position: Tensor, element: Element) -> Tensor | float:
 @dataclass(frozen=True)
 class Tuned:
     """Attributes:
-    before, after: the objective over all batches, with plain rounding and of what was kept; never larger.
+    before, after: the objective over all batches, rounded under the scales to begin with and of what was kept; never
+        larger.
     iterations: how many were run.
     kept: after how many of them the state that was kept; 0: plain rounding.
     """

@@ -139,7 +139,7 @@ def weighted_range(
         raise DetentError(f"fp8_scale_sweep needs E4M3 scales under an outer scale, not {fmt}")
     tiles = to_tiles(weight.detach().float(), fmt.granularity)
     measure = _block_error(moment) if moment.dim() == 3 else _diagonal_error(weight, fmt, moment)
-    tried = _Tried(fmt, [] if fp8_scale_sweep else list(factors), finer, outer, fp8_scale_sweep)
+    tried = _Tried(fmt, list(factors), finer, outer, fp8_scale_sweep)
     found: list[_Best] = []
     for piece in _pieces(tiles, weight.shape[0]):
         best = _Best(low.reshape(-1, 1)[piece], high.reshape(-1, 1)[piece])
@@ -223,6 +223,12 @@ class _Tried:
                 yield _Range(plain.low * near, plain.high * near, near)
 
 
+def leans_up(tiles: Tensor) -> Tensor:
+    """Whether the largest magnitude of each tile is that of a positive number, bool [tiles, 1]."""
+    low, high = tiles.aminmax(dim=1, keepdim=True)
+    return high > -low
+
+
 def _sides(tiles: Tensor, fmt: Format) -> list[tuple[Tensor, Tensor | None]]:
     """Tiles as they look under scales of the sign that is tried, [tiles, elements], and which scales are negative.
 
@@ -234,8 +240,7 @@ def _sides(tiles: Tensor, fmt: Format) -> list[tuple[Tensor, Tensor | None]]:
             (tiles, torch.zeros_like(tiles[:, :1], dtype=torch.bool)),
             (-tiles, torch.ones_like(tiles[:, :1], dtype=torch.bool)),
         ]
-    low, high = tiles.aminmax(dim=1, keepdim=True)
-    negative = high > -low
+    negative = leans_up(tiles)
     return [(torch.where(negative, -tiles, tiles), negative)]
 
 

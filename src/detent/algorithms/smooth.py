@@ -25,6 +25,7 @@ from detent.algorithms.scale_search import (
     RangeChoice,
     can_turn,
     divided_weighing,
+    leans_up,
     range_factors,
     weighing_of,
     weighted_range,
@@ -182,13 +183,13 @@ def awq_scale(
         if after >= before:
             return ScaleChoice(ones, 0.0, 0.0, before, before)
         return ScaleChoice(best.scale, best.alpha, best.beta, before, after)
-    weighings = [weighing_of(statistics, fmt) for fmt in formats]
+    weighings = {fmt: weighing_of(statistics, fmt) for fmt in set(formats)}
 
     def clipped_loss(scale: Tensor) -> float:
         differences = []
-        for weight, fmt, weighing in zip(some, formats, weighings, strict=True):
+        for weight, fmt in zip(some, formats, strict=True):
             wide = weight.detach().float() * scale
-            choice = clip.search(wide, fmt, divided_weighing(weighing, scale))
+            choice = clip.search(wide, fmt, divided_weighing(weighings[fmt], scale))
             clipped = plainly_rounded(wide, fmt, choice.scales(fmt, wide.abs().amax()))
             differences.append(clipped.sub_(wide).div_(scale))
         return _share(weights, some) * quick(torch.cat(differences))
@@ -245,8 +246,8 @@ def _roughly_clipped(weight: Tensor, fmt: Format) -> Tensor:
     factor = range_factors(fmt, 3)[1]
     low, high = (bound.reshape(-1, 1) * factor for bound in weight_range(weight, fmt))
     scale = scale_from_range(fmt, low, high)
-    least, most = to_tiles(weight, fmt.granularity).aminmax(dim=1, keepdim=True)
-    return rounded_under(weight, fmt, TileScale(torch.where(most > -least, -scale.value, scale.value)))
+    negative = leans_up(to_tiles(weight, fmt.granularity))
+    return rounded_under(weight, fmt, TileScale(torch.where(negative, -scale.value, scale.value)))
 
 
 def _weight_magnitude(weights: Sequence[Tensor], formats: Sequence[Format]) -> Tensor:

@@ -7,7 +7,7 @@ What each did is kept as an `Outcome` on the layer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -274,16 +274,19 @@ class _AtWork:
             tie=tie,
         )
         of = self._site.statistics.sampled
-        self._take(name, "tr(D G D^T)" + (" after clipping" if clip else "") + (f", G from {of}" if of else ""), choice)
+        objective = "tr(D G D^T)" + (" after clipping" if clip else "") + (f", G from {of}" if of else "")
+        self._take(name, objective, choice, error_measure(self._site.statistics))
 
-    def _take(self, name: str, objective: str, choice: ScaleChoice) -> None:
-        """Use a scale that a search found, or say that none is better than plain rounding."""
+    def _take(
+        self, name: str, objective: str, choice: ScaleChoice, measure: Callable[[Tensor], float] | None = None
+    ) -> None:
+        """Use a scale that a search found, or say that none is better than plain rounding. `measure`: of an error."""
         helps = choice.after < choice.before
         share = len(self.layers)
         for layer in self.layers:
             energy = None
-            if share == 1 and objective.startswith("tr("):  # else the objective isn't this layer's
-                energy = energy_of(layer.matrix(), error_measure(self._site.statistics))
+            if share == 1 and measure is not None:  # else the objective isn't this layer's
+                energy = energy_of(layer.matrix(), measure)
             layer.note(
                 Outcome(
                     name,
@@ -406,28 +409,33 @@ class _AtWork:
 
     def _clip(self, clip: Clipping, name: str) -> None:
         """How much of each tile's range to give up."""
+        weighings = self._weighings(name)
         for layer in self.layers:
-            self._check(layer, name)
-            weighing = weighing_of(self._site.statistics, layer.format)
-            choice = clip.search(layer.matrix(), layer.format, weighing, self._amax_behind(layer.format))
-            self._use(layer, name, weighing, choice)
+            choice = clip.search(layer.matrix(), layer.format, weighings[layer.format], self._amax_behind(layer.format))
+            self._use(layer, name, weighings[layer.format], choice)
 
     def _search(self, name: str, factors: Sequence[float], *, block: bool, sweep: bool) -> None:
         """The ranges of least error."""
+        weighings = self._weighings(name, block=block)
         for layer in self.layers:
-            self._check(layer, name)
             rule = layer.format.scale
             by_scale = sweep and isinstance(rule, FloatScale) and rule.outer and rule.dtype == "e4m3"
-            weighing = weighing_of(self._site.statistics, layer.format, block=block)
             choice = weighted_range(
                 layer.matrix(),
                 layer.format,
-                weighing,
+                weighings[layer.format],
                 factors,
                 fp8_scale_sweep=by_scale,
                 global_amax=self._amax_behind(layer.format),
             )
-            self._use(layer, name, weighing, choice)
+            self._use(layer, name, weighings[layer.format], choice)
+
+    def _weighings(self, name: str, *, block: bool = True) -> dict[Format, Tensor]:
+        """What errors are weighed with, by the format of layers, all of which `name` has to be able to serve."""
+        for layer in self.layers:
+            self._check(layer, name)
+        formats = {layer.format for layer in self.layers}
+        return {fmt: weighing_of(self._site.statistics, fmt, block=block) for fmt in formats}
 
     def _use(self, layer: Layer, name: str, weighing: Tensor, choice: RangeChoice) -> None:
         """Take the ranges that a search found."""

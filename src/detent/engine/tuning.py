@@ -151,12 +151,8 @@ def tune_block(
                 tuned = autoround(
                     objective, portions, list(offsets.values()), iterations=config.iterations, rate=config.lr
                 )
-            before, after, kept, plain = (
-                tuned.before,
-                tuned.after,
-                tuned.kept,
-                "rounding under the first scales is kept",
-            )
+            before, after, kept = tuned.before, tuned.after, tuned.kept
+            plain = "rounding under the first scales is kept"
             decided = {"iterations": tuned.iterations, "kept": kept}
         else:
             weights = learned = _learned_weights(layers, latents)

@@ -11,7 +11,7 @@ below the sampling error of any calibration set. What the factors may lose befor
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ class SiteStatistics:
     second_moment: Gram | None = None
     cross_moment: Tensor | None = None
     sample: Sample | None = None
+    #: What `moment` made of the sample.
+    _estimate: Tensor | None = field(default=None, init=False, repr=False)
 
     @staticmethod
     def empty(
@@ -90,6 +92,7 @@ class SiteStatistics:
             raise DetentError(f"{name}: NaN or infinity in an activation during calibration")
         if self.sample is not None:
             self.sample.add(rows, self.tokens)
+            self._estimate = None
         self.tokens += rows.shape[0]
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         self.abs_sum = self.abs_sum + rows.abs().sum(0)
@@ -162,9 +165,11 @@ class SiteStatistics:
             raise DetentError("no second moment was collected at this site")
         if self.second_moment is not None:
             return self.second_moment.matrix()
-        rows = self.drawn()
-        with fast_products(rows.numel() * rows.shape[1]):
-            return (rows.T @ rows).mul_(self.tokens / len(rows))
+        if self._estimate is None:
+            rows = self.drawn()
+            with fast_products(rows.numel() * rows.shape[1]):
+                self._estimate = (rows.T @ rows).mul_(self.tokens / len(rows))
+        return self._estimate
 
     def diagonal(self) -> Tensor:
         """The diagonal of G, float32 [channels]. Raises as `moment` does."""
