@@ -110,6 +110,28 @@ def test_distillation_brings_a_model_back() -> None:
     assert all(p.grad is None for p in norms)
 
 
+def test_ends_with_the_mean_of_the_last_steps() -> None:
+    weight, fmt = weight_of(), integer(4, per_group(10))
+    goal = torch.randn(6, 20, generator=torch.Generator().manual_seed(2))
+
+    def train(average: float) -> tuple[list[torch.Tensor], torch.Tensor]:
+        learned, seen = LearnedWeight(weight, fmt, own_scales(weight, fmt)), []
+
+        def objective(_: int) -> torch.Tensor:
+            seen.append(learned.position.detach().clone())
+            return (learned() - goal).square().mean()
+
+        done = distill(objective, [0], [0], [learned], steps=10, rates=Rates(0.05, 0, 0), average=average, checks=1)
+        assert done.kept == 10
+        return seen[1:-1], learned.position.detach()
+
+    steps, last = train(0.0)
+    assert len(steps) == 10
+    *_, end = train(0.3)
+    assert torch.allclose(end, (steps[8] + steps[9] + last) / 3, atol=1e-6)
+    assert not torch.allclose(end, last, atol=1e-4)
+
+
 def test_finds_planted_codes() -> None:
     """The best possible answer is on the grid: distillation from a few wrong codes finds it."""
     generator = torch.Generator().manual_seed(3)

@@ -596,6 +596,40 @@ def test_distillation_alone_starts_from_plain_rounding() -> None:
     assert difference(model, reference) < difference(quantized("max", rough), reference)
 
 
+def test_float_predictions_are_taken_from_the_first_run_of_the_loop() -> None:
+    from detent.config.algorithm import DistillCalibConfig
+    from detent.engine.data_loop import DataLoop
+    from detent.engine.tuning import predictions
+
+    model, config = make_model().eval(), DistillCalibConfig(batch_size=2)
+    rows = torch.randint(0, 63, (7, 8), generator=torch.Generator().manual_seed(3))
+    called: list[int] = []
+    model.register_forward_pre_hook(lambda _, args: called.append(len(args[0])))
+    data = DataLoop(lambda m: [m(rows[:5]), m(rows[5:])])
+    first = predictions(model, data, config)
+    assert called == [5, 2]
+    again = predictions(model, data, config)
+    assert called[2:] == [2, 2, 1, 2]
+    with torch.no_grad():
+        truth = model(rows).logits
+    for lessons in (first, again):
+        assert [lesson.call.sequences for lesson in lessons] == [2, 2, 1, 2]
+        assert torch.allclose(torch.cat([lesson.prediction for lesson in lessons]), truth, atol=1e-5)
+        assert all(not lesson.call.kwargs for lesson in lessons)
+
+
+def test_best_leaves_distillation_out_where_there_is_too_little_data() -> None:
+    rough = {**W4_ONLY, "*weight_quantizer": {"num_bits": 3, "block_sizes": {-1: 16}}}
+    made: dict[int, set[str]] = {}
+    for times in (1, 5):
+        with collected_notices() as notices:
+            model = quantized("best", rough, feed=lambda m, n=times: [loop(m) for _ in range(n)])
+        made[times] = {outcome.algorithm for outcome in outcomes(linears(model)["model.layers.0.mlp.up_proj"])}
+        told = "distill: left out: the data is enough for 5 steps, fewer than 24" in notices
+        assert told is (times == 1)
+    assert made[5] - made[1] == {"distill"}
+
+
 def test_token_ids_beyond_the_vocabulary_are_named() -> None:
     with pytest.raises(DetentError, match="token id 99, but the model knows ids from 0 to 62"):
         quantized("gptq", feed=lambda m: m(torch.tensor([[1, 99, 3]])))

@@ -5,9 +5,10 @@ predictions from the float model's (`divergence`), the thing that perplexity see
 format leaves open: the codes and scales of `LearnedWeight`, and parameters that stay float, such as norms. Every layer
 then makes up for the errors of all others, in either direction, which no layer-by-layer objective can ask for.
 
-Adam with a learning rate that falls linearly (to a twentieth: codes flicker as long as positions move). Some batches
-are held out: training starts from what other algorithms made, the state of least held-out objective is kept, and if
-that is the first one, nothing has changed.
+Adam with a learning rate that falls linearly (to a twentieth: codes flicker as long as positions move). On request
+training ends with the mean of its last steps (Polyak and Juditsky, 1992), which depends less on the batches that came
+last. Some batches are held out: training starts from what other algorithms made, the state of least held-out objective
+is kept, and if that is the first one, nothing has changed.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def distill(
     *,
     steps: int,
     rates: Rates | None = None,
+    average: float = 0.0,
     checks: int = 4,
     seed: int = 0,
     task: str = "",
@@ -80,6 +82,7 @@ def distill(
         others: parameters that stay float.
         steps: how many to take.
         rates: learning rates.
+        average: the share of the steps, counted from the end, whose mean is what training ends with; 0: the last step.
         checks: how often the held-out objective is measured, the last time at the end.
         seed: of the order of the batches.
         task: named in progress reports.
@@ -95,7 +98,7 @@ def distill(
     trained = [*(w.position for w in weights), *(w.stretch for w in weights if w.stretch is not None), *others]
     wanted = [p.requires_grad for p in trained]
     before = _mean(objective, held_out)
-    best = Snapshot(trained, before, 0)
+    best, mean = Snapshot(trained, before, 0), _Mean()
     optimizer = _optimizer(weights, others, rates)
     order = shuffled(len(batches), steps, seed)
     measured = {round(steps * (i + 1) / checks) for i in range(checks)}
@@ -114,6 +117,10 @@ def distill(
             optimizer.zero_grad()
             for weight in weights:
                 weight.settle()
+            if step > steps - round(average * steps):
+                mean.add(trained)
+            if step == steps:
+                mean.give(trained)
             if step in measured:
                 value = _mean(objective, held_out)
                 if value < best.objective:
@@ -159,6 +166,29 @@ def _course(step: int, steps: int) -> float:
     """The share of the learning rate's height in a step, counted from 1."""
     warm = min(1.0, step / 2)
     return warm * (0.05 + 0.95 * (1 - (step - 1) / steps))
+
+
+class _Mean:
+    """The mean of parameters over some steps."""
+
+    def __init__(self) -> None:
+        self._values: list[Tensor] = []
+        self._count = 0
+
+    @torch.no_grad()
+    def add(self, parameters: Sequence[Tensor]) -> None:
+        self._count += 1
+        if not self._values:
+            self._values = [p.detach().clone() for p in parameters]
+        for value, parameter in zip(self._values, parameters, strict=True):
+            value.lerp_(parameter, 1 / self._count)
+
+    @torch.no_grad()
+    def give(self, parameters: Sequence[Tensor]) -> None:
+        """Set the parameters to their mean, if there is one."""
+        if self._count:
+            for parameter, value in zip(parameters, self._values, strict=True):
+                parameter.copy_(value)
 
 
 @torch.no_grad()

@@ -263,9 +263,9 @@ class BlockAPCalibConfig(DataAlgorithmConfig):
     """
 
     method: Literal["block_ap"] = ConfigField("block_ap")
-    steps: int = ConfigField(40, ge=1)
-    batch_size: int = ConfigField(4, ge=1)
-    position_rate: float = ConfigField(0.012, ge=0, allow_inf_nan=False)
+    steps: int = ConfigField(80, ge=1)
+    batch_size: int = ConfigField(2, ge=1)
+    position_rate: float = ConfigField(0.01, ge=0, allow_inf_nan=False)
     scale_rate: float = ConfigField(0.004, ge=0, allow_inf_nan=False)
 
 
@@ -275,6 +275,7 @@ class DistillCalibConfig(DataAlgorithmConfig):
     Attributes:
         steps: how many.
         passes: over the data at most; None: as many as the steps ask for.
+        least_steps: where `passes` leaves fewer, there is too little to learn from, and nothing is trained.
         batch_size: sequences in a step.
         held_out: batches that choose the step to keep; a quarter of all at most.
         position_rate, scale_rate, norm_rate: learning rates of codes (in steps of the grid), of scales (relative) and
@@ -285,6 +286,7 @@ class DistillCalibConfig(DataAlgorithmConfig):
     method: Literal["distill"] = ConfigField("distill")
     steps: int = ConfigField(80, ge=1)
     passes: int | None = ConfigField(None, ge=1)
+    least_steps: int = ConfigField(24, ge=0)
     batch_size: int = ConfigField(2, ge=1)
     held_out: int = ConfigField(4, ge=0)
     position_rate: float = ConfigField(0.005, ge=0, allow_inf_nan=False)
@@ -299,12 +301,13 @@ class BestCalibConfig(DataAlgorithmConfig):
 
     Attributes:
         block_steps: of `block_ap`; 0 for none.
-        steps: of `distill`, which passes over the data once at most; 0 for none.
+        steps: of `distill`, which passes over the data once at most, and leaves out data of fewer than 24 steps; 0 for
+            none.
         max_tokens: tokens that `gptq` and `block_ap` see; None for all. `distill` sees all of them.
     """
 
     method: Literal["best"] = ConfigField("best")
-    block_steps: int = ConfigField(40, ge=0)
+    block_steps: int = ConfigField(80, ge=0)
     steps: int = ConfigField(48, ge=0)
     max_tokens: int | None = ConfigField(16384, ge=1)
 

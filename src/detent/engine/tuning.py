@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
 
 from detent.algorithms.autoround import OffsetWeight, autoround
 from detent.algorithms.distill import Rates, distill, divergence
@@ -31,12 +30,14 @@ from detent.engine.traversal_scope import off
 from detent.errors import DetentError
 from detent.nn import QuantWeightBase, SequentialQuantizer, TensorQuantizer
 from detent.progress import track
-from detent.statistics.products import fast_products
+from detent.statistics.products import LARGE_IN_TRAINING, fast_products
 
 #: Bytes that the float model's predictions may take; on so many tokens `distill` trains.
 PREDICTION_BYTES = 1 << 30
 #: Steps' worth of sequences by which `block_ap` judges whether a block has become better.
 _JUDGES = 2
+#: The last share of `block_ap`'s steps, of which the mean is taken: with few sequences that generalises better.
+_AVERAGED = 0.2
 
 
 def trainable(layers: Sequence[Layer], algorithm: str) -> list[Layer]:
@@ -129,7 +130,8 @@ def tune_block(
     block = chain.blocks[index]
     device = chain.device(index)
     portions = _portions(chain, index, inputs, config.batch_size)
-    tokens = math.prod(inputs.get(0, torch.device("cpu")).shape[:-1])
+    shape = inputs.get(0, torch.device("cpu")).shape
+    tokens = min(shape[0], config.batch_size) * math.prod(shape[1:-1])
 
     def objective(portion: list[tuple[int, slice | None]]) -> Tensor:
         errors, count = [], 0
@@ -142,7 +144,7 @@ def tune_block(
         return torch.stack(errors).sum() / count
 
     weights: dict[str, OffsetWeight] | dict[str, LearnedWeight]
-    with only_these_learn(block, []), fast_products(_work(layers, tokens)):
+    with only_these_learn(block, []), fast_products(_work(layers, tokens), LARGE_IN_TRAINING):
         if isinstance(config, AutoRoundCalibConfig):
             weights = offsets = {
                 layer.name: OffsetWeight(layer.matrix(), layer.format, layer.scales()) for layer in layers
@@ -164,6 +166,7 @@ def tune_block(
                     list(learned.values()),
                     steps=config.steps,
                     rates=Rates(config.position_rate, config.scale_rate),
+                    average=_AVERAGED,
                     checks=1,
                     name=name,
                 )
@@ -215,31 +218,65 @@ class Lesson:
     mask: Tensor | None
 
 
+#: An argument of a remembered call that isn't passed on: what the model returned.
+_SAID = "detent: said"
+
+
 def predictions(model: nn.Module, loop: DataLoop, config: DistillCalibConfig) -> list[Lesson]:
-    """What the float model says to the calibration data, a few sequences at a time, as far as `PREDICTION_BYTES` go.
+    """What the float model says to the calibration data, a few sequences at a time, as far as `PREDICTION_BYTES` go;
+    nothing where that is too little to learn from.
 
     Raises:
         DetentError: the calibration loop never calls the model itself, or the model gives no tensor to learn from.
     """
-    calls = loop.calls_of(model)
-    if not calls:
-        raise DetentError(
-            "distill: the calibration loop calls only parts of the model, so there is no output to learn from"
-        )
-    pieces = regrouped(calls, config.batch_size)
-    if config.passes is not None:
-        pieces = pieces[: config.steps + config.held_out]
-    lessons, size = [], 0
     quantizers = [module for module in model.modules() if isinstance(module, TensorQuantizer)]
     with torch.no_grad(), off(quantizers), without_cache(model):
+        pieces = regrouped(_calls_with_predictions(model, loop), config.batch_size)
+        if not pieces:
+            raise DetentError(
+                "distill: the calibration loop calls only parts of the model, so there is no output to learn from"
+            )
+        if config.passes is not None:
+            steps = config.passes * (len(pieces) - _held_out(config, len(pieces)))
+            if steps < min(config.steps, config.least_steps):
+                notify(f"distill: left out: the data is enough for {steps} steps, fewer than {config.least_steps}")
+                return []
+            pieces = pieces[: config.steps + config.held_out]
+        lessons, size = [], 0
         for piece in track(pieces, "Float predictions", len(pieces)):
-            output, is_logits = _prediction(_called(model, piece))
-            lesson = Lesson(piece, log_softmax(output.float(), -1) if is_logits else output.float(), piece.token_mask())
-            size += lesson.prediction.numel() * lesson.prediction.element_size()
-            lessons.append(lesson)
+            said = piece.kwargs.pop(_SAID, None)
+            output = _prediction(_called(model, piece))[0] if said is None else said
+            size += output.numel() * output.element_size()
+            lessons.append(Lesson(piece, output, piece.token_mask()))
             if size >= PREDICTION_BYTES:
                 break
     return lessons
+
+
+def _held_out(config: DistillCalibConfig, lessons: int) -> int:
+    return min(config.held_out, lessons // 4)
+
+
+def _calls_with_predictions(model: nn.Module, loop: DataLoop) -> list[Call]:
+    """The loop's calls; where it runs just now for the first time, with what the model said to the first of them."""
+    said: list[Tensor] = []
+    size = 0
+
+    def listen(_: nn.Module, __: Any, output: Any) -> None:
+        nonlocal size
+        if size < PREDICTION_BYTES:
+            said.append(_prediction(output)[0].detach())
+            size += said[-1].numel() * said[-1].element_size()
+
+    hook = model.register_forward_hook(listen)
+    try:
+        calls = loop.calls_of(model)
+    finally:
+        hook.remove()
+    for index, (call, output) in enumerate(zip(calls, said, strict=False)):
+        if output.dim() and output.shape[0] == call.sequences:
+            calls[index] = Call(call.args, {**call.kwargs, _SAID: output}, call.mask)
+    return calls
 
 
 def distill_model(
@@ -253,7 +290,7 @@ def distill_model(
 
     Args:
         model: rounded, with scales for all weights.
-        lessons: from `predictions`.
+        lessons: from `predictions`; without any, nothing is done.
         layers: with quantized weights.
         config: of the algorithm.
         latents: {layer: float [out, in]}: what rounding came from, where that isn't what the layer holds.
@@ -261,14 +298,14 @@ def distill_model(
     Returns:
         Names of the float parameters that have new values.
     """
-    layers = trainable(layers, "distill")
+    layers = trainable(layers, "distill") if lessons else []
     if not layers:
         return set()
     weights = _learned_weights(layers, latents)
     others = _norm_parameters(model) if config.train_norms else {}
     for parameter in others.values():
         parameter.data = parameter.data.clone()
-    held = min(config.held_out, len(lessons) // 4)
+    held = _held_out(config, len(lessons))
     chosen = lessons[-held:] if held else lessons
     steps = config.steps if config.passes is None else min(config.steps, config.passes * (len(lessons) - held))
 
@@ -276,13 +313,13 @@ def distill_model(
         output, is_logits = _prediction(_called(model, lesson.call))
         if is_logits:
             return divergence(output, lesson.prediction, lesson.mask)
-        return (output.float() - lesson.prediction).square().mean()
+        return (output.float() - lesson.prediction.float()).square().mean()
 
     with (
         only_these_learn(model, list(others.values())),
         computing_with(weights, layers),
         without_cache(model),
-        fast_products(_work(layers, math.prod(lessons[0].prediction.shape[:-1]))),
+        fast_products(_work(layers, math.prod(lessons[0].prediction.shape[:-1])), LARGE_IN_TRAINING),
     ):
         done = distill(
             objective,

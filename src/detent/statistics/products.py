@@ -26,17 +26,20 @@ def _setting() -> Any:
 
 #: Multiplications in one product from which on its factors may be rounded.
 LARGE = 1 << 29
+#: The same where weights are trained: a step's gradient differs more from another batch's than by rounding.
+LARGE_IN_TRAINING = 1 << 24
 
 
 @contextmanager
-def fast_products(size: int) -> Iterator[None]:
+def fast_products(size: int, least: int = LARGE) -> Iterator[None]:
     """Let products of float32 matrices on the CPU round their factors to bfloat16 inside the block.
 
     Args:
-        size: multiplications in one product; below `LARGE`, nothing is rounded.
+        size: multiplications in one product.
+        least: below this size nothing is rounded.
     """
     setting = _setting()
-    if size < LARGE or setting is None or not torch.backends.mkldnn.is_available():
+    if size < least or setting is None or not torch.backends.mkldnn.is_available():
         yield
         return
     before = setting.fp32_precision
