@@ -606,9 +606,9 @@ def test_float_predictions_are_taken_from_the_first_run_of_the_loop() -> None:
     called: list[int] = []
     model.register_forward_pre_hook(lambda _, args: called.append(len(args[0])))
     data = DataLoop(lambda m: [m(rows[:5]), m(rows[5:])])
-    first = predictions(model, data, config)
+    first = predictions(model, [], data, config)
     assert called == [5, 2]
-    again = predictions(model, data, config)
+    again = predictions(model, [], data, config)
     assert called[2:] == [2, 2, 1, 2]
     with torch.no_grad():
         truth = model(rows).logits
@@ -620,14 +620,17 @@ def test_float_predictions_are_taken_from_the_first_run_of_the_loop() -> None:
 
 def test_best_leaves_distillation_out_where_there_is_too_little_data() -> None:
     rough = {**W4_ONLY, "*weight_quantizer": {"num_bits": 3, "block_sizes": {-1: 16}}}
-    made: dict[int, set[str]] = {}
+    made: dict[int, dict[str, Any]] = {}
     for times in (1, 5):
         with collected_notices() as notices:
             model = quantized("best", rough, feed=lambda m, n=times: [loop(m) for _ in range(n)])
-        made[times] = {outcome.algorithm for outcome in outcomes(linears(model)["model.layers.0.mlp.up_proj"])}
+        made[times] = {
+            o.algorithm: o.decided.get("steps") for o in outcomes(linears(model)["model.layers.0.mlp.up_proj"])
+        }
         told = "distill: left out: the data is enough for 5 steps, fewer than 24" in notices
         assert told is (times == 1)
-    assert made[5] - made[1] == {"distill"}
+    assert made[1] == {"gptq": None, "block_ap": 80}
+    assert made[5] == {"gptq": None, "block_ap": 40, "distill": 26}
 
 
 def test_token_ids_beyond_the_vocabulary_are_named() -> None:

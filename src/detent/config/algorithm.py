@@ -258,15 +258,21 @@ class BlockAPCalibConfig(DataAlgorithmConfig):
 
     Attributes:
         steps: for each block.
+        alone_steps: the same where no `distill` follows, or has too little data; None: as many.
         batch_size: sequences in a step.
         position_rate, scale_rate: learning rates of codes (in steps of the grid) and of scales (relative).
     """
 
     method: Literal["block_ap"] = ConfigField("block_ap")
     steps: int = ConfigField(80, ge=1)
+    alone_steps: int | None = ConfigField(None, ge=1)
     batch_size: int = ConfigField(2, ge=1)
     position_rate: float = ConfigField(0.01, ge=0, allow_inf_nan=False)
     scale_rate: float = ConfigField(0.004, ge=0, allow_inf_nan=False)
+
+    def alone(self) -> BlockAPCalibConfig:
+        """For the case that no `distill` follows."""
+        return self if self.alone_steps is None else self.model_copy(update={"steps": self.alone_steps})
 
 
 class DistillCalibConfig(DataAlgorithmConfig):
@@ -300,14 +306,14 @@ class BestCalibConfig(DataAlgorithmConfig):
     on the whole model.
 
     Attributes:
-        block_steps: of `block_ap`; 0 for none.
+        block_steps: of `block_ap`, and twice as many where the data is too little for `distill`; 0 for none.
         steps: of `distill`, which passes over the data once at most, and leaves out data of fewer than 24 steps; 0 for
             none.
         max_tokens: tokens that `gptq` and `block_ap` see; None for all. `distill` sees all of them.
     """
 
     method: Literal["best"] = ConfigField("best")
-    block_steps: int = ConfigField(80, ge=0)
+    block_steps: int = ConfigField(40, ge=0)
     steps: int = ConfigField(48, ge=0)
     max_tokens: int | None = ConfigField(16384, ge=1)
 
@@ -316,7 +322,7 @@ class BestCalibConfig(DataAlgorithmConfig):
         own = {name: getattr(self, name) for name in DataAlgorithmConfig.model_fields if name != "method"}
         parts: list[DataAlgorithmConfig] = [GPTQCalibConfig(search_steps=12, **own)]
         if self.block_steps:
-            parts.append(BlockAPCalibConfig(steps=self.block_steps, **own))
+            parts.append(BlockAPCalibConfig(steps=self.block_steps, alone_steps=2 * self.block_steps, **own))
         own["max_tokens"] = None
         return parts + [DistillCalibConfig(steps=self.steps, passes=1, **own)] * bool(self.steps)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from detent.config import MaxCalibConfig, QuantizeAlgorithmConfig, RotationConfig, parse_algorithm
-from detent.config.algorithm import BestCalibConfig, DataAlgorithmConfig, DistillCalibConfig
+from detent.config.algorithm import BestCalibConfig, BlockAPCalibConfig, DataAlgorithmConfig, DistillCalibConfig
 from detent.distributed import ParallelState
 from detent.engine.conversion import named_members
 from detent.engine.data_loop import DataLoop, ForwardLoop
@@ -152,7 +152,9 @@ def _calibrate_on_data(
             " calibration data"
         )
     distilling = [step for step in steps if isinstance(step, DistillCalibConfig)]
-    lessons = predictions(model, loop, distilling[0]) if distilling else []
+    lessons = predictions(model, layers_of(model), loop, distilling[0]) if distilling else []
+    if not lessons:
+        steps = [step.alone() if isinstance(step, BlockAPCalibConfig) else step for step in steps]
     solver = Solver(steps, folding)
     waiting = _waiting(model)
     together = _ActivationPass(model, waiting, loop)

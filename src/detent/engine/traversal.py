@@ -31,7 +31,7 @@ from detent.engine.notices import notify
 from detent.engine.sites import Seen, Site, SiteObserver, Wanted
 from detent.engine.solve import Solver, wanted
 from detent.engine.traversal_scope import off
-from detent.engine.tuning import tune_block
+from detent.engine.tuning import coarse, tune_block
 from detent.errors import DetentError
 from detent.nn import QuantWeightBase, TensorQuantizer
 from detent.progress import track
@@ -157,8 +157,9 @@ def _block_by_block(
     references = chain.inputs if need.references else None
     inputs = chain.inputs
     learned = next((step for step in steps if isinstance(step, _LEARNING)), None)
+    training = learned is not None and coarse(layers)
     for index, name in enumerate(track(chain.names, "Block by block", len(chain.names))):
-        observed = _ObservedBlock(chain, index, inputs, references, need)
+        observed = _ObservedBlock(chain, index, inputs, references, need, training)
         rounding = next((i for i, step in enumerate(steps) if getattr(step, "sequential", False)), None)
         floats = chain.store()
         if rounding is None:
@@ -170,7 +171,7 @@ def _block_by_block(
         if learned is not None and observed.made is not None:
             tune_block(chain, index, inputs, observed.made, inside[name], learned, solver.latents)
         if quantized:
-            with fast_forward(chain.blocks[index].parameters()), off(solver.grids(inside[name])):
+            with fast_forward(chain.blocks[index].parameters(), training=training), off(solver.grids(inside[name])):
                 for output in chain.run_all(index, inputs):
                     floats.append(output)
         if inputs is not chain.inputs:
@@ -194,9 +195,15 @@ class _ObservedBlock:
     """
 
     def __init__(
-        self, chain: BlockChain, index: int, inputs: TensorStore, references: TensorStore | None, need: Wanted
+        self,
+        chain: BlockChain,
+        index: int,
+        inputs: TensorStore,
+        references: TensorStore | None,
+        need: Wanted,
+        training: bool,
     ) -> None:
-        self.names = chain.names
+        self.names, self._training = chain.names, training
         self._chain, self._index, self._inputs, self._need = chain, index, inputs, need
         self._references = references
         self._kept: dict[int, dict[str, list[torch.Tensor]]] = {}
@@ -238,7 +245,7 @@ class _ObservedBlock:
             self.made = chain.store()
         own = [module for module in block.modules() if isinstance(module, TensorQuantizer)]
         device = chain.device(index)
-        with off(own), observer, fast_forward(block.parameters()):
+        with off(own), observer, fast_forward(block.parameters(), training=self._training):
             for batch in range(count):
                 observer.batch = batch
                 if self.made is not None:

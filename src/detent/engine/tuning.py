@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +30,14 @@ from detent.engine.traversal_scope import off
 from detent.errors import DetentError
 from detent.nn import QuantWeightBase, SequentialQuantizer, TensorQuantizer
 from detent.progress import track
-from detent.statistics.products import LARGE_IN_TRAINING, fast_products
+from detent.statistics.products import LARGE_IN_TRAINING, fast_forward, fast_products
 
 #: Bytes that the float model's predictions may take; on so many tokens `distill` trains.
 PREDICTION_BYTES = 1 << 30
 #: Steps' worth of sequences by which `block_ap` judges whether a block has become better.
 _JUDGES = 2
+#: Bits of a weight's codes up to which training may round products' factors to bfloat16, which holds eight.
+_COARSE = 6
 #: The last share of `block_ap`'s steps, of which the mean is taken: with few sequences that generalises better.
 _AVERAGED = 0.2
 
@@ -144,7 +146,7 @@ def tune_block(
         return torch.stack(errors).sum() / count
 
     weights: dict[str, OffsetWeight] | dict[str, LearnedWeight]
-    with only_these_learn(block, []), fast_products(_work(layers, tokens), LARGE_IN_TRAINING):
+    with only_these_learn(block, []), _products(layers, tokens):
         if isinstance(config, AutoRoundCalibConfig):
             weights = offsets = {
                 layer.name: OffsetWeight(layer.matrix(), layer.format, layer.scales()) for layer in layers
@@ -222,7 +224,7 @@ class Lesson:
 _SAID = "detent: said"
 
 
-def predictions(model: nn.Module, loop: DataLoop, config: DistillCalibConfig) -> list[Lesson]:
+def predictions(model: nn.Module, layers: Sequence[Layer], loop: DataLoop, config: DistillCalibConfig) -> list[Lesson]:
     """What the float model says to the calibration data, a few sequences at a time, as far as `PREDICTION_BYTES` go;
     nothing where that is too little to learn from.
 
@@ -230,7 +232,8 @@ def predictions(model: nn.Module, loop: DataLoop, config: DistillCalibConfig) ->
         DetentError: the calibration loop never calls the model itself, or the model gives no tensor to learn from.
     """
     quantizers = [module for module in model.modules() if isinstance(module, TensorQuantizer)]
-    with torch.no_grad(), off(quantizers), without_cache(model):
+    fast = fast_forward((layer.module.weight for layer in layers), training=coarse(layers))
+    with torch.no_grad(), off(quantizers), without_cache(model), fast:
         pieces = regrouped(_calls_with_predictions(model, loop), config.batch_size)
         if not pieces:
             raise DetentError(
@@ -319,7 +322,7 @@ def distill_model(
         only_these_learn(model, list(others.values())),
         computing_with(weights, layers),
         without_cache(model),
-        fast_products(_work(layers, math.prod(lessons[0].prediction.shape[:-1])), LARGE_IN_TRAINING),
+        _products(layers, math.prod(lessons[0].prediction.shape[:-1])),
     ):
         done = distill(
             objective,
@@ -344,9 +347,15 @@ def distill_model(
     return set(others) if done.kept else set()
 
 
-def _work(layers: Sequence[Layer], tokens: int) -> int:
-    """Multiplications in the typical product of a step: factors of small ones aren't worth rounding."""
-    return tokens * sorted(layer.module.weight.numel() for layer in layers)[len(layers) // 2]
+def coarse(layers: Sequence[Layer]) -> bool:
+    """Whether rounding to bfloat16 hides little of what weights are rounded to: codes of eight bits would be lost."""
+    return all(layer.format.element.bits <= _COARSE for layer in layers)
+
+
+def _products(layers: Sequence[Layer], tokens: int) -> AbstractContextManager[None]:
+    """`fast_products` for steps of training: by the multiplications in a typical product of `tokens` rows."""
+    work = tokens * sorted(layer.module.weight.numel() for layer in layers)[len(layers) // 2]
+    return fast_products(work if coarse(layers) else 0, LARGE_IN_TRAINING)
 
 
 def _called(model: nn.Module, call: Call) -> Any:

@@ -50,10 +50,16 @@ def fast_products(size: int, least: int = LARGE) -> Iterator[None]:
         setting.fp32_precision = before
 
 
-#: Elements of a weight from which on its products count as large.
-LARGE_WEIGHT = 1 << 20
+#: Elements of a weight from which on its products count as large, and the same where weights are trained.
+LARGE_WEIGHT, LARGE_WEIGHT_IN_TRAINING = 1 << 20, 1 << 16
 
 
-def fast_forward(weights: Iterable[Tensor]) -> AbstractContextManager[None]:
-    """`fast_products` for forward passes of layers with these weights."""
-    return fast_products(LARGE if any(weight.numel() >= LARGE_WEIGHT for weight in weights) else 0)
+def fast_forward(weights: Iterable[Tensor], *, training: bool = False) -> AbstractContextManager[None]:
+    """`fast_products` for forward passes of layers with these weights.
+
+    Args:
+        weights: the largest counts.
+        training: what is observed serves training.
+    """
+    least = LARGE_WEIGHT_IN_TRAINING if training else LARGE_WEIGHT
+    return fast_products(LARGE if any(weight.numel() >= least for weight in weights) else 0)
