@@ -627,10 +627,19 @@ def test_best_leaves_distillation_out_where_there_is_too_little_data() -> None:
         made[times] = {
             o.algorithm: o.decided.get("steps") for o in outcomes(linears(model)["model.layers.0.mlp.up_proj"])
         }
-        told = "distill: left out: the data is enough for 5 steps, fewer than 24" in notices
+        told = "distill: left out: the data are enough for 5 steps, fewer than 24" in notices
         assert told is (times == 1)
     assert made[1] == {"gptq": None, "block_ap": 80}
     assert made[5] == {"gptq": None, "block_ap": 40, "distill": 26}
+
+
+def test_best_leaves_distillation_out_where_predictions_take_too_much_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    from detent.engine import tuning
+
+    monkeypatch.setattr(tuning, "PREDICTION_BYTES", 4 * 48 * 64 * 4)  # of three to four calls: 48 tokens, 63 words
+    with collected_notices() as notices:
+        quantized("best", feed=lambda m: [loop(m) for _ in range(5)])
+    assert any("the data and the room for predictions are enough for" in notice for notice in notices)
 
 
 def test_token_ids_beyond_the_vocabulary_are_named() -> None:

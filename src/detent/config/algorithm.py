@@ -241,7 +241,7 @@ class AutoRoundCalibConfig(DataAlgorithmConfig):
         iterations: steps for each block.
         lr: the learning rate at first; None: 1 / iterations.
         batch_size: sequences in a step.
-        scale_search, signed_scales: begin as `GPTQCalibConfig` does.
+        scale_search, search_steps, signed_scales: begin as `GPTQCalibConfig` does.
     """
 
     method: Literal["autoround"] = ConfigField("autoround")
@@ -249,6 +249,7 @@ class AutoRoundCalibConfig(DataAlgorithmConfig):
     lr: float | None = ConfigField(None, gt=0, allow_inf_nan=False)
     batch_size: int = ConfigField(8, ge=1)
     scale_search: bool = ConfigField(True)
+    search_steps: int = ConfigField(12, ge=1)
     signed_scales: bool = ConfigField(True)
 
 

@@ -184,7 +184,7 @@ class _AtWork:
                 for layer in self.layers:
                     if step.scale_search and layer.name not in self._solver.searched | self._solver.rounded:
                         self._check(layer, str(step.method))
-                        layer.set_scales(self._searched_scales(layer, 12, step.signed_scales))
+                        layer.set_scales(self._searched_scales(layer, step.search_steps, step.signed_scales))
             case BlockAPCalibConfig() | DistillCalibConfig():
                 pass  # not one site's affair
             case _:

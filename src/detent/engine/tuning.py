@@ -240,10 +240,6 @@ def predictions(model: nn.Module, layers: Sequence[Layer], loop: DataLoop, confi
                 "distill: the calibration loop calls only parts of the model, so there is no output to learn from"
             )
         if config.passes is not None:
-            steps = config.passes * (len(pieces) - _held_out(config, len(pieces)))
-            if steps < min(config.steps, config.least_steps):
-                notify(f"distill: left out: the data is enough for {steps} steps, fewer than {config.least_steps}")
-                return []
             pieces = pieces[: config.steps + config.held_out]
         lessons, size = [], 0
         for piece in track(pieces, "Float predictions", len(pieces)):
@@ -253,7 +249,17 @@ def predictions(model: nn.Module, layers: Sequence[Layer], loop: DataLoop, confi
             lessons.append(Lesson(piece, output, piece.token_mask()))
             if size >= PREDICTION_BYTES:
                 break
+    steps = _steps(config, len(lessons))
+    if config.passes is not None and steps < min(config.steps, config.least_steps):
+        room = " and the room for predictions" if len(lessons) < len(pieces) else ""
+        notify(f"distill: left out: the data{room} are enough for {steps} steps, fewer than {config.least_steps}")
+        return []
     return lessons
+
+
+def _steps(config: DistillCalibConfig, lessons: int) -> int:
+    possible = lessons - _held_out(config, lessons)
+    return config.steps if config.passes is None else min(config.steps, config.passes * possible)
 
 
 def _held_out(config: DistillCalibConfig, lessons: int) -> int:
@@ -309,8 +315,7 @@ def distill_model(
     for parameter in others.values():
         parameter.data = parameter.data.clone()
     held = _held_out(config, len(lessons))
-    chosen = lessons[-held:] if held else lessons
-    steps = config.steps if config.passes is None else min(config.steps, config.passes * (len(lessons) - held))
+    chosen, steps = lessons[-held:] if held else lessons, _steps(config, len(lessons))
 
     def objective(lesson: Lesson) -> Tensor:
         output, is_logits = _prediction(_called(model, lesson.call))
