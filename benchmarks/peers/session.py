@@ -44,7 +44,7 @@ class Session:
 
     def run(self, source: Input, tool: str, method: str, scheme: str) -> Result:
         """Do one job and keep its result; results keep the order in which jobs were begun."""
-        wanted = Result(source.title, scheme, PEERS[tool].title, method, tokens=source.tokens)
+        wanted = _unmeasured(source, tool, method, scheme)
         with self._lock:
             place = len(self.results)
             self.results.append(wanted)
@@ -52,24 +52,19 @@ class Session:
         with self._lock:
             self.results[place] = result
             self._save()
-        ending = (
-            result.error or f"perplexity {result.perplexity}, {result.wall:.1f} s ({result.cpu:.1f} of processor time)"
-        )
-        what = f"{source.title} {scheme} {tool} {method}"
-        print(f"{time.strftime('%H:%M:%S')} {what}: {ending}", file=sys.stderr, flush=True)
+        _tell(result, tool)
         return result
 
     def again(self, source: Input, tool: str, method: str, scheme: str) -> None:
         """Do a job once more and keep the faster run: what else the machine does only ever adds time."""
-        wanted = Result(source.title, scheme, PEERS[tool].title, method, tokens=source.tokens)
+        wanted = _unmeasured(source, tool, method, scheme)
         place = next(i for i, result in enumerate(self.results) if result.key == wanted.key)
         before = self.results[place]
         result = self._fresh(wanted, source, tool)
         if not result.error and (before.error or result.wall < before.wall):
             self.results[place] = result
             self._save()
-        took = result.error or f"{result.wall:.1f} s ({result.cpu:.1f} of processor time)"
-        print(f"{time.strftime('%H:%M:%S')} {source.title} {scheme} {tool} {method} again: {took}", file=sys.stderr)
+        _tell(result, tool, again=True)
 
     def environment_sizes(self) -> dict[str, int]:
         """Bytes of each environment that was used, by title of its tool."""
@@ -152,3 +147,15 @@ class Session:
             if result_file.is_file():
                 return json.loads(result_file.read_text(encoding="utf-8")), whole
             return {"error": f"the process ended with {done.returncode} and no result"}, whole
+
+
+def _unmeasured(source: Input, tool: str, method: str, scheme: str) -> Result:
+    return Result(source.title, scheme, PEERS[tool].title, method, tokens=source.tokens)
+
+
+def _tell(result: Result, tool: str, *, again: bool = False) -> None:
+    """A line on the standard error about a job that has ended."""
+    took = f"{result.wall:.1f} s ({result.cpu:.1f} of processor time)"
+    ending = result.error or (took if again else f"perplexity {result.perplexity}, {took}")
+    what = f"{result.input} {result.scheme} {tool} {result.method}" + " again" * again
+    print(f"{time.strftime('%H:%M:%S')} {what}: {ending}", file=sys.stderr, flush=True)

@@ -98,7 +98,7 @@ def distill(
     trained = [*(w.position for w in weights), *(w.stretch for w in weights if w.stretch is not None), *others]
     wanted = [p.requires_grad for p in trained]
     before = _mean(objective, held_out)
-    best, mean = Snapshot(trained, before, 0), _Mean()
+    best, mean = Snapshot(trained, before, 0), None
     optimizer = _optimizer(weights, others, rates)
     order = shuffled(len(batches), steps, seed)
     measured = {round(steps * (i + 1) / checks) for i in range(checks)}
@@ -117,10 +117,11 @@ def distill(
             optimizer.zero_grad()
             for weight in weights:
                 weight.settle()
-            if step > steps - round(average * steps):
-                mean.add(trained)
-            if step == steps:
-                mean.give(trained)
+            if (count := step - (steps - round(average * steps))) > 0:
+                mean = mean or Snapshot(trained, math.inf, step)
+                mean.blend(trained, 1 / count)
+            if mean is not None and step == steps:
+                mean.restore(trained)
             if step in measured:
                 value = _mean(objective, held_out)
                 if value < best.objective:
@@ -166,29 +167,6 @@ def _course(step: int, steps: int) -> float:
     """The share of the learning rate's height in a step, counted from 1."""
     warm = min(1.0, step / 2)
     return warm * (0.05 + 0.95 * (1 - (step - 1) / steps))
-
-
-class _Mean:
-    """The mean of parameters over some steps."""
-
-    def __init__(self) -> None:
-        self._values: list[Tensor] = []
-        self._count = 0
-
-    @torch.no_grad()
-    def add(self, parameters: Sequence[Tensor]) -> None:
-        self._count += 1
-        if not self._values:
-            self._values = [p.detach().clone() for p in parameters]
-        for value, parameter in zip(self._values, parameters, strict=True):
-            value.lerp_(parameter, 1 / self._count)
-
-    @torch.no_grad()
-    def give(self, parameters: Sequence[Tensor]) -> None:
-        """Set the parameters to their mean, if there is one."""
-        if self._count:
-            for parameter, value in zip(parameters, self._values, strict=True):
-                parameter.copy_(value)
 
 
 @torch.no_grad()

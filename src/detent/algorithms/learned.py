@@ -181,6 +181,12 @@ class Snapshot:
         self._values = [p.detach().clone() for p in parameters]
         self.objective, self.step = objective, step
 
+    @torch.no_grad()
+    def blend(self, parameters: Sequence[Tensor], share: float) -> None:
+        """Move the values towards those that the parameters have now, by that share of the way."""
+        for value, parameter in zip(self._values, parameters, strict=True):
+            value.lerp_(parameter, share)
+
     def restore(self, parameters: Sequence[Tensor]) -> None:
         """Give the parameters the values they had."""
         with torch.no_grad():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from detent.checkpoints import Source
+from detent.engine.weight_ranges import all_finite
 from detent.errors import DetentError
 from detent.progress import track
 
@@ -148,12 +149,7 @@ def read_weights(source: Source, names: Iterable[str], task: str = "Reading weig
     state = {}
     for name in track(names, task, len(names)):
         state[name] = tensor = source.tensor(name)
-        # The extremes of a tensor with NaN are NaN; unlike isfinite, they need no second tensor.
-        if (
-            tensor.dtype in _COMPUTED
-            and tensor.numel()
-            and not bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
-        ):
+        if tensor.dtype in _COMPUTED and not all_finite(tensor):
             raise DetentError(
                 f"{source.path / source.info(name).file}: {name} holds NaN or infinity, so the model is damaged;"
                 " download or train it again"

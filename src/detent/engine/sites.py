@@ -15,8 +15,8 @@ from detent.data.padding import drop_padding
 from detent.engine.layers import Layer
 from detent.statistics import SiteStatistics
 
-#: Rows of a sample from which second moments are estimated, however wide they are.
-LEAST_ROWS = 1024
+#: A sample from which second moments are estimated holds so many numbers, 8 MiB, and at least so many rows.
+SAMPLE_ELEMENTS, LEAST_ROWS = 1 << 21, 1024
 #: Tokens that a second moment is the sum over: so many, or so many for each channel, whichever is more. Where more
 #: come, and it is known in how many batches, evenly spread ones of each batch stand for all.
 MOMENT_TOKENS, TOKENS_A_CHANNEL = 1 << 14, 8
@@ -29,14 +29,14 @@ class Wanted:
     Attributes:
         second_moment, cross_moment: see `SiteStatistics`.
         sample_size: rows of a sample.
-        sample_elements: the same as how many numbers they hold; at least `LEAST_ROWS` rows.
+        estimate: whether second moments are to be estimated from the sample.
         references: whether the float model runs too.
     """
 
     second_moment: bool = False
     cross_moment: bool = False
     sample_size: int = 0
-    sample_elements: int = 0
+    estimate: bool = False
     references: bool = False
 
     def __or__(self, other: Wanted) -> Wanted:
@@ -44,14 +44,13 @@ class Wanted:
             self.second_moment or other.second_moment,
             self.cross_moment or other.cross_moment,
             max(self.sample_size, other.sample_size),
-            max(self.sample_elements, other.sample_elements),
+            self.estimate or other.estimate,
             self.references or other.references,
         )
 
     def rows(self, channels: int) -> int:
         """How many rows of so many channels a sample has."""
-        by_elements = max(LEAST_ROWS, self.sample_elements // channels) if self.sample_elements else 0
-        return max(self.sample_size, by_elements)
+        return max(self.sample_size, LEAST_ROWS, SAMPLE_ELEMENTS // channels) if self.estimate else self.sample_size
 
 
 @dataclass

@@ -49,9 +49,6 @@ from detent.progress import track
 
 _log = logging.getLogger(__name__)
 
-#: Numbers in the sample of tokens from which AWQ and AutoRound take G, at each site: 8 MiB.
-SAMPLE_ELEMENTS = 1 << 21
-
 
 def wanted(steps: Sequence[QuantizeAlgorithmConfig]) -> Wanted:
     """The statistics that the steps need together."""
@@ -60,13 +57,13 @@ def wanted(steps: Sequence[QuantizeAlgorithmConfig]) -> Wanted:
         if isinstance(step, SmoothQuantCalibConfig):
             need |= Wanted(sample_size=step.sample_size if step.alpha == "auto" else 0)
         elif isinstance(step, AutoRoundCalibConfig):
-            need |= Wanted(references=True, sample_elements=SAMPLE_ELEMENTS if step.scale_search else 0)
+            need |= Wanted(references=True, estimate=step.scale_search)
         elif isinstance(step, BlockAPCalibConfig):
             need |= Wanted(references=True)
         elif isinstance(step, GPTQCalibConfig):
             need |= Wanted(second_moment=True, cross_moment=step.retarget, references=step.retarget)
         elif isinstance(step, (AWQLiteCalibConfig, AWQClipCalibConfig)):
-            need |= Wanted(sample_elements=SAMPLE_ELEMENTS)
+            need |= Wanted(estimate=True)
         elif isinstance(step, DataAlgorithmConfig) and not isinstance(step, DistillCalibConfig):
             need |= Wanted(second_moment=True)
     return need

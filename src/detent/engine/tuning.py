@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -220,10 +220,6 @@ class Lesson:
     mask: Tensor | None
 
 
-#: An argument of a remembered call that isn't passed on: what the model returned.
-_SAID = "detent: said"
-
-
 def predictions(model: nn.Module, layers: Sequence[Layer], loop: DataLoop, config: DistillCalibConfig) -> list[Lesson]:
     """What the float model says to the calibration data, a few sequences at a time, as far as `PREDICTION_BYTES` go;
     nothing where that is too little to learn from.
@@ -243,8 +239,7 @@ def predictions(model: nn.Module, layers: Sequence[Layer], loop: DataLoop, confi
             pieces = pieces[: config.steps + config.held_out]
         lessons, size = [], 0
         for piece in track(pieces, "Float predictions", len(pieces)):
-            said = piece.kwargs.pop(_SAID, None)
-            output = _prediction(_called(model, piece))[0] if said is None else said
+            output = _prediction(_called(model, piece))[0] if piece.said is None else piece.said
             size += output.numel() * output.element_size()
             lessons.append(Lesson(piece, output, piece.token_mask()))
             if size >= PREDICTION_BYTES:
@@ -284,7 +279,7 @@ def _calls_with_predictions(model: nn.Module, loop: DataLoop) -> list[Call]:
         hook.remove()
     for index, (call, output) in enumerate(zip(calls, said, strict=False)):
         if output.dim() and output.shape[0] == call.sequences:
-            calls[index] = Call(call.args, {**call.kwargs, _SAID: output}, call.mask)
+            calls[index] = replace(call, said=output)
     return calls
 
 
@@ -315,7 +310,8 @@ def distill_model(
     for parameter in others.values():
         parameter.data = parameter.data.clone()
     held = _held_out(config, len(lessons))
-    chosen, steps = lessons[-held:] if held else lessons, _steps(config, len(lessons))
+    chosen = lessons[-held:] if held else lessons
+    steps = _steps(config, len(lessons))
 
     def objective(lesson: Lesson) -> Tensor:
         output, is_logits = _prediction(_called(model, lesson.call))

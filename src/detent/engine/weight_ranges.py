@@ -17,6 +17,12 @@ from detent.nn import QuantWeightBase, TensorQuantizer, quantizers_of
 from detent.nn.sequential import Quantizer, members_of
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a float tensor holds neither NaN nor infinity: the extremes of one with NaN are NaN, and unlike isfinite
+    they need no second tensor."""
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
 def calibrate_weight(
     name: str,
     quantizer: Quantizer,
@@ -37,8 +43,7 @@ def calibrate_weight(
     Raises:
         DetentError: NaN or infinity in the weight.
     """
-    # The extremes of a tensor with NaN are NaN.
-    if weight.numel() and not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):
+    if not all_finite(weight):
         raise DetentError(f"{name}: NaN or infinity in the weight; check the checkpoint")
     members = members_of(quantizer)
     for index, member in enumerate(members):
