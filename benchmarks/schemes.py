@@ -15,11 +15,12 @@ from pathlib import Path
 
 from detent.checkpoints import Source
 from detent.config import all_schemes, parse_scheme
-from detent.data import load_texts, run_batches, sample_model_dir, token_batches
-from detent.engine.checkpoint import simulate
-from detent.engine.models import load_config, load_model, load_tokenizer, model_dtype, model_on_meta
-from detent.engine.plan import make_plan, with_scale_dtype
+from detent.data import load_texts, sample_model_dir, token_batches
+from detent.engine.data_loop import run_batches
 from detent.evaluation import evaluation_ids, perplexity
+from detent.plan.plan import make_plan, with_scale_dtype
+from detent.pretrained.loading import load_config, load_model, load_tokenizer, model_dtype, model_on_meta
+from detent.runs.simulate import simulate
 
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- schemes: made by benchmarks/schemes.py -->", "<!-- end of schemes -->"

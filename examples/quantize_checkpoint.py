@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from detent.report.options import EvaluationOptions, ModelOptions, SchemeOptions
-from detent.report.runs import quantize_checkpoint
+from detent.runs.options import EvaluationOptions, ModelOptions, SchemeOptions
+from detent.runs.quantize import quantize_checkpoint
 
 model_dir = sys.argv[1] if len(sys.argv) > 1 else None  # None: the sample model
 output_dir = sys.argv[2] if len(sys.argv) > 2 else "quantized"

@@ -18,21 +18,25 @@ PACKAGE = Path(__file__).parents[1] / "src" / "detent"
 #: Top to bottom. A layer imports itself and what stands after it.
 LAYERS = (
     "cli",
+    "runs",
     "report",
     "evaluation",
-    "search",
     "engine",
+    "plan",
+    "transforms",
     "algorithms",
-    "checkpoints",
     "structure",
-    "statistics",
+    "model",
+    "pretrained",
+    "checkpoints",
     "nn",
     "config",
+    "statistics",
     "data",
     "formats",
 )
 #: Modules beneath the layers: everyone may import them, and they import nothing of the package.
-GROUND = ("errors", "progress", "distributed", "_version")
+GROUND = ("errors", "progress", "notices", "padding", "distributed", "_version")
 #: The package itself (its public names) and `python -m detent`. Only the command line, on top, may import the former.
 ROOT, MAIN = "__init__", "__main__"
 

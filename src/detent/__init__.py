@@ -40,27 +40,27 @@ _HOMES = {
     "ParallelState": "detent.distributed",
     "ModeloptField": "detent.config.base",
     "ConfigField": "detent.config.base",
-    "CalibrateModeRegistry": "detent.engine.modes",
-    "BaseCalibrateModeDescriptor": "detent.engine.modes",
-    "ConvertEntrypoint": "detent.engine.modes",
+    "CalibrateModeRegistry": "detent.algorithms.modes",
+    "BaseCalibrateModeDescriptor": "detent.algorithms.modes",
+    "ConvertEntrypoint": "detent.algorithms.modes",
     "find_structure": "detent.structure",
     "quantize": "detent.engine.quantization",
     "calibrate": "detent.engine.calibration",
-    "replace_quant_module": "detent.engine.conversion",
-    "set_quantizer_by_cfg": "detent.engine.conversion",
-    "set_quantizer_by_cfg_context": "detent.engine.conversion",
-    "set_quantizer_attribute": "detent.engine.conversion",
-    "enable_quantizer": "detent.engine.conversion",
-    "disable_quantizer": "detent.engine.conversion",
-    "print_quant_summary": "detent.engine.weights",
-    "fold_weight": "detent.engine.weights",
-    "compress": "detent.engine.weights",
-    "save": "detent.engine.state",
-    "restore": "detent.engine.state",
-    "detent_state": "detent.engine.state",
-    "modelopt_state": "detent.engine.state",
-    "restore_from_detent_state": "detent.engine.state",
-    "restore_from_modelopt_state": "detent.engine.state",
+    "replace_quant_module": "detent.model.conversion",
+    "set_quantizer_by_cfg": "detent.model.conversion",
+    "set_quantizer_by_cfg_context": "detent.model.conversion",
+    "set_quantizer_attribute": "detent.model.conversion",
+    "enable_quantizer": "detent.model.conversion",
+    "disable_quantizer": "detent.model.conversion",
+    "print_quant_summary": "detent.model.weights",
+    "fold_weight": "detent.model.weights",
+    "compress": "detent.model.weights",
+    "save": "detent.model.state",
+    "restore": "detent.model.state",
+    "detent_state": "detent.model.state",
+    "modelopt_state": "detent.model.state",
+    "restore_from_detent_state": "detent.model.state",
+    "restore_from_modelopt_state": "detent.model.state",
     "use_reporter": "detent.progress",
 }
 _SUBMODULES = {
@@ -72,13 +72,19 @@ _SUBMODULES = {
     "engine",
     "evaluation",
     "formats",
+    "model",
     "nn",
+    "plan",
+    "pretrained",
     "report",
+    "runs",
     "statistics",
     "structure",
+    "transforms",
 }
 
 if TYPE_CHECKING:
+    from detent.algorithms.modes import BaseCalibrateModeDescriptor, CalibrateModeRegistry, ConvertEntrypoint
     from detent.config import (
         QuantizeAlgorithmConfig,
         QuantizeConfig,
@@ -92,7 +98,10 @@ if TYPE_CHECKING:
     from detent.config.presets import choices, update_quant_cfg_with_kv_cache_quant
     from detent.distributed import ParallelState
     from detent.engine.calibration import calibrate
-    from detent.engine.conversion import (
+    from detent.engine.quantization import quantize
+    from detent.errors import DetentError
+    from detent.formats import Format, QTensor, decode, encode, fake_quantize
+    from detent.model.conversion import (
         disable_quantizer,
         enable_quantizer,
         replace_quant_module,
@@ -100,9 +109,7 @@ if TYPE_CHECKING:
         set_quantizer_by_cfg,
         set_quantizer_by_cfg_context,
     )
-    from detent.engine.modes import BaseCalibrateModeDescriptor, CalibrateModeRegistry, ConvertEntrypoint
-    from detent.engine.quantization import quantize
-    from detent.engine.state import (
+    from detent.model.state import (
         detent_state,
         modelopt_state,
         restore,
@@ -110,9 +117,7 @@ if TYPE_CHECKING:
         restore_from_modelopt_state,
         save,
     )
-    from detent.engine.weights import compress, fold_weight, print_quant_summary
-    from detent.errors import DetentError
-    from detent.formats import Format, QTensor, decode, encode, fake_quantize
+    from detent.model.weights import compress, fold_weight, print_quant_summary
     from detent.nn import (
         QuantModule,
         QuantModuleRegistry,

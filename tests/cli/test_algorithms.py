@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from cli.runner import Workplace, detent, logits
-from detent.engine.checkpoint import load_quantized
+from detent.runs.load import load_quantized
 
 DATA = ("--dataset", "builtin", "--num_calib_data", 8, "--seq_len", 32, "--group_size", 32)
 

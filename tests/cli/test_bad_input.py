@@ -241,7 +241,7 @@ def test_interrupted(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("detent.engine.checkpoint.verify", interrupt)
+    monkeypatch.setattr("detent.runs.write.verify", interrupt)
     assert place.quantize(run=detent).code == 130
     assert not any(place.out.parent.iterdir())
 
@@ -253,7 +253,7 @@ def test_out_of_memory(error: Exception, place: Workplace, monkeypatch: pytest.M
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("detent.report.runs.simulate", fail)
+    monkeypatch.setattr("detent.runs.quantize.simulate", fail)
     if str(error) == "x":
         with pytest.raises(RuntimeError, match="x"):  # a bug, not a user's mistake: it isn't hidden
             place.quantize("--skip_evaluation", run=detent)

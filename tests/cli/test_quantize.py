@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from cli.runner import Workplace, contents, detent, logits, save_checkpoint, small, succeed
-from detent.engine.checkpoint import load_quantized
+from detent.runs.load import load_quantized
 
 
 def stored_bytes(folder: Path) -> int:

@@ -15,14 +15,15 @@ from detent.data.batches import (
     check_vocabulary,
     current_token_mask,
     drop_padding,
-    run_batches,
     token_batches,
     token_mask,
 )
 from detent.data.documents import Conversation
-from detent.data.model_inputs import evaluating, input_device, max_sequence_length, vocabulary_size
 from detent.data.text import TextSource
+from detent.engine.data_loop import run_batches
 from detent.errors import DetentError
+from detent.model.scopes import evaluating
+from detent.pretrained.facts import input_device, max_sequence_length, vocabulary_size
 from detent.progress import use_reporter
 from tiny_language_model import FIRST_WORD_ID, VOCABULARY, WORDS, ids, make_model, make_tokenizer, words
 

@@ -12,18 +12,13 @@ from torch import nn
 from cli.runner import logits, save_checkpoint
 from detent.checkpoints import Source, open_quantized
 from detent.config import kv_cache_format, parse_scheme
-from detent.engine import Plan, make_plan
-from detent.engine.checkpoint import (
-    SimulatedLayer,
-    floor_kv_scales,
-    kv_scales,
-    load_quantized,
-    simulate,
-    verify,
-    write,
-)
-from detent.engine.models import load_config, load_model, model_on_meta
 from detent.errors import DetentError
+from detent.model.kv_cache import floor_kv_scales, kv_scales
+from detent.plan.plan import Plan, make_plan
+from detent.pretrained.loading import load_config, load_model, model_on_meta
+from detent.runs.load import load_quantized
+from detent.runs.simulate import SimulatedLayer, simulate
+from detent.runs.write import verify, write
 
 TOKENS = torch.randint(0, 63, (4, 24), generator=torch.Generator().manual_seed(3))
 
@@ -110,14 +105,14 @@ class TestVerify:
         def differ(*_: object) -> None:
             raise DetentError("differs")
 
-        monkeypatch.setattr("detent.engine.checkpoint.verify", differ)
+        monkeypatch.setattr("detent.runs.write.verify", differ)
         with pytest.raises(DetentError, match="differs"):
             self.written(folder, tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
 
 
 def test_several_files(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("detent.engine.checkpoint.SHARD_SIZE", 20_000)
+    monkeypatch.setattr("detent.runs.write.SHARD_SIZE", 20_000)
     source, plan, model, layers = simulated(folder, "w_mx6", torch.float32)
     write(tmp_path / "out", source, plan, model, layers, dtype=torch.float32)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2

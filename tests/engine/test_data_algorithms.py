@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import detent
+from detent.algorithms.layer import layers_of, outcomes
+from detent.algorithms.site import Wanted
 from detent.engine.blocks import BlockChain, NoChain, record_chain
-from detent.engine.layers import outcomes
-from detent.engine.notices import collected_notices
-from detent.engine.sites import SiteObserver, Wanted
-from detent.engine.traversal import layers_of
+from detent.engine.observe import SiteObserver
 from detent.errors import DetentError
+from detent.notices import collected_notices
 from tiny_language_model import make_model
 
 IDS = torch.randint(3, 60, (6, 2, 24), generator=torch.Generator().manual_seed(0))
@@ -570,7 +570,7 @@ def test_searching_scales_that_are_not_free_says_so(method: str) -> None:
 
 
 def test_sequences_are_put_together_and_cut_for_a_step() -> None:
-    from detent.engine.tuning import _portions
+    from detent.engine.learn_block import _portions
 
     sizes = [5, 1, 1, 2]
     with torch.no_grad():
@@ -599,7 +599,7 @@ def test_distillation_alone_starts_from_plain_rounding() -> None:
 def test_float_predictions_are_taken_from_the_first_run_of_the_loop() -> None:
     from detent.config.algorithm import DistillCalibConfig
     from detent.engine.data_loop import DataLoop
-    from detent.engine.tuning import predictions
+    from detent.engine.learn_model import predictions
 
     model, config = make_model().eval(), DistillCalibConfig(batch_size=2)
     rows = torch.randint(0, 63, (7, 8), generator=torch.Generator().manual_seed(3))
@@ -634,9 +634,9 @@ def test_best_leaves_distillation_out_where_there_is_too_little_data() -> None:
 
 
 def test_best_leaves_distillation_out_where_predictions_take_too_much_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    from detent.engine import tuning
+    from detent.engine import learn_model
 
-    monkeypatch.setattr(tuning, "PREDICTION_BYTES", 4 * 48 * 64 * 4)  # of three to four calls: 48 tokens, 63 words
+    monkeypatch.setattr(learn_model, "PREDICTION_BYTES", 4 * 48 * 64 * 4)  # of three to four calls: 48 tokens, 63 words
     with collected_notices() as notices:
         quantized("best", feed=lambda m: [loop(m) for _ in range(5)])
     assert any("the data and the room for predictions are enough for" in notice for notice in notices)
@@ -648,7 +648,7 @@ def test_token_ids_beyond_the_vocabulary_are_named() -> None:
 
 
 def test_calls_are_put_together_and_cut() -> None:
-    from detent.engine.data_loop import Call, regrouped
+    from detent.engine.calls import Call, regrouped
 
     rows = torch.arange(14).reshape(7, 2)
     calls = [

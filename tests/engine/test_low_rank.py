@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import detent
+from detent.algorithms.layer import Layer
+from detent.algorithms.low_rank import refuse_scale_after_branch, split_layer
 from detent.config.transforms import SVDQuantConfig
-from detent.engine.layers import Layer
-from detent.engine.low_rank import refuse_scale_after_branch, split_layer
 from detent.errors import DetentError
 from detent.nn.low_rank import low_rank_of
 

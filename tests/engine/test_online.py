@@ -8,8 +8,9 @@ import torch
 
 import detent
 from detent.checkpoints import LayerCheckpoint, ModelFormats
-from detent.engine.online import attach_online, rotate_in, with_online, with_online_formats
 from detent.nn.low_rank import low_rank_of, set_low_rank
+from detent.runs.online import attach_online, with_online, with_online_formats
+from detent.transforms.rotation_parts import rotate_in
 from tiny_language_model import make_model
 
 CFG = {

@@ -11,10 +11,9 @@ import torch
 from cli.runner import save_checkpoint, small
 from detent.checkpoints import Source
 from detent.config import kv_cache_format, parse_scheme
-from detent.engine import Plan, make_plan
-from detent.engine.models import load_config, model_on_meta
-from detent.engine.plan import with_scale_dtype
 from detent.errors import DetentError
+from detent.plan.plan import Plan, make_plan, with_scale_dtype
+from detent.pretrained.loading import load_config, model_on_meta
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from torch import nn
 
 import detent
 import plain_quant
-from detent.engine.conversion import named_quantizers
 from detent.errors import DetentError
+from detent.model.conversion import named_quantizers
 from detent.nn import SequentialQuantizer, TensorQuantizer
 from tiny_language_model import make_model
 

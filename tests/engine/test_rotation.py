@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import detent
 from detent.config.transforms import RotationConfig
-from detent.engine.rotation import random_tokens, rotate_model
 from detent.errors import DetentError
 from detent.nn.sequential import members_of
 from detent.structure import find_structure
+from detent.transforms.rotation import random_tokens, rotate_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -112,7 +112,7 @@ ARCHITECTURES = {
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_function_is_unchanged(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms with and without weight, offset or bias, LayerNorm, parallel blocks, fused qkv, Conv1D, fused experts."""
-    monkeypatch.setattr("detent.engine.rotation._objective", lambda *_: None)  # whatever rounding makes of it
+    monkeypatch.setattr("detent.transforms.rotation._objective", lambda *_: None)  # whatever rounding makes of it
     model = model_of(name.split()[0], **ARCHITECTURES[name])
     before = logits(model)
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -178,7 +178,7 @@ def test_four_bits_come_nearer_to_a_model_with_outliers(cfg: dict[str, Any]) -> 
 
 
 def test_online_rotations_live_in_quantizers_and_are_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("detent.engine.rotation._objective", lambda *_: None)
+    monkeypatch.setattr("detent.transforms.rotation._objective", lambda *_: None)
     model = quantized(planted(model_of("llama")), KV4)
     rotate_model(model, find_structure(model), RotationConfig(r1=False, r2=False))
     layer = model.model.layers[0]
@@ -204,7 +204,7 @@ def test_ranges_found_before_are_forgotten() -> None:
 
 
 def test_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("detent.engine.rotation._objective", lambda *_: None)
+    monkeypatch.setattr("detent.transforms.rotation._objective", lambda *_: None)
     model = model_of("llama", tie_word_embeddings=True).to(torch.bfloat16)
     report = rotate_model(model, find_structure(model))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -305,7 +305,7 @@ def test_sizes_that_cannot_be(config: dict[str, Any], words: str) -> None:
 
 
 def test_odd_heads_keep_their_keys_where_nobody_insists(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("detent.engine.rotation._objective", lambda *_: None)
+    monkeypatch.setattr("detent.transforms.rotation._objective", lambda *_: None)
     model = quantized(model_of("opt", **ODD_HEADS), KV4)
     report = rotate_model(model, find_structure(model))
     assert {p.name: bool(p.where) for p in report.parts} == {"R1": True, "R2": False, "R3": False, "R4": True}

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from detent.checkpoints.compressed_tensors import CompressedTensorsLayout, CompressedTensorsReader
+from detent.checkpoints.compressed_tensors.layout import CompressedTensorsLayout, CompressedTensorsReader
 from detent.checkpoints.detent_layout import DetentLayout, DetentReader
 from detent.checkpoints.folder import MAX_SHARD_SIZE, CheckpointWriter
 from detent.checkpoints.records import LayerCheckpoint, ModelFormats

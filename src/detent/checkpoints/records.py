@@ -221,3 +221,9 @@ def parse_description(description: dict[str, Any], where: str) -> ModelFormats:
         )
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise DetentError(f"{where}: the description of its formats is damaged ({error!r})") from error
+
+
+def exported_format(fmt: Format) -> Format:
+    """The format as a checkpoint describes it: dynamic blocks under a calibrated outer scale count as static there."""
+    calibrated = isinstance(fmt.scale, FloatScale) and fmt.scale.outer
+    return fmt.as_dynamic(False) if calibrated else fmt

@@ -43,8 +43,9 @@ def evaluate(
     """Measure the perplexity of a checkpoint, quantized or not."""
     load_libraries()
     from detent.report import summary_table
-    from detent.report.options import EvaluationOptions, ModelOptions
-    from detent.report.runs import Run, evaluate_checkpoint
+    from detent.runs.evaluate import evaluate_checkpoint
+    from detent.runs.options import EvaluationOptions, ModelOptions
+    from detent.runs.run import Run
 
     model = ModelOptions(
         model_dir, data_type, choose_device(device), model_attn_implementation, trust_remote_code, revision

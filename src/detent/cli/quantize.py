@@ -182,14 +182,10 @@ def quantize(
     _check_together(given)
     load_libraries()
     from detent.report import summary_table
-    from detent.report.options import (
-        AlgorithmOptions,
-        CalibrationOptions,
-        EvaluationOptions,
-        ModelOptions,
-        SchemeOptions,
-    )
-    from detent.report.runs import Run, evaluate_checkpoint, quantize_checkpoint
+    from detent.runs.evaluate import evaluate_checkpoint
+    from detent.runs.options import AlgorithmOptions, CalibrationOptions, EvaluationOptions, ModelOptions, SchemeOptions
+    from detent.runs.quantize import quantize_checkpoint
+    from detent.runs.run import Run
 
     model = ModelOptions(
         import_model_dir if model_reload else model_dir,

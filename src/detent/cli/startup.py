@@ -9,7 +9,7 @@ from detent.errors import DetentError
 from detent.progress import track
 
 #: Most of the time before anything happens goes into these.
-_LIBRARIES = ("torch", "transformers", "transformers.modeling_utils", "detent.report.runs")
+_LIBRARIES = ("torch", "transformers", "transformers.modeling_utils", "detent.runs.quantize")
 
 
 def load_libraries() -> None:

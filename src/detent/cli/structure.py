@@ -23,7 +23,8 @@ def structure(
     ] = False,
 ) -> None:
     """Show what a model is made of, as found by running it without its weights. Reads config.json alone."""
-    from detent.report.structure import structure_json, structure_of_folder, structure_tree
+    from detent.report.structure import structure_json, structure_tree
+    from detent.runs.structure import structure_of_folder
 
     name, found = structure_of_folder(model_dir, trust_remote_code=trust_remote_code, overrides=overrides)
     if as_json:

@@ -3,7 +3,7 @@
 No padding: a batch holds samples of one length, so nothing that is only padding can enter any statistics, whatever the
 model does with its tokens (routes them to experts, mixes them along the sequence). Samples are mostly of one length
 anyway, since longer documents are cut to it. ``padding="right"`` fills batches up instead and masks; see
-:mod:`detent.data.padding`.
+:mod:`detent.padding`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from itertools import islice
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from detent.data.documents import Document, is_blank, render
-from detent.data.model_inputs import evaluating, input_device
-from detent.data.padding import current_token_mask, drop_padding, token_mask
 from detent.data.text import TextSource
 from detent.errors import DetentError
+from detent.padding import current_token_mask, drop_padding, token_mask
 from detent.progress import report, track
 
 __all__ = [
@@ -31,7 +30,6 @@ __all__ = [
     "current_token_mask",
     "drop_padding",
     "encode",
-    "run_batches",
     "token_batches",
     "token_mask",
 ]
@@ -181,19 +179,6 @@ def check_vocabulary(batches: Iterable[Mapping[str, Tensor]], vocab_size: int) -
                 f"The tokenizer produced token id {largest}, but the model has only {vocab_size} ids "
                 f"(0 to {vocab_size - 1}). The tokenizer belongs to another model; use the one that came with this one."
             )
-
-
-def run_batches(model: nn.Module, batches: CalibrationBatches, task: str = "Calibrating") -> None:
-    """Run a model over all batches, for what its observers see; the outputs are thrown away.
-
-    Gradients and dropout are off, no key/value cache is kept, and padding is masked for
-    :func:`detent.data.padding.drop_padding`.
-    """
-    device = input_device(model)
-    with torch.no_grad(), evaluating(model):
-        for batch in track(batches, task, len(batches)):
-            with token_mask(batch["attention_mask"]):
-                model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
 
 
 def encode(text: str, tokenizer: Any, special_tokens: bool = True) -> Tensor:

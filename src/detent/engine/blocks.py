@@ -16,58 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from detent.data.padding import current_token_mask, token_mask
+from detent.engine.calls import _CACHES, BlockCall, cut_call, find_hidden, hidden_of, like_output, with_hidden
+from detent.engine.store import TensorStore
+from detent.model.scopes import without_cache
+from detent.padding import current_token_mask, token_mask
 
 #: How far a replayed block may be from the real run, relative to the largest magnitude of its output.
 _TOLERANCE = 1e-3
-_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 Run = Callable[[nn.Module], Any]
-
-
-class TensorStore:
-    """Tensors by number, in memory or, with `folder`, in files of their own there."""
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder
-        self._held: list[Tensor] = []
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def append(self, tensor: Tensor) -> None:
-        if self._folder is None:
-            self._held.append(tensor)
-        else:
-            save_file({"x": tensor.contiguous().cpu()}, self._path(self._count))
-        self._count += 1
-
-    def get(self, index: int, device: torch.device) -> Tensor:
-        if self._folder is None:
-            return self._held[index]
-        return load_file(self._path(index))["x"].to(device)
-
-    def _path(self, index: int) -> Path:
-        assert self._folder is not None
-        return self._folder / f"{index}.safetensors"
-
-    def clear(self) -> None:
-        if self._folder is not None:
-            for index in range(self._count):
-                self._path(index).unlink(missing_ok=True)
-        self._held, self._count = [], 0
-
-
-@dataclass
-class _Call:
-    """What a block was called with in one batch, its hidden state left out."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 @dataclass
@@ -83,7 +42,7 @@ class BlockChain:
 
     names: list[str]
     blocks: list[nn.Module]
-    calls: list[list[_Call]]
+    calls: list[list[BlockCall]]
     masks: list[Tensor | None]
     inputs: TensorStore
     _spill: tempfile.TemporaryDirectory[str] | None = None
@@ -120,16 +79,16 @@ class BlockChain:
         """
         call, mask = self.calls[index][batch], self.masks[batch]
         if rows is not None:
-            portion = _cut(hidden, call, mask, rows)
+            portion = cut_call(hidden, call, mask, rows)
             assert portion is not None
             hidden, call, mask = portion
-        args, kwargs = _with_hidden(call, hidden)
+        args, kwargs = with_hidden(call, hidden)
         with token_mask(mask):
-            return _hidden_of((block or self.blocks[index])(*args, **kwargs))
+            return hidden_of((block or self.blocks[index])(*args, **kwargs))
 
     def can_cut(self, index: int, batch: int, hidden: Tensor) -> bool:
         """Whether a block can be called with a part of a batch's sequences."""
-        return _cut(hidden, self.calls[index][batch], self.masks[batch], slice(0, 1)) is not None
+        return cut_call(hidden, self.calls[index][batch], self.masks[batch], slice(0, 1)) is not None
 
     def device(self, index: int) -> torch.device:
         """Where a block's parameters lie."""
@@ -181,7 +140,7 @@ class _Recorder:
 
     def __init__(self, blocks: list[nn.Module], spill: bool) -> None:
         self._blocks = blocks
-        self.calls: list[list[_Call]] = [[] for _ in blocks]
+        self.calls: list[list[BlockCall]] = [[] for _ in blocks]
         self.masks: list[Tensor | None] = []
         self.spill = tempfile.TemporaryDirectory(prefix="detent-") if spill else None
         folder = None
@@ -190,12 +149,12 @@ class _Recorder:
             folder.mkdir()
         self.inputs = TensorStore(folder)
         #: For each block the call on the first sequence, what entered it there, and what came out.
-        self.first: list[tuple[_Call, Tensor, Tensor]] = []
+        self.first: list[tuple[BlockCall, Tensor, Tensor]] = []
         self.first_mask: Tensor | None = None
         self._handed_on: Tensor | None = None
         self.trouble = ""
         self._template: list[Any] = [None for _ in blocks]
-        self._last: list[_Call | None] = [None for _ in blocks]
+        self._last: list[BlockCall | None] = [None for _ in blocks]
 
     def close(self) -> None:
         if self.spill is not None:
@@ -217,7 +176,7 @@ class _Recorder:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.trouble:
                 return original(*args, **kwargs)
-            found = _find_hidden(args, kwargs)
+            found = find_hidden(args, kwargs)
             if found is None:
                 self.trouble = "a block is called without a hidden state that could be recognised"
                 return original(*args, **kwargs)
@@ -234,34 +193,40 @@ class _Recorder:
                 return original(*args, **kwargs)
             self.calls[index].append(self._shared(index, call))
             if batch:
-                return _like(self._template[index], hidden)
+                return like_output(self._template[index], hidden)
             return self._first(index, original, hidden, call, args, kwargs)
 
         return forward
 
     def _first(
-        self, index: int, original: Callable[..., Any], hidden: Tensor, call: _Call, args: Any, kwargs: dict[str, Any]
+        self,
+        index: int,
+        original: Callable[..., Any],
+        hidden: Tensor,
+        call: BlockCall,
+        args: Any,
+        kwargs: dict[str, Any],
     ) -> Any:
         """Run a block on the first sequence of the first batch (all of it, if it can't be cut)."""
         if index and self._handed_on is not None and not torch.equal(hidden.nan_to_num(), self._handed_on.nan_to_num()):
             self.trouble = "what enters a block is not what left the block before it"
         cached = any(kwargs.get(name) is not None for name in _CACHES)
-        small = None if cached else _cut(hidden, call, self.masks[0], slice(0, 1))
+        small = None if cached else cut_call(hidden, call, self.masks[0], slice(0, 1))
         if small is None:
             entered, self.first_mask = hidden, self.masks[0]
         else:
             entered, call, self.first_mask = small
             entered = self.first[-1][2][:1] if index else entered
-            args, kwargs = _with_hidden(call, entered)
+            args, kwargs = with_hidden(call, entered)
         with token_mask(self.first_mask):
             output = original(*args, **kwargs)
-        left = _hidden_of(output).detach().clone()
+        left = hidden_of(output).detach().clone()
         self.first.append((call, entered.detach().clone(), left))
         self._template[index] = output
         self._handed_on = left if small is None else hidden.detach().clone()
-        return output if small is None else _like(output, hidden)
+        return output if small is None else like_output(output, hidden)
 
-    def _shared(self, index: int, call: _Call) -> _Call:
+    def _shared(self, index: int, call: BlockCall) -> BlockCall:
         """`call` with tensors of an earlier one where they are equal, so that masks are held once."""
         earlier = self._last[index - 1] if index and self._last[index - 1] is not None else self._last[index]
         previous = self._last[index] or earlier
@@ -289,35 +254,12 @@ def _mismatch(chain: BlockChain, recorder: _Recorder) -> str:
     if any(len(calls) != chain.batches for calls in chain.calls):
         return "some blocks don't run for every batch"
     for name, block, (call, entered, left) in zip(chain.names, chain.blocks, recorder.first, strict=True):
-        args, kwargs = _with_hidden(call, entered)
+        args, kwargs = with_hidden(call, entered)
         with token_mask(recorder.first_mask):
-            again = _hidden_of(block(*args, **kwargs))
+            again = hidden_of(block(*args, **kwargs))
         if again.shape != left.shape or not _close(again, left):
             return f"{name} run by itself doesn't give what it gives inside the model"
     return ""
-
-
-def _cut(hidden: Tensor, call: _Call, mask: Tensor | None, rows: slice) -> tuple[Tensor, _Call, Tensor | None] | None:
-    """A call cut to some sequences of its batch, or None where there is one only or not every tensor has the batch in
-    front."""
-    batch = hidden.shape[0]
-    if hidden.dim() != 3 or batch < 2:
-        return None
-    fits = True
-
-    def cut(value: Any) -> Any:
-        nonlocal fits
-        if isinstance(value, tuple):
-            return tuple(cut(v) for v in value)
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            fits = fits and not isinstance(value, (list, dict))
-            return value
-        fits = fits and value.shape[0] in (1, batch)
-        return value if value.shape[0] == 1 else value[rows]
-
-    small = _Call(tuple(cut(v) for v in call.args), {name: cut(v) for name, v in call.kwargs.items()})
-    mask = cut(mask)
-    return (hidden[rows], small, mask) if fits else None
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -329,21 +271,6 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """Language models keep no keys and values of earlier calls inside the block."""
-    config: Any = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if before is None:
-        yield
-        return
-    config.use_cache = False
-    try:
-        yield
-    finally:
-        config.use_cache = before
-
-
-@contextmanager
 def replaced_outputs(chain: BlockChain, outputs: TensorStore) -> Iterator[None]:
     """While active, the model skips its blocks: the last one gives `outputs`, batch after batch."""
     batch = -1
@@ -352,18 +279,18 @@ def replaced_outputs(chain: BlockChain, outputs: TensorStore) -> Iterator[None]:
     def stand_in(index: int, template: Any) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal batch
-            found = _find_hidden(args, kwargs)
+            found = find_hidden(args, kwargs)
             assert found is not None
             if index == 0:
                 batch += 1
-            return _like(template, outputs.get(batch, found[0].device) if index == last else found[0])
+            return like_output(template, outputs.get(batch, found[0].device) if index == last else found[0])
 
         return forward
 
     device = chain.device(0)
     templates = []
     for index, block in enumerate(chain.blocks):
-        args, kwargs = _with_hidden(chain.calls[index][0], chain.inputs.get(0, device))
+        args, kwargs = with_hidden(chain.calls[index][0], chain.inputs.get(0, device))
         templates.append(block(*args, **kwargs))
     for index, block in enumerate(chain.blocks):
         block.forward = stand_in(index, templates[index])
@@ -375,42 +302,3 @@ def replaced_outputs(chain: BlockChain, outputs: TensorStore) -> Iterator[None]:
 
 
 # ---- a block's arguments and results --------------------------------------------------------------------------------
-
-_HIDDEN = object()
-
-
-def _find_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call, bool] | None:
-    """(hidden state, the call without it, whether a cache already held something)."""
-    cached = False
-    rest: dict[str, Any] = {}
-    for name, value in kwargs.items():
-        if name in _CACHES and value is not None:
-            length = value.get_seq_length() if hasattr(value, "get_seq_length") else 0
-            cached = cached or bool(length)
-            value = None
-        rest[name] = False if name == "use_cache" else value
-    if args and isinstance(args[0], Tensor):
-        return args[0], _Call((_HIDDEN, *args[1:]), rest), cached
-    hidden = rest.get("hidden_states")
-    if isinstance(hidden, Tensor):
-        return hidden, _Call(args, {**rest, "hidden_states": _HIDDEN}), cached
-    return None
-
-
-def _with_hidden(call: _Call, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args = tuple(hidden if a is _HIDDEN else a for a in call.args)
-    return args, {name: hidden if value is _HIDDEN else value for name, value in call.kwargs.items()}
-
-
-def _hidden_of(output: Any) -> Tensor:
-    """The hidden state in what a block returns: the tensor, or the first of a tuple."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def _like(template: Any, hidden: Tensor) -> Any:
-    """`hidden` returned in the way in which `template` holds one."""
-    if isinstance(template, Tensor):
-        return hidden
-    if isinstance(template, tuple) and not hasattr(template, "_fields"):
-        return (hidden, *template[1:])
-    return [hidden, *template[1:]]

@@ -10,26 +10,27 @@ from typing import Any
 import torch
 from torch import nn
 
+from detent.algorithms.layer import layers_of
+from detent.algorithms.modes import ForwardLoop, mode_of
+from detent.algorithms.weight_ranges import calibrate_weight, quantized_weights
 from detent.config import MaxCalibConfig, QuantizeAlgorithmConfig, RotationConfig, parse_algorithm
 from detent.config.algorithm import BestCalibConfig, BlockAPCalibConfig, DataAlgorithmConfig, DistillCalibConfig
 from detent.distributed import ParallelState
-from detent.engine.conversion import named_members
-from detent.engine.data_loop import DataLoop, ForwardLoop
-from detent.engine.folding import Folding
-from detent.engine.modes import mode_of
-from detent.engine.notices import notify
-from detent.engine.rollback import unchanged_on_failure
-from detent.engine.rotation import rotate_model
+from detent.engine.data_loop import DataLoop
+from detent.engine.learn_model import distill_model, predictions
 from detent.engine.solve import Solver, describe
-from detent.engine.traversal import layers_of, solve_model
-from detent.engine.traversal_scope import off
-from detent.engine.tuning import distill_model, predictions
-from detent.engine.weight_ranges import calibrate_weight, quantized_weights
+from detent.engine.traversal import solve_model
 from detent.errors import DetentError
+from detent.model.conversion import named_members
+from detent.model.rollback import unchanged_on_failure
+from detent.model.scopes import evaluating, observing
 from detent.nn import TensorQuantizer, quantizers_of
 from detent.nn.sequential import members_of
+from detent.notices import notify
 from detent.progress import track
 from detent.structure import find_structure
+from detent.transforms.folding import Folding
+from detent.transforms.rotation import rotate_model
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def calibrate(
         steps.append(MaxCalibConfig())
     steps = [part for step in steps for part in (step.parts() if isinstance(step, BestCalibConfig) else [step])]
     with unchanged_on_failure(model), torch.no_grad():
-        with _eval_mode(model):
+        with evaluating(model):
             for group in _groups(steps):
                 _run_group(model, group, loop, folding)
         if any(getattr(step, "distributed_sync", False) for step in steps):
@@ -224,7 +225,7 @@ class _ActivationPass:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        with _observing(self._model, self._waiting):
+        with observing(self._model, self._waiting):
             yield
             unseen = [q.name for q in self._waiting if not _take_over(q)]
         self.done = True
@@ -252,30 +253,6 @@ def _take_over(quantizer: TensorQuantizer) -> bool:
             raise
         return False
     return True
-
-
-@contextmanager
-def _observing(model: nn.Module, observers: list[TensorQuantizer]) -> Iterator[None]:
-    """Every quantizer passes its tensor through unquantized; `observers` look at it."""
-    with off(list(named_members(model))):
-        try:
-            for quantizer in observers:
-                quantizer.enable_calib()
-            yield
-        finally:
-            for quantizer in observers:
-                quantizer.disable_calib()
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------

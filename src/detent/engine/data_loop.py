@@ -7,114 +7,21 @@ again.
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from detent.data.padding import current_token_mask, token_mask
+from detent.algorithms.modes import ForwardLoop
+from detent.data.batches import CalibrationBatches
+from detent.engine.calls import Call
 from detent.errors import DetentError
-
-ForwardLoop = Callable[[nn.Module], Any]
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a model was called with.
-
-    Attributes:
-        mask: which tokens are real, None where all are.
-        said: what the model returned, sequences first; None where that isn't known.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    mask: Tensor | None = None
-    said: Tensor | None = None
-
-    def split(self, rows: int) -> list[Call]:
-        """The same call in pieces of at most `rows` sequences: tensors whose first axis is the batch are cut."""
-        tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor) and x.dim()]
-        size = tensors[0].shape[0] if tensors else 0
-        if size <= rows:
-            return [self]
-
-        def cut(x: Any, start: int) -> Any:
-            return x[start : start + rows] if isinstance(x, Tensor) and x.dim() and x.shape[0] == size else x
-
-        return [
-            Call(
-                tuple(cut(x, start) for x in self.args),
-                {name: cut(x, start) for name, x in self.kwargs.items()},
-                cut(self.mask, start),
-                cut(self.said, start),
-            )
-            for start in range(0, size, rows)
-        ]
-
-    def joined(self, other: Call) -> Call | None:
-        """Both calls as one batch, or None where they differ in more than what tensors hold."""
-        values = [
-            *zip(self.args, other.args, strict=False),
-            *((v, other.kwargs.get(k)) for k, v in self.kwargs.items()),
-        ]
-        alike = len(self.args) == len(other.args) and self.kwargs.keys() == other.kwargs.keys()
-        if not alike or self.mask is not None or other.mask is not None or not _fit(self.said, other.said):
-            return None
-        if not any(isinstance(a, Tensor) and a.dim() for a, _ in values) or not all(_fit(a, b) for a, b in values):
-            return None
-
-        def both(a: Any, b: Any) -> Any:
-            return torch.cat([a, b]) if isinstance(a, Tensor) and a.dim() else a
-
-        return Call(
-            tuple(both(a, b) for a, b in zip(self.args, other.args, strict=True)),
-            {name: both(value, other.kwargs[name]) for name, value in self.kwargs.items()},
-            said=both(self.said, other.said),
-        )
-
-    @property
-    def sequences(self) -> int:
-        """The length of the first axis of the first tensor."""
-        tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor) and x.dim()]
-        return tensors[0].shape[0] if tensors else 1
-
-    @property
-    def rows(self) -> int:
-        """Tokens, or vectors, of the first tensor that the model is called with; 0 without one."""
-        for x in (*self.args, *self.kwargs.values()):
-            if isinstance(x, Tensor) and x.dim():
-                return x.numel() if not x.is_floating_point() else math.prod(x.shape[:-1])
-        return 0
-
-    def token_mask(self) -> Tensor | None:
-        """bool [batch, seq], which tokens count; None for all."""
-        mask = self.kwargs.get("attention_mask") if self.mask is None else self.mask
-        return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all()) else None
-
-
-def regrouped(calls: Sequence[Call], size: int) -> list[Call]:
-    """The same calls with `size` sequences each, as far as they can be cut and put together."""
-    groups: list[Call] = []
-    for piece in (piece for call in calls for piece in call.split(size)):
-        if groups and groups[-1].sequences + piece.sequences <= size:
-            joined = groups[-1].joined(piece)
-            if joined is not None:
-                groups[-1] = joined
-                continue
-        groups.append(piece)
-    return groups
-
-
-def _fit(a: Any, b: Any) -> bool:
-    """Whether two arguments can stand for one: tensors that fit behind each other, or equal values."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dim() > 0 and a.shape[1:] == b.shape[1:] and a.dtype == b.dtype and a.device == b.device
-    return a is b or (isinstance(a, (bool, int, float, str)) and a == b)
+from detent.model.scopes import evaluating
+from detent.padding import current_token_mask, token_mask
+from detent.pretrained.facts import input_device
+from detent.progress import track
 
 
 class DataLoop:
@@ -260,3 +167,16 @@ def _mask_argument(signature: inspect.Signature, args: tuple[Any, ...], kwargs: 
     if mask is None and args and isinstance(args[0], Mapping):
         mask = args[0].get("attention_mask")
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def run_batches(model: nn.Module, batches: CalibrationBatches, task: str = "Calibrating") -> None:
+    """Run a model over all batches, for what its observers see; the outputs are thrown away.
+
+    Gradients and dropout are off, no key/value cache is kept, and padding is masked for
+    :func:`detent.padding.drop_padding`.
+    """
+    device = input_device(model)
+    with torch.no_grad(), evaluating(model):
+        for batch in track(batches, task, len(batches)):
+            with token_mask(batch["attention_mask"]):
+                model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)

@@ -7,20 +7,20 @@ from typing import Any
 
 from torch import nn
 
+from detent.algorithms.modes import ForwardLoop
 from detent.config import QuantizeConfig, parse_algorithm
 from detent.engine.calibration import calibrate
-from detent.engine.conversion import (
+from detent.model.conversion import (
     check_something_enabled,
     named_quantizers,
     replace_quant_module,
     set_quantizer_by_cfg,
 )
-from detent.engine.data_loop import ForwardLoop
-from detent.engine.folding import Folding
-from detent.engine.rollback import unchanged_on_failure
-from detent.engine.weights import check_packable, pack_module
+from detent.model.rollback import unchanged_on_failure
+from detent.model.weights import check_packable, pack_module
 from detent.nn import QuantWeightBase
 from detent.nn.sequential import members_of
+from detent.transforms.folding import Folding
 
 _log = logging.getLogger(__name__)
 

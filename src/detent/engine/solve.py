@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 
 from detent.algorithms.gptq import Job, factorise, gptq
+from detent.algorithms.layer import Layer
+from detent.algorithms.low_rank import refuse_scale_after_branch, split_layer
 from detent.algorithms.mse import least_error_range, multipliers
 from detent.algorithms.objective import check_elementwise, energy_of, error_measure
 from detent.algorithms.outcome import Outcome
 from detent.algorithms.retarget import retarget
 from detent.algorithms.scale_search import RangeChoice, can_turn, range_factors, weighing_of, weighted_range
+from detent.algorithms.site import ObservedSite, Wanted
 from detent.algorithms.smooth import Clipping, ScaleChoice, Tie, awq_scale, smoothquant_scale, smoothquant_search
+from detent.algorithms.weight_ranges import calibrate_weight
 from detent.config.algorithm import (
     AutoRoundCalibConfig,
     AWQClipCalibConfig,
@@ -35,17 +39,13 @@ from detent.config.algorithm import (
     SmoothQuantCalibConfig,
 )
 from detent.config.transforms import SVDQuantConfig
-from detent.engine.folding import Folding
-from detent.engine.layers import Layer
-from detent.engine.low_rank import refuse_scale_after_branch, split_layer
-from detent.engine.notices import notify
-from detent.engine.sites import Site, Wanted
-from detent.engine.weight_ranges import calibrate_weight
 from detent.errors import DetentError
 from detent.formats import FloatScale, Format, Scales, fake_quantize
 from detent.formats.qtensor import scales_from_range
 from detent.nn import TensorQuantizer
+from detent.notices import notify
 from detent.progress import track
+from detent.transforms.folding import Folding
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Solver:
 
     @torch.no_grad()
     def solve(
-        self, sites: Sequence[Site], task: str = "", steps: Sequence[QuantizeAlgorithmConfig] | None = None
+        self, sites: Sequence[ObservedSite], task: str = "", steps: Sequence[QuantizeAlgorithmConfig] | None = None
     ) -> None:
         """Run the steps, each on all sites before the next: a scale that is folded changes another site's weights.
 
@@ -138,7 +138,7 @@ class Solver:
 class _AtWork:
     """One site while it is solved."""
 
-    def __init__(self, solver: Solver, site: Site) -> None:
+    def __init__(self, solver: Solver, site: ObservedSite) -> None:
         self._solver, self._site = solver, site
         self.layers = [layer for layer in site.layers if layer.quantizer.is_enabled]
         #: Modules that the running step changed beside the site's own layers.

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from detent.algorithms.layer import Layer, layers_of
+from detent.algorithms.site import ObservedSite, Wanted
 from detent.config.algorithm import (
     AutoRoundCalibConfig,
     BlockAPCalibConfig,
@@ -25,15 +27,16 @@ from detent.config.algorithm import (
     QuantizeAlgorithmConfig,
     SmoothQuantCalibConfig,
 )
-from detent.engine.blocks import BlockChain, NoChain, Run, TensorStore, record_chain, replaced_outputs, without_cache
-from detent.engine.layers import Layer
-from detent.engine.notices import notify
-from detent.engine.sites import Seen, Site, SiteObserver, Wanted
+from detent.engine.blocks import BlockChain, NoChain, Run, record_chain, replaced_outputs
+from detent.engine.learn_block import tune_block
+from detent.engine.learning import coarse
+from detent.engine.observe import Seen, SiteObserver
 from detent.engine.solve import Solver, wanted
-from detent.engine.traversal_scope import off
-from detent.engine.tuning import coarse, tune_block
+from detent.engine.store import TensorStore
 from detent.errors import DetentError
-from detent.nn import QuantWeightBase, TensorQuantizer
+from detent.model.scopes import quantizers_off, without_cache
+from detent.nn import TensorQuantizer
+from detent.notices import notify
 from detent.progress import track
 from detent.statistics import SiteStatistics
 from detent.statistics.products import fast_forward
@@ -45,19 +48,6 @@ _log = logging.getLogger(__name__)
 REFERENCE_BYTES = 1 << 30
 #: Algorithms that learn block by block, by gradients.
 _LEARNING = (AutoRoundCalibConfig, BlockAPCalibConfig)
-
-
-def layers_of(model: nn.Module) -> list[Layer]:
-    """Every layer whose weight is quantized and can be changed."""
-    return [
-        Layer(name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, QuantWeightBase)
-        and module.weight_parameter is not None
-        and module.weight_parameter.dim() > 1
-        and not isinstance(module, nn.Embedding)
-        and module.weight_quantizer.is_enabled
-    ]
 
 
 def solve_model(
@@ -75,7 +65,7 @@ def solve_model(
         steps: the algorithms, at least one of them a `DataAlgorithmConfig`.
         run: feeds the model its calibration data, any number of times.
         solver: solves a site.
-        quantizers: every quantizer of the model; all are off while it is observed.
+        quantizers: every quantizer of the model; all are quantizers_off while it is observed.
         together: what else looks on where the whole model is observed in one run.
 
     Raises:
@@ -92,7 +82,7 @@ def solve_model(
         for step in steps:
             if isinstance(step, _LEARNING):
                 notify(f"{step.method} learns block by block, so it did nothing: the model is taken as a whole")
-        with together(), off(quantizers()), without_cache(model):
+        with together(), quantizers_off(quantizers()), without_cache(model):
             observer = _observe_model(model, run, layers, need)
         _account_for(observer.sites, layers, model, block_names(model), solver)
         solver.solve(observer.sites, "Whole model")
@@ -132,7 +122,7 @@ def _chain(
         return None
     names = block_names(model)
     weights = (parameter for name in names[:1] for parameter in model.get_submodule(name).parameters())
-    with off(quantizers()), fast_forward(weights):
+    with quantizers_off(quantizers()), fast_forward(weights):
         chain = record_chain(model, names, run, spill=any(step.spill for step in data_steps))
     if isinstance(chain, NoChain):
         must = any(asked) or any(getattr(step, "retarget", False) for step in data_steps)
@@ -171,7 +161,10 @@ def _block_by_block(
         if learned is not None and observed.made is not None:
             tune_block(chain, index, inputs, observed.made, inside[name], learned, solver.latents)
         if quantized:
-            with fast_forward(chain.blocks[index].parameters(), training=training), off(solver.grids(inside[name])):
+            with (
+                fast_forward(chain.blocks[index].parameters(), training=training),
+                quantizers_off(solver.grids(inside[name])),
+            ):
                 for output in chain.run_all(index, inputs):
                     floats.append(output)
         if inputs is not chain.inputs:
@@ -181,7 +174,7 @@ def _block_by_block(
         inputs, references = floats, observed.made
     outside = [layer for layer in layers if not any(layer in members for members in inside.values())]
     if outside:
-        with off(quantizers()), replaced_outputs(chain, inputs), without_cache(model):
+        with quantizers_off(quantizers()), replaced_outputs(chain, inputs), without_cache(model):
             observer = _observe_model(model, run, outside, need)
         _account_for(observer.sites, outside, model, chain.names, solver)
         solver.solve(observer.sites)
@@ -226,7 +219,7 @@ class _ObservedBlock:
         need: Wanted | None = None,
         leaders: Sequence[Layer] | None = None,
         stop: bool = False,
-    ) -> list[Site]:
+    ) -> list[ObservedSite]:
         """The sites of `layers`, with statistics.
 
         Args:
@@ -245,7 +238,7 @@ class _ObservedBlock:
             self.made = chain.store()
         own = [module for module in block.modules() if isinstance(module, TensorQuantizer)]
         device = chain.device(index)
-        with off(own), observer, fast_forward(block.parameters(), training=self._training):
+        with quantizers_off(own), observer, fast_forward(block.parameters(), training=self._training):
             for batch in range(count):
                 observer.batch = batch
                 if self.made is not None:
@@ -275,7 +268,7 @@ class _ObservedBlock:
             for layer in layers
         ]
         try:
-            with off([module for module in inside.values() if isinstance(module, TensorQuantizer)]):
+            with quantizers_off([module for module in inside.values() if isinstance(module, TensorQuantizer)]):
                 output = self._chain.run(self._index, batch, self._references.get(batch, device), self._float_block)
         finally:
             for hook in hooks:
@@ -336,7 +329,7 @@ def _quantized_inputs(steps: Sequence[QuantizeAlgorithmConfig], layers: Sequence
 
 
 def _account_for(
-    sites: Sequence[Site], layers: Sequence[Layer], model: nn.Module, blocks: Sequence[str], solver: Solver
+    sites: Sequence[ObservedSite], layers: Sequence[Layer], model: nn.Module, blocks: Sequence[str], solver: Solver
 ) -> None:
     """Layers that data never reached: experts are solved without data, others are an error.
 
@@ -362,7 +355,7 @@ def _account_for(
             f"the calibration data never reached {len(lost)} layers (for instance {', '.join(lost[:3])}); exclude them"
             " in the configuration or feed data that uses them"
         )
-    solver.solve([Site([layer], SiteStatistics.empty(layer.width, second_moment=False)) for layer in unseen])
+    solver.solve([ObservedSite([layer], SiteStatistics.empty(layer.width, second_moment=False)) for layer in unseen])
 
 
 def _is_expert(name: str, lists: Sequence[Sequence[str]], seen: set[str]) -> bool:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from detent.data.batches import MIN_TOKENS, check_at_least, encode
-from detent.data.model_inputs import evaluating, input_device, max_sequence_length, vocabulary_size
 from detent.data.text import TextSource
 from detent.errors import DetentError
+from detent.model.scopes import evaluating
+from detent.pretrained.facts import input_device, max_sequence_length, vocabulary_size
 from detent.progress import track
 
 #: Tokens in a window, where the model takes as many.

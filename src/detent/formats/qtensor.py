@@ -338,3 +338,9 @@ def _not_finite(name: str, x: Tensor) -> DetentError:
         f"{name}: {bad} of {x.numel()} values are NaN or infinite; quantization needs finite values,"
         " so check the checkpoint or the data that produced them"
     )
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a float tensor holds neither NaN nor infinity: the extremes of one with NaN are NaN, and unlike isfinite
+    they need no second tensor."""
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())

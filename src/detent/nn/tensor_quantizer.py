@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from detent.config.attributes import QuantizerAttributeConfig, RotateConfig
-from detent.data.padding import drop_padding
 from detent.errors import DetentError
 from detent.formats import FloatScale, Format, QTensor, encode, fake_quantize, per_tensor
 from detent.nn.backends import quant_backend
@@ -21,6 +20,7 @@ from detent.nn.bias import BiasObserver, bias_of, is_static
 from detent.nn.calibrated_state import CalibratedState
 from detent.nn.hadamard import hadamard_transform
 from detent.nn.observers import MinMaxObserver, Observer, make_observer
+from detent.padding import drop_padding
 
 
 class TensorQuantizer(CalibratedState):

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from detent.checkpoints import LayerFormats, ModelFormats, layouts
+from detent.checkpoints.records import exported_format
 from detent.config import all_schemes, parse_scheme
-from detent.engine.plan import exported_format, with_scale_dtype
+from detent.plan.plan import with_scale_dtype
 
 #: The weight that bits are counted for.
 SHAPE = (4096, 4096)

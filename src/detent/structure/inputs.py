@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detent.data.model_inputs import input_device, vocabulary_size
 from detent.errors import DetentError
+from detent.pretrained.facts import input_device, vocabulary_size
 
 #: How a model is called.
 Run = Callable[[nn.Module], Any]

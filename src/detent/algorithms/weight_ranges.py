@@ -1,0 +1,91 @@
+"""Ranges of weight quantizers from the weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from detent.algorithms import least_error_range, multipliers
+from detent.algorithms.hqq import hqq_range
+from detent.config import HQQConfig, MseCalibConfig, QuantizeAlgorithmConfig
+from detent.errors import DetentError
+from detent.formats import FloatScale
+from detent.formats.qtensor import all_finite
+from detent.nn import QuantWeightBase, TensorQuantizer, quantizers_of
+from detent.nn.sequential import Quantizer, members_of
+from detent.notices import notify
+
+
+def calibrate_weight(
+    name: str,
+    quantizer: Quantizer,
+    weight: Tensor,
+    config: QuantizeAlgorithmConfig | None,
+    *,
+    skip_first: bool = False,
+) -> None:
+    """Give a weight's quantizer its range, each member of a sequence on what the ones before it leave.
+
+    Args:
+        name: of the weight, for messages.
+        quantizer: its quantizer.
+        weight: output channels first.
+        config: of an algorithm that searches ranges from weights alone; anything else takes the largest magnitude.
+        skip_first: leave the first member as it is.
+
+    Raises:
+        DetentError: NaN or infinity in the weight.
+    """
+    if not all_finite(weight):
+        raise DetentError(f"{name}: NaN or infinity in the weight; check the checkpoint")
+    members = members_of(quantizer)
+    for index, member in enumerate(members):
+        if not (skip_first and index == 0) and (member.needs_calibration or member.needs_bias):
+            member.calibrate_on(weight)
+            _improve(member, member.centred(member.transform(weight)), config)
+        if index + 1 < len(members):
+            output = member(weight)
+            assert isinstance(output, Tensor)
+            weight = output
+
+
+def _improve(quantizer: TensorQuantizer, weight: Tensor, config: QuantizeAlgorithmConfig | None) -> None:
+    """From the plain range of a weight to the one that the algorithm and the format ask for."""
+    rule = quantizer.format.scale
+    if quantizer.format.dynamic or not isinstance(rule, FloatScale):
+        if isinstance(config, (HQQConfig, MseCalibConfig)):
+            kind = "dynamic scales" if isinstance(rule, FloatScale) else "scales that are powers of two"
+            notify(f"{config.method} changed nothing for {quantizer.format}: {kind} follow from the largest magnitude")
+        return
+    if rule.outer:
+        quantizer.global_amax = weight.abs().amax()
+    if isinstance(config, HQQConfig) and quantizer.needs_calibration:
+        found = hqq_range(
+            weight, quantizer.format, lp_norm=config.lp_norm, beta=config.beta, kappa=config.kappa, iters=config.iters
+        )
+        quantizer.set_range(found.low, found.high)
+    elif isinstance(config, MseCalibConfig) and quantizer.needs_calibration:
+        factors = multipliers(config.step_size, config.start_multiplier, config.stop_multiplier)
+        sweep = config.fp8_scale_sweep and rule.outer
+        quantizer.set_range(*least_error_range(weight, quantizer.format, factors, fp8_scale_sweep=sweep))
+    elif rule.four_over_six:  # an amax of 6/4 is what maps the largest magnitude to 4
+        quantizer.set_range(*least_error_range(weight, quantizer.format, [1.5]))
+
+
+def quantized_weights(model: nn.Module) -> Iterator[tuple[str, Quantizer, Tensor]]:
+    """(name, quantizer, weight with output channels first) for each enabled ``X_quantizer`` beside a weight ``X``."""
+    for module_name, module in model.named_modules():
+        for child_name, child in quantizers_of(module):
+            attribute = child_name.removesuffix("_quantizer")
+            if not child.is_enabled or attribute == child_name:
+                continue
+            weight = _weight_of(module, attribute)
+            if weight is not None:
+                yield f"{module_name}.{attribute}".removeprefix("."), child, weight.detach()
+
+
+def _weight_of(module: nn.Module, attribute: str) -> Tensor | None:
+    if isinstance(module, QuantWeightBase) and attribute == "weight":
+        return None if module.is_packed else module.to_output_first(module.weight, module)
+    return module._parameters.get(attribute)

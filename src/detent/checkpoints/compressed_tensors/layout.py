@@ -1,0 +1,288 @@
+"""The compressed-tensors layout, as vLLM, SGLang and transformers read it.
+
+`CompressedTensorsLayout` writes and `CompressedTensorsReader` reads: both lay out what a `QTensor` holds.
+Facts about the layout are those of compressed-tensors 0.20; docs/checkpoints.md lists what its reader does with them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detent.checkpoints.compressed_tensors import foreign
+from detent.checkpoints.compressed_tensors import schemes as ct
+from detent.checkpoints.records import (
+    LayerCheckpoint,
+    LayerFormats,
+    ModelFormats,
+    assemble,
+    describe,
+    has_outer,
+    parse_description,
+)
+from detent.checkpoints.source import Source
+from detent.errors import DetentError
+from detent.formats import E2M1, E2M3, Format, Integer, QTensor, Scales
+from detent.formats.packing import pack, pack_int32, unpack, unpack_int32
+
+#: The version of compressed-tensors whose layout this is.
+VERSION = "0.20.0"
+#: The key of the safetensors header metadata under which Detent leaves what the layout has no place for: the exact
+#: formats (scale rules, signedness), and the outer scales, of which the layout stores rounded reciprocals.
+METADATA_KEY = "detent"
+
+
+class CompressedTensorsLayout:
+    """Writes compressed-tensors."""
+
+    name = "compressed-tensors"
+
+    def can_hold(self, formats: ModelFormats) -> str | None:
+        """None, or the reason why this layout cannot hold the model: the first layer's that it cannot."""
+        for name, layer in formats.layers.items():
+            if layer.rotated or layer.low_rank:
+                what = "an input that is rotated at run time" if layer.rotated else "a low-rank branch"
+                return f"compressed-tensors does not hold {name}: {what}"
+            try:
+                _scheme(layer)
+            except ct.NotHeld as reason:
+                return f"compressed-tensors does not hold {name}: {reason}"
+        if formats.keys_rotated:
+            return "compressed-tensors does not hold keys that are rotated at run time"
+        if formats.kv_cache is not None:
+            try:
+                ct.kv_cache_args(formats.kv_cache)
+            except ct.NotHeld as reason:
+                return f"compressed-tensors does not hold {reason}"
+        return None
+
+    def layer_tensors(self, layer: LayerCheckpoint) -> dict[str, Tensor]:
+        """The tensors of one layer, by their full names."""
+        tensors = {}
+        if layer.weight is not None:
+            layout = ct.layout_of(layer.weight.format, bool(layer.input or layer.output))
+            tensors = _weight_tensors(layer.weight, layout)
+        for side, activation in (("input", layer.input), ("output", layer.output)):
+            if activation is not None and activation.scales is not None:
+                tensors |= _scale_tensors(side, activation.format, activation.scales)
+        return {f"{layer.name}.{name}": tensor for name, tensor in tensors.items()}
+
+    def kv_tensors(self, module: str, key: Scales, value: Scales) -> dict[str, Tensor]:
+        """The scales of one attention module's keys and values."""
+        return {f"{module}.k_scale": key.scale.reshape(1), f"{module}.v_scale": value.scale.reshape(1)}
+
+    def exact(self, layer: LayerCheckpoint) -> dict[str, str]:
+        """The outer scales of a layer, which the layout rounds, as exact hexadecimal numbers."""
+        scales = {"weight": layer.weight.scales if layer.weight else None}
+        scales |= {side: a.scales for side, a in (("input", layer.input), ("output", layer.output)) if a is not None}
+        outer = {side: s.outer_scale for side, s in scales.items() if s is not None}
+        return {side: float(scale).hex() for side, scale in outer.items() if scale is not None}
+
+    def metadata(self, formats: ModelFormats, exact: Mapping[str, dict[str, str]]) -> dict[str, str]:
+        """The header metadata that makes this layout exact for Detent's own reader."""
+        return {METADATA_KEY: json.dumps({**describe(formats), "outer_scales": dict(exact)})}
+
+    def quantization_config(self, formats: ModelFormats) -> dict[str, Any]:
+        """What config.json says under "quantization_config"."""
+        groups: dict[str, dict[str, Any]] = {}
+        for name, layer in formats.layers.items():
+            scheme = _scheme(layer)
+            group = groups.setdefault(json.dumps(scheme), scheme | {"targets": []})
+            group["targets"].append(name)
+        if len(groups) == 1:
+            next(iter(groups.values()))["targets"] = ["Linear"]
+        layouts = {group["format"] for group in groups.values()} - {ct.DENSE}
+        config = {
+            "quant_method": self.name,
+            "version": VERSION,
+            "quantization_status": "compressed",
+            "format": layouts.pop() if len(layouts) == 1 else ct.MIXED if layouts else ct.DENSE,
+            "config_groups": {f"group_{n}": group for n, group in enumerate(groups.values())},
+            "ignore": list(formats.ignored),
+            "kv_cache_scheme": None,
+        }
+        if formats.kv_cache is not None:
+            config["kv_cache_scheme"] = ct.kv_cache_args(formats.kv_cache)
+        return config
+
+
+def _scheme(layer: LayerFormats) -> dict[str, Any]:
+    """A layer's entry in config_groups, targets aside. Raises NotHeld."""
+    if layer.kind != "Linear":  # compressed-tensors knows Embedding too, but transformers fails to load one
+        raise ct.NotHeld(f"{layer.kind} modules: only Linear ones")
+    if len(layer.shape) != 2:
+        raise ct.NotHeld(f"weights of shape {layer.shape}: it stores matrices only")
+    out_features, in_features = layer.shape
+    return {
+        "weights": None if layer.weight is None else ct.weight_args(layer.weight, layer.shape),
+        "input_activations": None if layer.input is None else ct.activation_args(layer.input, in_features),
+        "output_activations": None if layer.output is None else ct.activation_args(layer.output, out_features),
+        "format": ct.layout_of(layer.weight, bool(layer.input or layer.output)),
+    }
+
+
+def _offset(fmt: Format) -> int:
+    """What is taken from our codes and zero points to get theirs, which are signed."""
+    return 2 ** (fmt.element.bits - 1) if isinstance(fmt.element, Integer) and not fmt.element.signed else 0
+
+
+def _scale_tensors(side: str, fmt: Format, scales: Scales) -> dict[str, Tensor]:
+    """Scale, signed zero point (asymmetric formats only) and the reciprocal of the outer scale, unpacked."""
+    if scales.outer_scale is not None:
+        tensors = {f"{side}_global_scale": (1.0 / scales.outer_scale.to(torch.float32)).reshape(1)}
+        return tensors if scales.scale.numel() == 0 else {f"{side}_scale": scales.scale, **tensors}
+    tensors = {f"{side}_scale": scales.scale.reshape(scales.scale.shape or (1,))}
+    if scales.zero_point is not None:
+        zero_point = (scales.zero_point - _offset(fmt)).to(torch.int8)
+        tensors[f"{side}_zero_point"] = zero_point.reshape(zero_point.shape or (1,))
+    return tensors
+
+
+def _weight_tensors(q: QTensor, layout: str) -> dict[str, Tensor]:
+    tensors = _scale_tensors("weight", q.format, q.scales)
+    if layout == ct.PACK:
+        bits = q.format.element.bits
+        half = 2 ** (bits - 1) - _offset(q.format)
+        tensors["weight_packed"] = pack_int32((q.codes.to(torch.int16) + half).to(torch.uint8), bits)
+        tensors["weight_shape"] = torch.tensor(q.shape, dtype=torch.int64)
+        if "weight_zero_point" in tensors and q.scale.dim() == 2:
+            # Packed along the output axis, so that a shard of output rows holds whole words.
+            unsigned = (tensors["weight_zero_point"].to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+            tensors["weight_zero_point"] = pack_int32(unsigned.t().contiguous(), bits).t().contiguous()
+    elif layout == ct.INT:
+        tensors["weight"] = (q.codes.to(torch.int16) - _offset(q.format)).to(torch.int8)
+    elif layout in (ct.NVFP4, ct.MXFP4, ct.MXFP6):
+        tensors["weight_packed"] = pack(q.codes, q.format.element.bits)
+    else:
+        tensors["weight"] = q.codes
+    return tensors
+
+
+class CompressedTensorsReader:
+    """Reads compressed-tensors, whether Detent or another tool wrote it.
+
+    Attributes:
+        formats: the formats of the model. Where another tool wrote the file they are made from config.json, which
+            leaves out how scales were computed; codes and scales are read exactly all the same.
+        used: the names of all tensors that belong to quantized layers or to the key/value cache.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._outer: dict[str, dict[str, str]] = {}
+        foreign.refuse_what_is_not_read(source)
+        note = source.metadata.get(METADATA_KEY)
+        if note is None:
+            self.formats = foreign.infer_formats(source)
+        else:
+            try:
+                description = json.loads(note)
+                self._outer = description["outer_scales"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise DetentError(f"{source.path}: the metadata that Detent wrote is damaged ({error!r})") from error
+            self.formats = parse_description(description, str(source.path))
+        self.used = {name for name in source if self._belongs(*foreign.split(name))}
+
+    def _belongs(self, module: str, part: str) -> bool:
+        if part in ("k_scale", "v_scale"):
+            return self.formats.kv_cache is not None
+        if module not in self.formats.layers:
+            return False
+        if part == "weight":
+            return self.formats.layers[module].weight is not None
+        return bool(re.fullmatch(r"(weight|input|output)_(packed|shape|scale|zero_point|global_scale)", part))
+
+    def layer(self, name: str) -> LayerCheckpoint:
+        """The contents of one layer, read now.
+
+        Raises:
+            DetentError: a tensor is missing or has the wrong shape.
+        """
+        layer = self.formats.layers[name]
+        return assemble(
+            name,
+            layer,
+            lambda fmt: self._weight(name, fmt, layer.shape),
+            lambda side, fmt: self._calibrated(name, side, fmt),
+        )
+
+    def kv_scales(self) -> dict[str, tuple[Scales, Scales]]:
+        """(scales of keys, scales of values) by attention module; empty where none were calibrated."""
+        kv_cache = self.formats.kv_cache
+        if kv_cache is None or kv_cache.dynamic:
+            return {}
+        modules = [name.removesuffix(".k_scale") for name in self.source if name.endswith(".k_scale")]
+        return {
+            module: (
+                Scales(self._tensor(f"{module}.k_scale", (), kv_cache.scale.stored_dtype)),
+                Scales(self._tensor(f"{module}.v_scale", (), kv_cache.scale.stored_dtype)),
+            )
+            for module in modules
+        }
+
+    def _tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of this shape and dtype; a scalar may be stored with the shape (1,)."""
+        info = self.source.info(name)
+        if info.dtype != dtype or (info.shape != shape and not (shape == () and info.shape == (1,))):
+            raise DetentError(
+                f"{self.source.path / info.file}: {name} is {info.dtype} {info.shape},"
+                f" not {dtype} {shape} as config.json says"
+            )
+        return self.source.tensor(name).reshape(shape)
+
+    def _calibrated(self, name: str, side: str, fmt: Format) -> Scales:
+        if has_outer(fmt):
+            empty = torch.empty(0, dtype=fmt.scale.stored_dtype)
+            return Scales(empty, outer_scale=self._outer_scale(name, side))
+        scale = self._tensor(f"{name}.{side}_scale", (), fmt.scale.stored_dtype)
+        if fmt.zero_point != "int":
+            return Scales(scale)
+        zero_point = self._tensor(f"{name}.{side}_zero_point", (), torch.int8)
+        return Scales(scale, zero_point.to(torch.int32) + _offset(fmt))
+
+    def _outer_scale(self, name: str, side: str) -> Tensor:
+        stored = self._tensor(f"{name}.{side}_global_scale", (), torch.float32)
+        exact = self._outer.get(name, {}).get(side)
+        if exact is None:
+            return 1.0 / stored
+        outer = torch.tensor(float.fromhex(exact), dtype=torch.float32)
+        if not torch.equal(1.0 / outer, stored):
+            raise DetentError(f"{self.source.path}: {name}.{side}_global_scale is not the one Detent wrote")
+        return outer
+
+    def _weight(self, name: str, fmt: Format, shape: tuple[int, ...]) -> QTensor:
+        grid = fmt.granularity.grid(shape)
+        scale = self._tensor(f"{name}.weight_scale", grid, fmt.scale.stored_dtype)
+        outer = self._outer_scale(name, "weight") if has_outer(fmt) else None
+        codes = self._codes(name, fmt, shape)
+        return QTensor(fmt, shape, codes, scale, self._zero_point(name, fmt, grid, shape), outer)
+
+    def _codes(self, name: str, fmt: Format, shape: tuple[int, ...]) -> Tensor:
+        rows, columns = shape
+        bits = fmt.element.bits
+        packed = f"{name}.weight_packed"
+        if packed not in self.source.tensors:
+            if not isinstance(fmt.element, Integer):
+                return self._tensor(f"{name}.weight", shape, fmt.element.storage_dtype)
+            signed = self._tensor(f"{name}.weight", shape, torch.int8)
+            return (signed.to(torch.int16) + _offset(fmt)).to(fmt.element.storage_dtype)
+        if fmt.element in (E2M1, E2M3):
+            return unpack(self._tensor(packed, (rows, -(-columns * bits // 8)), torch.uint8), bits, columns)
+        unsigned = unpack_int32(self._tensor(packed, (rows, -(-columns * bits // 32)), torch.int32), bits, columns)
+        half = 2 ** (bits - 1) - _offset(fmt)
+        return (unsigned.to(torch.int16) - half).to(fmt.element.storage_dtype)
+
+    def _zero_point(self, name: str, fmt: Format, grid: tuple[int, ...], shape: tuple[int, ...]) -> Tensor | None:
+        if fmt.zero_point != "int":
+            return None
+        bits, full = fmt.element.bits, f"{name}.weight_zero_point"
+        if f"{name}.weight_packed" not in self.source.tensors or not grid:
+            return self._tensor(full, grid, torch.int8).to(torch.int32) + _offset(fmt)
+        packed = self._tensor(full, (-(-shape[0] * bits // 32), grid[1]), torch.int32)
+        unsigned = unpack_int32(packed.t().contiguous(), bits, shape[0]).t().contiguous()
+        return unsigned.to(torch.int32) - 2 ** (bits - 1) + _offset(fmt)

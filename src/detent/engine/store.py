@@ -1,0 +1,43 @@
+"""Tensors in memory or on disk, in the order in which they came."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class TensorStore:
+    """Tensors by number, in memory or, with `folder`, in files of their own there."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._held: list[Tensor] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, tensor: Tensor) -> None:
+        if self._folder is None:
+            self._held.append(tensor)
+        else:
+            save_file({"x": tensor.contiguous().cpu()}, self._path(self._count))
+        self._count += 1
+
+    def get(self, index: int, device: torch.device) -> Tensor:
+        if self._folder is None:
+            return self._held[index]
+        return load_file(self._path(index))["x"].to(device)
+
+    def _path(self, index: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{index}.safetensors"
+
+    def clear(self) -> None:
+        if self._folder is not None:
+            for index in range(self._count):
+                self._path(index).unlink(missing_ok=True)
+        self._held, self._count = [], 0

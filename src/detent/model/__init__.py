@@ -1,0 +1,1 @@
+"""A model with quantizers as a whole: conversion, state, weights, scopes."""

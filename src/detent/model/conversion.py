@@ -1,0 +1,287 @@
+"""Putting quantizers into a model, and setting them by a configuration.
+
+Invariant: a conversion that fails leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from detent.config import QuantizerAttributeConfig
+from detent.config.attributes import Attributes, SequentialConfig, parse_attributes
+from detent.config.matching import check_matches, match
+from detent.config.quant_cfg import Rule, normalize
+from detent.errors import DetentError
+from detent.model.rollback import remember, unchanged_on_failure
+from detent.nn import QuantModuleRegistry, QuantWeightBase, SequentialQuantizer, TensorQuantizer
+from detent.nn.attention import add_attention_quantizers, route_attention
+from detent.nn.sequential import Quantizer, members_of
+from detent.nn.torch_transformer import leave_fast_path, weight_used_from_outside
+
+_log = logging.getLogger(__name__)
+
+
+def named_quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """(full name, quantizer) of every quantizer; a sequence counts once."""
+    sequences = tuple(f"{n}." if n else "" for n, m in model.named_modules() if isinstance(m, SequentialQuantizer))
+    for name, module in model.named_modules():
+        if isinstance(module, SequentialQuantizer) or (
+            isinstance(module, TensorQuantizer) and not (sequences and name.startswith(sequences))
+        ):
+            yield name, module
+
+
+def named_members(model: nn.Module) -> Iterator[TensorQuantizer]:
+    """Every single quantizer, those in sequences included."""
+    for _, quantizer in named_quantizers(model):
+        yield from members_of(quantizer)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether the model has quantizers, on or off."""
+    return any(isinstance(m, TensorQuantizer) for m in model.modules())
+
+
+def replace_quant_module(model: nn.Module) -> None:
+    """Convert every registered module in place, with quantizers that are all off. What is converted already stays.
+
+    Modules that look as if they should be converted and can't be (a subclass of a registered class with a forward of
+    its own, attention that goes around its linear layer, recurrent layers, experts in one tensor) are named in a
+    warning.
+
+    Raises:
+        DetentError: nothing in the model can be converted; the model is then as it was.
+    """
+    with unchanged_on_failure(model):
+        old = {id(quantizer) for quantizer in model.modules() if isinstance(quantizer, TensorQuantizer)}
+        for name, module in list(model.named_modules()):
+            if isinstance(module, TensorQuantizer) or type(module) not in QuantModuleRegistry:
+                continue
+            if not weight_used_from_outside(model, name):
+                _check_initialized(name, module)
+                QuantModuleRegistry.convert(module)
+        add_attention_quantizers(model)
+        if not any(True for _ in named_quantizers(model)):
+            known = ", ".join(sorted(k.__name__ for k in QuantModuleRegistry))
+            raise DetentError(
+                f"{type(model).__name__} has no module that Detent can quantize (known: {known}); see detent.register()"
+            )
+        leave_fast_path(model)
+        for name, quantizer in named_quantizers(model):
+            quantizer.name = name
+            if not any(id(member) in old for member in members_of(quantizer)):
+                quantizer.disable()
+    for name, why in unconverted(model):
+        _log.warning("%s stays unquantized: %s", name, why)
+
+
+def _check_initialized(name: str, module: nn.Module) -> None:
+    if any(is_lazy(p) for p in module.parameters(recurse=False)):
+        raise DetentError(f"{name}: its parameters have no shape yet; run the model once before quantizing it")
+
+
+def unconverted(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """(name, reason) of modules with large weights that Detent leaves alone although a user may expect otherwise."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        base = QuantModuleRegistry.overridden(kind)
+        if isinstance(module, nn.MultiheadAttention):
+            yield (
+                name,
+                "nn.MultiheadAttention multiplies with its weights itself; quantize separate projections instead",
+            )
+        elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            yield name, f"{kind.__name__} is not supported"
+        elif base is not None and not _has_quantizers(module):
+            yield name, f"{kind.__name__} is a {base.__name__} with a forward of its own; see detent.register()"
+        elif _holds_experts(module):
+            yield (
+                name,
+                f"{kind.__name__} holds the weights of several experts in one tensor, which is not supported yet",
+            )
+
+
+def _has_quantizers(module: nn.Module) -> bool:
+    return any(isinstance(child, (TensorQuantizer, SequentialQuantizer)) for child in module.children())
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    parameters = list(module.parameters(recurse=False))
+    return "expert" in type(module).__name__.lower() and any(p.dim() == 3 for p in parameters)
+
+
+def set_quantizer_by_cfg(model: nn.Module, quant_cfg: Any, *, strict: bool = True) -> list[str]:
+    """Set every quantizer of a converted model by the rules of `quant_cfg`; the last rule that matches one wins.
+
+    Quantizers that no rule matches stay as they are, so ``{"*": {"enable": False}}`` switches everything off.
+
+    Args:
+        model: a model with quantizers.
+        quant_cfg: a dict of wildcards or an ordered list of entries.
+        strict: whether a rule that sets a format and matches nothing is an error (else a warning).
+
+    Returns:
+        Warnings: exclusions that match nothing and, unless strict, the errors.
+
+    Raises:
+        DetentError: a rule is malformed or matches nothing; the model has no quantizers.
+    """
+    rules = normalize(quant_cfg)
+    names = {name: _parent_classes(model, name) for name, _ in named_quantizers(model)}
+    if not names:
+        raise DetentError(f"{type(model).__name__} has no quantizers; call quantize() or replace_quant_module() first")
+    warnings = check_matches(rules, names, strict=strict, must_enable=False)
+    with unchanged_on_failure(model):
+        for name, parents in names.items():
+            _apply(model, rules, name, parents)
+    route_attention(model)
+    for warning in warnings:
+        _log.warning("%s", warning)
+    return warnings
+
+
+def check_something_enabled(model: nn.Module, quant_cfg: Any, *, strict: bool = True) -> None:
+    """Refuse (or warn of, unless strict) a configuration after which no quantizer is on, saying why none is."""
+    if any(quantizer.is_enabled for _, quantizer in named_quantizers(model)):
+        return
+    names = {name: _parent_classes(model, name) for name, _ in named_quantizers(model)}
+    skipped = "".join(f"; {name} stays unquantized: {why}" for name, why in list(unconverted(model))[:3])
+    try:
+        messages = check_matches(normalize(quant_cfg), names, strict=strict)
+    except DetentError as error:
+        raise DetentError(f"{error}{skipped}") from None
+    for message in messages:
+        _log.warning("%s%s", message, skipped)
+
+
+def _apply(model: nn.Module, rules: list[Rule], name: str, parents: set[str]) -> None:
+    before = _attributes(model.get_submodule(name))
+    attributes = match(rules, name, parents, before)
+    if attributes is not None and attributes != before:
+        _set(model, name, attributes)
+
+
+def _attributes(quantizer: nn.Module) -> Attributes:
+    """What a quantizer is set to now, on or off included."""
+    if isinstance(quantizer, SequentialQuantizer):
+        return SequentialConfig([_attributes(q) for q in quantizer])
+    assert isinstance(quantizer, TensorQuantizer)
+    return quantizer.attributes.model_copy(update={"enable": quantizer.is_enabled})
+
+
+def _parent_classes(model: nn.Module, quantizer_name: str) -> set[str]:
+    return QuantModuleRegistry.names_of(model.get_submodule(quantizer_name.rpartition(".")[0]))
+
+
+def _set(model: nn.Module, name: str, attributes: Attributes) -> None:
+    """Give one quantizer its attributes, changing between single and sequence where needed."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    quantizer = getattr(parent, leaf)
+    steps = attributes if isinstance(attributes, SequentialConfig) else [attributes]
+    if not all(step.fake_quant or not step.enable for step in steps):
+        _check_codes_allowed(name, parent, leaf, len(steps))
+    token_axis = members_of(quantizer)[0].token_axis
+    if isinstance(attributes, SequentialConfig):
+        if not isinstance(quantizer, SequentialQuantizer) or len(quantizer) != len(attributes):
+            quantizer = SequentialQuantizer(*(TensorQuantizer(a) for a in attributes))
+            setattr(parent, leaf, quantizer)
+        quantizer.set_from_attribute_config(list(attributes))
+    else:
+        if isinstance(quantizer, SequentialQuantizer):
+            quantizer = TensorQuantizer(attributes)
+            setattr(parent, leaf, quantizer)
+        quantizer.set_from_attribute_config(attributes)
+    for member in members_of(quantizer):
+        member.token_axis = token_axis
+    quantizer.name = name
+    quantizer.train(parent.training)
+
+
+def _check_codes_allowed(name: str, parent: nn.Module, leaf: str, steps: int) -> None:
+    if leaf != "weight_quantizer" or not isinstance(parent, QuantWeightBase) or steps > 1:
+        raise DetentError(
+            f"{name}: fake_quant=False gives out codes, which only a single weight quantizer of a built-in module can;"
+            " use fake_quant=True here"
+        )
+
+
+@contextmanager
+def set_quantizer_by_cfg_context(model: nn.Module, quant_cfg: Any) -> Iterator[None]:
+    """Set quantizers inside the ``with`` block; afterwards every one has its attributes and calibrated state back."""
+    quantizers = dict(named_quantizers(model))
+    before = remember(module for quantizer in quantizers.values() for module in quantizer.modules())
+    try:
+        set_quantizer_by_cfg(model, quant_cfg)
+        yield
+    finally:
+        for name, quantizer in quantizers.items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, quantizer)
+        for memory in before:
+            memory.restore()
+        route_attention(model)
+
+
+def _matching(model: nn.Module, wildcard_or_filter: str | Callable[[str], bool]) -> list[str]:
+    """Names of the quantizers that a wildcard or function chooses. Raises DetentError for none."""
+    if callable(wildcard_or_filter):
+        chosen = [name for name, _ in named_quantizers(model) if wildcard_or_filter(name)]
+    else:
+        chosen = [name for name, _ in named_quantizers(model) if fnmatchcase(name, wildcard_or_filter)]
+    if not chosen:
+        some = ", ".join(name for name, _ in list(named_quantizers(model))[:3]) or "none: call quantize() first"
+        raise DetentError(f"no quantizer matches {wildcard_or_filter!r}; quantizers are called, for instance, {some}")
+    return chosen
+
+
+def _switch(model: nn.Module, wildcard_or_filter: str | Callable[[str], bool], on: bool) -> None:
+    for name in _matching(model, wildcard_or_filter):
+        quantizer: Any = model.get_submodule(name)
+        if on:
+            quantizer.enable()
+        else:
+            quantizer.disable()
+    route_attention(model)
+
+
+def enable_quantizer(model: nn.Module, wildcard_or_filter_func: str | Callable[[str], bool]) -> None:
+    """Switch on the quantizers whose full name matches a wildcard or satisfies a function.
+
+    Raises:
+        DetentError: no quantizer matches.
+    """
+    _switch(model, wildcard_or_filter_func, True)
+
+
+def disable_quantizer(model: nn.Module, wildcard_or_filter_func: str | Callable[[str], bool]) -> None:
+    """Switch off the quantizers whose full name matches a wildcard or satisfies a function.
+
+    Raises:
+        DetentError: no quantizer matches.
+    """
+    _switch(model, wildcard_or_filter_func, False)
+
+
+def set_quantizer_attribute(
+    model: nn.Module,
+    wildcard_or_filter_func: str | Callable[[str], bool],
+    attribute: QuantizerAttributeConfig | dict[str, Any] | list[Any],
+) -> None:
+    """Replace the attributes of all quantizers whose full name matches.
+
+    Raises:
+        DetentError: no quantizer matches, or the attributes are not valid.
+    """
+    attributes = parse_attributes(attribute)
+    with unchanged_on_failure(model):
+        for name in _matching(model, wildcard_or_filter_func):
+            _set(model, name, attributes)
+    route_attention(model)

@@ -1,0 +1,1 @@
+"""The plan: every tensor's fate, decided before a weight is read."""

@@ -1,0 +1,117 @@
+"""What stays in floating point, and why."""
+
+from __future__ import annotations
+
+import math
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from detent.checkpoints import Source
+from detent.errors import DetentError
+from detent.nn import QuantWeightBase
+from detent.nn.attention import attention_modules
+
+#: Modules that stay in floating point unless the user says otherwise, beside the output embedding: routers choose
+#: experts by small differences, and the language models of the guides leave their vision parts alone.
+DEFAULT_EXCLUSIONS = (
+    "*.gate",
+    "*.router",
+    "*router.*",
+    "*.shared_expert_gate",
+    "*vision_tower*",
+    "*vision_model*",
+    "*visual*",
+    "*patch_embed*",
+    "*multi_modal_projector*",
+)
+
+
+def exclusions(model: nn.Module, linears: list[str], exclude: list[str] | None) -> tuple[list[str], dict[str, str]]:
+    """(patterns, {module name: reason}) of the linear layers that stay."""
+    why: dict[str, str] = {}
+    if exclude is None:
+        get_head: Any = getattr(model, "get_output_embeddings", None)
+        head = get_head() if callable(get_head) else None
+        for name in linears:
+            if head is not None and model.get_submodule(name) is head:
+                why[name] = "output embedding, kept by default"
+            elif any(fnmatchcase(name, pattern) for pattern in DEFAULT_EXCLUSIONS):
+                why[name] = "router or vision part, kept by default"
+        return list(why), why
+    for pattern in exclude:
+        found = check_pattern("--exclude_layers", pattern, linears)
+        why.update(dict.fromkeys(found, f"excluded by {pattern!r}"))
+    return list(exclude), why
+
+
+def why_nothing(model: nn.Module, linears: list[str], exclude: list[str] | None) -> str:
+    """The message for a plan that quantizes nothing."""
+    if exclude and linears:
+        return "--exclude_layers names every linear layer, so nothing would be quantized; exclude fewer"
+    found = {type(m) for m in model.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))}
+    kinds = sorted(kind.__name__.removeprefix("Quant") for kind in found)
+    return (
+        f"{type(model).__name__} has no plain torch.nn.Linear layer besides those that stay by default, so nothing"
+        f" would be quantized: its weights are in {', '.join(kinds)}, and schemes cover nn.Linear alone"
+    )
+
+
+def check_pattern(flag: str, pattern: str, linears: list[str]) -> list[str]:
+    """The linear layers that a user's pattern names: themselves, or by a module around them."""
+    found = [n for n in linears if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")]
+    if not found:
+        known = get_close_matches(pattern.strip("*."), {n.rpartition(".")[2] for n in linears}, 1) or linears[:3]
+        raise DetentError(
+            f"{flag} {pattern!r} matches no linear layer; did you mean {' or '.join(repr(k) for k in known)}?"
+            " Wildcards match whole module names, as in '*.down_proj'"
+        )
+    return found
+
+
+def check_attention(model: nn.Module) -> None:
+    if not any(True for _ in attention_modules(model)):
+        raise DetentError(
+            f"--kv_cache_dtype: {type(model).__name__} has no attention module that fetches its attention function by"
+            " name, so keys and values cannot be reached; leave the key/value cache unquantized"
+        )
+
+
+def overlooked(source: Source, model: nn.Module, kept: dict[str, str], why: dict[str, str]) -> dict[str, int]:
+    """{name: elements} of the kept matrices that are neither embeddings nor excluded. See `Plan`."""
+    embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    found = {}
+    for name in kept:
+        info, module = source.info(name), name.rpartition(".")[0]
+        if len(info.shape) > 1 and info.dtype.is_floating_point and module not in embeddings and module not in why:
+            found[name] = math.prod(info.shape)
+    return found
+
+
+def reason_kept(tensor: str, model: nn.Module, why: dict[str, str]) -> str:
+    module_name, _, leaf = tensor.rpartition(".")
+    if module_name in why:
+        return why[module_name]
+    try:
+        module = model.get_submodule(module_name)
+    except AttributeError:
+        if ".experts." in tensor:
+            return "experts, which the model holds merged in one tensor; this version leaves them"
+        return "the model class has no module of that name; carried along unchanged"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if leaf == "bias":
+        return "bias"
+    parameter = getattr(module, leaf, None)
+    if parameter is not None and parameter.dim() < 2:
+        return f"{type(module).__name__} vector"
+    if ".experts." in tensor:
+        return "experts, which the model holds merged in one tensor; this version leaves them"
+    kind = type(module).__name__.removeprefix("Quant")
+    if isinstance(module, nn.Linear) and isinstance(module, QuantWeightBase):
+        return "left by the scheme"
+    if isinstance(module, nn.Linear):
+        return f"{kind} is a linear layer with a forward of its own"
+    return f"a {kind}, and schemes cover linear layers alone"

@@ -1,0 +1,198 @@
+"""The plan: every tensor's fate, decided on the meta device before any weight is read.
+
+Invariant: a plan covers each tensor of the checkpoint exactly once, with a format or with the reason why it stays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from detent.checkpoints import LayerFormats, ModelFormats, Source, choose
+from detent.checkpoints.records import exported_format
+from detent.config import QuantCfg, Scheme, parse_algorithm, quant_cfg_for
+from detent.errors import DetentError
+from detent.formats import Format, Integer
+from detent.model.conversion import replace_quant_module, set_quantizer_by_cfg
+from detent.nn import QuantWeightBase, TensorQuantizer
+from detent.plan.kept import check_attention, check_pattern, exclusions, overlooked, reason_kept, why_nothing
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will happen to a checkpoint.
+
+    Attributes:
+        scheme: the scheme, with formats as they will be used (scales in the dtype of the model).
+        quant_cfg: the same as rules for quantizers.
+        formats: of all quantized layers and of the key/value cache.
+        kept: {tensor name: the reason why it stays}, for every tensor that isn't a quantized weight.
+        parameters: {tensor name: number of elements} of the quantized weights.
+        layout: the name of the on-disk format.
+        layout_notes: why a preferred on-disk format can't be used.
+        overlooked: {tensor name: number of elements} of the matrices that stay although nothing asked for that: no
+            embedding, no output embedding, not excluded by the user. Their modules are of kinds that aren't quantized.
+        unties: whether the output embedding is quantized, and so no longer the same as the input embedding.
+        algorithms: what runs on the weights, in order; plain rounding where there is none.
+    """
+
+    scheme: Scheme
+    quant_cfg: QuantCfg
+    formats: ModelFormats
+    kept: dict[str, str]
+    parameters: dict[str, int]
+    layout: str
+    layout_notes: list[str] = field(default_factory=list)
+    overlooked: dict[str, int] = field(default_factory=dict)
+    unties: bool = False
+    algorithms: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def overlooked_share(self) -> float:
+        """Which part of the parameters that could be worth quantizing is not quantized, from 0 to 1."""
+        left = sum(self.overlooked.values())
+        return left / max(1, left + sum(self.parameters.values()))
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration data is needed: some activation, key or value has a calibrated scale, or an algorithm
+        learns
+        from data."""
+        if any(step.needs_data for step in parse_algorithm(self.algorithms)):
+            return True
+        sides = [fmt for layer in self.formats.layers.values() for fmt in (layer.input, layer.output)]
+        return any(fmt is not None and not fmt.dynamic for fmt in [*sides, self.formats.kv_cache])
+
+
+def make_plan(
+    source: Source,
+    model: nn.Module,
+    scheme: Scheme,
+    *,
+    kv_cache: Format | None = None,
+    exclude: list[str] | None = None,
+    per_layer: Mapping[str, Scheme] | None = None,
+    algorithms: list[dict[str, Any]] | None = None,
+) -> Plan:
+    """Plan the quantization of a checkpoint.
+
+    Args:
+        source: the opened checkpoint.
+        model: its model on the meta device; it is converted.
+        scheme: what to do with linear layers.
+        kv_cache: the format of keys and values, or None.
+        exclude: wildcards on module names that stay; None for the output embedding, routers and vision parts.
+        per_layer: {wildcard on module names: the scheme for these}; later ones win, exclusions win over all.
+        algorithms: what runs on the weights, as `parse_algorithm` takes it.
+
+    Raises:
+        DetentError: a pattern of `exclude` matches nothing; nothing is left to quantize; a weight of the model isn't in
+            the checkpoint; a group size that leaves no format to store it in.
+    """
+    replace_quant_module(model)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    patterns, why = exclusions(model, linears, exclude)
+    quant_cfg = quant_cfg_for(scheme)
+    for pattern, special in (per_layer or {}).items():
+        check_pattern("--group_size_per_layer", pattern, linears)
+        for entry in quant_cfg_for(special):
+            if entry.get("parent_class"):
+                quant_cfg.append({**entry, "quantizer_name": f"{pattern}.{entry['quantizer_name'].lstrip('*')}"})
+    quant_cfg.extend({"quantizer_name": f"{pattern}.*", "enable": False} for pattern in patterns)
+    if kv_cache is not None:
+        check_attention(model)
+        quant_cfg.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"format": kv_cache}})
+    # Exclusions are checked above, in the user's words: a warning about them here would say it twice.
+    set_quantizer_by_cfg(model, quant_cfg)
+    layers = {name: _layer_formats(module) for name, module in _quantized(model)}
+    if not layers and kv_cache is None:
+        raise DetentError(why_nothing(model, linears, exclude))
+    formats = ModelFormats(
+        layers=layers,
+        kv_cache=None if kv_cache is None else exported_format(kv_cache),
+        ignored=tuple(name for name in linears if name not in layers),
+    )
+    weights = _weight_tensors(source, model, formats)
+    kept = {name: reason_kept(name, model, why) for name in source.tensors if name not in weights}
+    layout, notes = choose(formats)
+    return Plan(
+        scheme,
+        quant_cfg,
+        formats,
+        kept,
+        weights,
+        layout.name,
+        notes,
+        overlooked={} if scheme.weight is None else overlooked(source, model, kept, why),
+        unties=any(_is_tied(model, name) for name, layer in layers.items() if layer.weight is not None),
+        algorithms=list(algorithms or []),
+    )
+
+
+def with_scale_dtype(scheme: Scheme, dtype: torch.dtype) -> Scheme:
+    """Integer weights keep their scales in the model's dtype, as engines hold them; FP8 scales stay float32."""
+    name = {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(dtype)
+    weight = scheme.weight
+    if name is None or weight is None or not isinstance(weight.element, Integer) or weight.bits == 8:
+        return scheme
+    return replace(scheme, weight=weight.with_scale_dtype(name))  # type: ignore[arg-type]
+
+
+def _quantized(model: nn.Module) -> Iterable[tuple[str, QuantWeightBase]]:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantWeightBase) and any(
+            q.is_enabled for q in module.children() if isinstance(q, TensorQuantizer)
+        ):
+            yield name, module
+
+
+def _layer_formats(module: QuantWeightBase) -> LayerFormats:
+    def side(name: str) -> Format | None:
+        quantizer = getattr(module, f"{name}_quantizer", None)
+        on = isinstance(quantizer, TensorQuantizer) and quantizer.is_enabled
+        return exported_format(quantizer.format) if on and quantizer is not None else None
+
+    weight = module.weight_quantizer
+    return LayerFormats(
+        shape=tuple(module.weight.shape),
+        weight=weight.format if isinstance(weight, TensorQuantizer) and weight.is_enabled else None,
+        input=side("input"),
+        output=side("output"),
+        kind="Linear" if isinstance(module, nn.Linear) else type(module).__name__.removeprefix("Quant"),
+    )
+
+
+def _weight_tensors(source: Source, model: nn.Module, formats: ModelFormats) -> dict[str, int]:
+    """{name: elements} of the tensors that hold quantized weights."""
+    found = {}
+    for layer, described in formats.layers.items():
+        if described.weight is None:
+            continue
+        name = f"{layer}.weight"
+        if name in source.tensors:
+            if source.info(name).shape != described.shape:
+                raise DetentError(
+                    f"{source.path}: {name} has shape {source.info(name).shape}, but config.json calls for"
+                    f" {described.shape}"
+                )
+            found[name] = math.prod(described.shape)
+        elif not _is_tied(model, layer):
+            known = any(f"{other}.weight" in source.tensors for other in formats.layers)
+            raise DetentError(
+                f"{source.path}: the checkpoint has no tensor {name}, which its config.json calls for"
+                if known
+                else f"{source.path}: the checkpoint names its tensors otherwise than {type(model).__name__}"
+                f" does, which this version cannot map: there is no {name} but {next(iter(source.tensors))}"
+            )
+    return found
+
+
+def _is_tied(model: nn.Module, layer: str) -> bool:
+    """Whether a layer's weight is the input embedding's."""
+    tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
+    return f"{layer}.weight" in tied

@@ -1,0 +1,1 @@
+"""Hugging Face models: loading them, and what their configurations say."""

@@ -1,0 +1,48 @@
+"""What a Hugging Face model says about the token ids it takes, and the state it reads them in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+#: Names under which configurations state how many positions the model has; the usual one first.
+_POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
+
+
+def max_sequence_length(config: Any) -> int | None:
+    """The longest sequence that a model with this configuration takes, or None where it doesn't say."""
+    for part in _text_configs(config):
+        for field in _POSITION_FIELDS:
+            value = getattr(part, field, None)
+            if isinstance(value, int) and value > 0:
+                return value
+    return None
+
+
+def vocabulary_size(config: Any) -> int | None:
+    """How many token ids a model with this configuration knows, or None where it doesn't say."""
+    for part in _text_configs(config):
+        value = getattr(part, "vocab_size", None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device that a model takes its token ids on: where its embedding lies, else its first parameter or buffer."""
+    get_embedding = getattr(model, "get_input_embeddings", None)
+    modules = [model] if get_embedding is None else [get_embedding(), model]
+    for module in modules:
+        if isinstance(module, nn.Module):
+            for tensor in (*module.parameters(), *module.buffers()):
+                if tensor.device.type != "meta":
+                    return tensor.device
+    return torch.device("cpu")
+
+
+def _text_configs(config: Any) -> list[Any]:
+    """The configuration and, for a model of several modalities, that of its language model first."""
+    text = getattr(config, "text_config", None)
+    return [config] if text is None else [text, config]

@@ -1,0 +1,280 @@
+"""Hugging Face models and tokenizers from a folder, with a user's mistakes as one clear message each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detent.checkpoints import Source
+from detent.errors import DetentError
+from detent.formats.qtensor import all_finite
+from detent.progress import track
+
+_log = logging.getLogger(__name__)
+
+#: What `--data_type` takes beside ``auto``.
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+#: What transformers raises over files and values that it cannot use.
+_MISTAKES = (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError, ArithmeticError)
+_COMPUTED = (*DTYPES.values(), torch.float64)
+
+#: What a checkpoint on the hub is downloaded with: everything but weights in formats that Detent doesn't read.
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py", "*.jinja", "*.md", "LICENSE*"]
+
+
+def resolve_folder(model_dir: str, revision: str | None = None) -> Path:
+    """The local folder of a checkpoint: `model_dir` itself, or a hub model ``organisation/name`` in the local cache.
+
+    Raises:
+        DetentError: neither a folder nor a model that the hub or its cache holds.
+    """
+    path = Path(model_dir).expanduser()
+    if path.exists() or model_dir.count("/") != 1 or model_dir.startswith((".", "/", "~")):
+        return path  # a folder, or something that opening it as one explains
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model_dir, revision=revision, allow_patterns=_HUB_PATTERNS))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DetentError(
+            f"{model_dir!r} is no folder here, and the hub doesn't give it: {reason}. Pass --model_dir the path of a"
+            " checkpoint folder"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers' progress bars and load reports are left out: Detent reports what matters itself."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False, values: dict[str, Any] | None = None) -> Any:
+    """The transformers configuration of a folder, or of `values` (the content of a config.json).
+
+    Raises:
+        DetentError: transformers doesn't know the architecture, or the model needs code of its own that isn't trusted.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with _quiet():
+            if values is None or "auto_map" in values:
+                return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+            return AutoConfig.for_model(**values)
+    except _config_mistakes() as error:
+        raise DetentError(f"{folder / 'config.json'}: {_first_line(error, trust_remote_code)}") from error
+
+
+def _config_mistakes() -> tuple[type[Exception], ...]:
+    """`_MISTAKES`, and what configurations raise about a value of the wrong type."""
+    from huggingface_hub import errors
+
+    kind = getattr(errors, "StrictDataclassError", None)
+    return _MISTAKES if kind is None else (*_MISTAKES, kind)
+
+
+def model_on_meta(config: Any, *, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model of a configuration without memory for its weights.
+
+    Raises:
+        DetentError: the architecture is no causal language model, or cannot be built from its configuration.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"), _quiet():
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, dtype=dtype or torch.float32
+            )
+    except (*_MISTAKES, RuntimeError) as error:
+        raise DetentError(
+            f"cannot build a {getattr(config, 'model_type', '?')} language model from its config.json:"
+            f" {_first_line(error, trust_remote_code)}"
+        ) from error
+
+
+def model_dtype(data_type: str, config: Any, source: Source) -> torch.dtype:
+    """The dtype that a model is held in.
+
+    Args:
+        data_type: a key of `DTYPES`, or ``auto``: what config.json says, or else the dtype of the first floating-point
+            tensor in the checkpoint.
+        config: the transformers configuration.
+        source: the checkpoint.
+
+    Raises:
+        DetentError: config.json names a dtype that no model is computed in.
+    """
+    if data_type != "auto":
+        return DTYPES[data_type]
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype is None:
+        stored = [info.dtype for info in source.tensors.values() if info.dtype in _COMPUTED]
+        return stored[0] if stored else torch.float32
+    if dtype not in _COMPUTED:
+        raise DetentError(
+            f"{source.path}: config.json gives the dtype {dtype}, in which no model is computed; pass --data_type, one"
+            f" of {', '.join(DTYPES)}"
+        )
+    return dtype
+
+
+def read_weights(source: Source, names: Iterable[str], task: str = "Reading weights") -> dict[str, Tensor]:
+    """Tensors of a checkpoint by name.
+
+    Raises:
+        DetentError: one can't be read, or holds NaN or infinity.
+    """
+    names = list(names)
+    state = {}
+    for name in track(names, task, len(names)):
+        state[name] = tensor = source.tensor(name)
+        if tensor.dtype in _COMPUTED and not all_finite(tensor):
+            raise DetentError(
+                f"{source.path / source.info(name).file}: {name} holds NaN or infinity, so the model is damaged;"
+                " download or train it again"
+            )
+    return state
+
+
+def load_model(
+    source: Source,
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+    state_dict: dict[str, Tensor] | None = None,
+    notify: Callable[[str], None] = _log.warning,
+) -> nn.Module:
+    """The model of a checkpoint in eval mode, its weights frozen.
+
+    Args:
+        source: the checkpoint.
+        config: its transformers configuration.
+        dtype: of its floating-point weights.
+        device: where they go.
+        attention: an attention implementation by name; None leaves the choice to transformers.
+        trust_remote_code: whether Python code that comes with the checkpoint may run.
+        state_dict: weights in place of those of the checkpoint.
+        notify: told of tensors that the model has no place for.
+
+    Raises:
+        DetentError: the architecture is unknown; weights are damaged, missing or have the wrong shape.
+    """
+    expected = model_on_meta(config, trust_remote_code=trust_remote_code)
+    kind: Any = type(expected)
+    state = read_weights(source, source) if state_dict is None else state_dict
+    _check_floating(source.path, expected, state)
+    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    try:
+        with _quiet():
+            model, info = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except (*_MISTAKES, RuntimeError) as error:
+        raise DetentError(f"{source.path}: {_first_line(error, trust_remote_code)}") from error
+    _check_complete(source.path, info)
+    unused = sorted(info.get("unexpected_keys") or [])
+    if unused:
+        notify(
+            f"{len(unused)} tensors of the checkpoint have no place in the model, so they do nothing: {unused[0]}, ..."
+        )
+    model.requires_grad_(False)
+    model = model.to(device).eval()
+    _check_runs(source.path, model)
+    return model
+
+
+def _check_floating(folder: Path, expected: nn.Module, state: dict[str, Tensor]) -> None:
+    for name, parameter in expected.named_parameters():
+        if parameter.is_floating_point() and name in state and state[name].dtype not in _COMPUTED:
+            raise DetentError(
+                f"{folder}: {name} is stored as {state[name].dtype}, not as floating-point numbers; if the checkpoint"
+                " is quantized, its config.json doesn't say how"
+            )
+
+
+@torch.no_grad()
+def _check_runs(folder: Path, model: Any) -> None:
+    """A config.json with wrong numbers may build a model that takes all weights and yet cannot run."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    try:
+        model(input_ids=ids, use_cache=False)
+    except (*_MISTAKES, IndexError, AssertionError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise DetentError(
+            f"{folder}: the model cannot run ({type(error).__name__}: {_first_line(error, True)}); check its"
+            " config.json"
+        ) from error
+
+
+def _check_complete(folder: Path, info: dict[str, Any]) -> None:
+    """A weight that the checkpoint lacks would be random numbers."""
+    mismatched = sorted(info.get("mismatched_keys") or [])
+    if mismatched:
+        name, stored, expected = mismatched[0]
+        raise DetentError(
+            f"{folder}: {name} has shape {tuple(stored)}, but config.json calls for {tuple(expected)}; one of the two"
+            " belongs to another model"
+        )
+    missing = sorted(info.get("missing_keys") or [])
+    if missing:
+        raise DetentError(
+            f"{folder}: the checkpoint lacks {len(missing)} of the weights that its config.json calls for, for instance"
+            f" {missing[0]}"
+        )
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint folder. Raises DetentError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except _MISTAKES as error:
+        raise DetentError(
+            f"{folder}: no usable tokenizer, which calibration and evaluation need:"
+            f" {_first_line(error, trust_remote_code)}"
+        ) from error
+
+
+def _first_line(error: BaseException, trusted: bool) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    if isinstance(error, KeyError):
+        text = f"unknown value or missing key {text}"
+    if "trust_remote_code" in str(error) and not trusted:
+        return "this model comes with Python code of its own; pass --trust_remote_code if you trust it to run here"
+    return text

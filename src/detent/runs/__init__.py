@@ -1,0 +1,1 @@
+"""Whole runs, from options to a report."""

@@ -1,0 +1,218 @@
+"""Whole runs: quantize a checkpoint, evaluate one, reload one; each from options to a report."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detent.checkpoints import Source, add_to_manifest, check_target
+from detent.config import Scheme, kv_cache_format, parse_scheme
+from detent.config.algorithm_names import named_algorithms
+from detent.data import CalibrationBatches, check_source, check_vocabulary, load_texts, token_batches
+from detent.engine.data_loop import run_batches
+from detent.errors import DetentError
+from detent.formats import Format
+from detent.model.kv_cache import floor_kv_scales
+from detent.notices import collected_notices
+from detent.plan.plan import Plan, make_plan, with_scale_dtype
+from detent.pretrained.facts import max_sequence_length, vocabulary_size
+from detent.pretrained.loading import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_dtype,
+    model_on_meta,
+)
+from detent.report.run_report import REPORT_NAME, BeforeAfterBytes, Perplexity, RunReport
+from detent.runs.evaluate import Measure
+from detent.runs.options import AlgorithmOptions, CalibrationOptions, EvaluationOptions, ModelOptions, SchemeOptions
+from detent.runs.parts import calibration_report, layer_report, planned_weights
+from detent.runs.run import BUILTIN_MODEL, Run, model_folder
+from detent.runs.simulate import Simulation, simulate
+from detent.runs.write import write
+
+DEFAULT_SCHEME = "w_int4_per_group_sym"
+#: The part of a model that may stay in floating point unasked before the user is told.
+OVERLOOKED_SHARE = 0.2
+
+
+def quantize_checkpoint(
+    model_options: ModelOptions,
+    scheme_options: SchemeOptions,
+    output_dir: str | Path,
+    *,
+    algorithms: AlgorithmOptions | None = None,
+    calibration: CalibrationOptions | None = None,
+    evaluation: EvaluationOptions | None = None,
+    overwrite: bool = False,
+    run: Run | None = None,
+) -> RunReport:
+    """Quantize a checkpoint into a new folder: plan, calibrate, simulate, measure, write, read back.
+
+    Everything that can be refused is refused before the weights are read.
+
+    Returns:
+        The report, which also lies in the folder as ``detent_report.json``.
+
+    Raises:
+        DetentError: anything that the user can mend; the output folder is then as it was.
+    """
+    run = run or Run()
+    calibration, evaluation = calibration or CalibrationOptions(), evaluation or EvaluationOptions()
+    output = Path(output_dir)
+    folder, builtin = model_folder(model_options)
+    scheme, kv_cache = _formats(scheme_options, builtin)
+    steps = _algorithms(algorithms or AlgorithmOptions(), run)
+    check_target(output, source=folder, overwrite=overwrite)
+    source = Source(folder)
+    trust = model_options.trust_remote_code
+    config = load_config(folder, trust_remote_code=trust)
+    dtype = model_dtype(model_options.data_type, config, source)
+    plan = _plan(source, config, model_options, scheme_options, with_scale_dtype(scheme, dtype), kv_cache, dtype, steps)
+    _tell_about(plan, run)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust) if plan.needs_data or not evaluation.skip else None
+    batches = None
+    if plan.needs_data:
+        batches = _batches(calibration, tokenizer, config, builtin, run)
+    elif calibration.dataset is not None:
+        check_source(calibration.dataset)  # not read, but a misspelled name shouldn't pass for a used one
+    measure = Measure(evaluation, tokenizer, config, builtin, run)
+
+    model = load_model(
+        source,
+        config,
+        dtype=dtype,
+        device=model_options.device,
+        attention=model_options.attention,
+        trust_remote_code=trust,
+        notify=run.notify,
+    )
+    before = measure(model)
+    with collected_notices() as notices:
+        simulation = simulate(model, plan, None if batches is None else (lambda m: run_batches(m, batches)))
+    for notice in [*notices, *_kept_plain(simulation)]:
+        run.notify(notice)
+    if kv_cache is not None:
+        floor_kv_scales(model, scheme_options.min_kv_scale)
+    after = measure(model)
+    report: RunReport | None = None
+
+    def complete(folder: Path, size: int) -> None:
+        nonlocal report
+        report = run.report(
+            model=model_options.model_dir or BUILTIN_MODEL,
+            scheme=scheme.name,
+            perplexity=None if evaluation.skip else Perplexity(before=before, after=after),
+            evaluation=measure.details,
+            size_bytes=BeforeAfterBytes(before=source.nbytes, after=size),
+            weights=planned_weights(source, plan),
+            layers=[layer_report(name, layer) for name, layer in simulation.layers.items()],
+            calibration=None if batches is None else calibration_report(batches),
+            output_dir=str(output),
+        )
+        report.write(folder)
+        add_to_manifest(folder, REPORT_NAME)
+
+    convert = model_options.data_type != "auto"
+    write(output, source, plan, model, simulation, dtype=dtype, convert=convert, overwrite=overwrite, complete=complete)
+    assert report is not None
+    return report
+
+
+def _tell_about(plan: Plan, run: Run) -> None:
+    """What a user might not expect of the plan."""
+    for note in plan.layout_notes:
+        run.notify(f"Written in Detent's own layout, which other engines don't read: {note}")
+    if plan.overlooked_share > OVERLOOKED_SHARE:
+        name = next(iter(plan.overlooked))
+        run.notify(
+            f"{plan.overlooked_share:.0%} of the parameters in matrices (embeddings aside) stay in floating point:"
+            f" {len(plan.overlooked)} tensors, for instance {name} ({plan.kept[name]})"
+        )
+
+
+def _formats(options: SchemeOptions, builtin: bool) -> tuple[Scheme, Format | None]:
+    name = options.name or (DEFAULT_SCHEME if builtin else None)
+    if name is None:
+        raise DetentError(
+            f"no scheme is named; pass --quant_scheme, for instance {DEFAULT_SCHEME} (`detent schemes` lists all), or"
+            " --skip_quantization to evaluate the model as it is"
+        )
+    scheme = parse_scheme(name, options.group_size, options.scale_format, options.scale_calculation_mode)
+    if options.kv_cache is None:
+        if options.min_kv_scale:
+            raise DetentError("--min_kv_scale is the floor of key/value cache scales; it needs --kv_cache_dtype")
+        kv_cache = None
+    else:
+        if not (math.isfinite(options.min_kv_scale) and options.min_kv_scale >= 0):
+            raise DetentError(f"--min_kv_scale is a number of at least 0, not {options.min_kv_scale}")
+        kv_cache = kv_cache_format(
+            options.kv_cache, options.group_size, options.scale_format, options.scale_calculation_mode
+        )
+        if options.min_kv_scale and kv_cache.dynamic:
+            raise DetentError("--min_kv_scale needs a static key/value cache type, such as fp8")
+    if scheme.weight is None and scheme.input is None and kv_cache is None:
+        raise DetentError(f"scheme {name!r} quantizes nothing; use --skip_quantization to evaluate the model as it is")
+    return scheme, kv_cache
+
+
+def _plan(
+    source: Source,
+    config: Any,
+    model_options: ModelOptions,
+    options: SchemeOptions,
+    scheme: Scheme,
+    kv_cache: Format | None,
+    dtype: torch.dtype,
+    algorithms: list[dict[str, Any]],
+) -> Plan:
+    model = model_on_meta(config, trust_remote_code=model_options.trust_remote_code)
+    groups = {
+        pattern: with_scale_dtype(
+            parse_scheme(scheme.name, size, options.scale_format, options.scale_calculation_mode),
+            dtype,
+        )
+        for pattern, size in options.group_size_per_layer
+    }
+    return make_plan(
+        source, model, scheme, kv_cache=kv_cache, exclude=options.exclude, per_layer=groups, algorithms=algorithms
+    )
+
+
+def _algorithms(options: AlgorithmOptions, run: Run) -> list[dict[str, Any]]:
+    steps, notices = named_algorithms(options.before, options.algorithm, options.before_file, options.file)
+    for notice in notices:
+        run.notify(notice)
+    return steps
+
+
+def _kept_plain(simulation: Simulation) -> list[str]:
+    """One line for each reason why an algorithm kept plain rounding somewhere."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name, layer in simulation.layers.items():
+        for outcome in layer.outcomes:
+            if "plain rounding is kept" in outcome.notice or outcome.notice.startswith("needed damping"):
+                reasons.setdefault((outcome.algorithm, outcome.notice), []).append(name)
+    return [
+        f"{algorithm}: {len(names)} of {len(simulation.layers)} layers, such as {names[0]}: {notice}"
+        for (algorithm, notice), names in reasons.items()
+    ]
+
+
+def _batches(options: CalibrationOptions, tokenizer: Any, config: Any, builtin: bool, run: Run) -> CalibrationBatches:
+    texts = load_texts(options.dataset or ("builtin" if builtin else None), "calibration", options.num_samples)
+    longest = max_sequence_length(config)
+    seq_len = options.seq_len
+    if longest is not None and longest < seq_len:
+        run.notify(f"The model takes at most {longest} tokens, so calibration samples have {longest}, not {seq_len}.")
+        seq_len = longest
+    batches = token_batches(texts, tokenizer, seq_len, options.batch_size, options.num_samples)
+    for notice in batches.notices:
+        run.notify(notice)
+    vocabulary = vocabulary_size(config)
+    if vocabulary is not None:
+        check_vocabulary(batches, vocabulary)
+    return batches

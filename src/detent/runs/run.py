@@ -1,0 +1,52 @@
+"""A run in progress: its clock, its notices and who hears of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from detent._version import __version__
+from detent.data import sample_model_dir
+from detent.pretrained.loading import resolve_folder
+from detent.report.resources import peak_device_memory_bytes, peak_memory_bytes
+from detent.report.run_report import RunReport
+from detent.runs.options import ModelOptions
+
+BUILTIN_MODEL = "the built-in sample model"
+
+
+@dataclass
+class Run:
+    """A run in progress: its clock, its notices and who hears of them."""
+
+    command: list[str] = field(default_factory=list)
+    hear: Callable[[str], None] = lambda text: None
+    notices: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def notify(self, text: str) -> None:
+        """Tell the user something that the report keeps; once each."""
+        if text not in self.notices:
+            self.notices.append(text)
+            self.hear(text)
+
+    def report(self, **parts: Any) -> RunReport:
+        """The report, with everything that the run itself knows filled in."""
+        return RunReport(
+            detent_version=__version__,
+            command=self.command,
+            seconds=time.monotonic() - self.started,
+            peak_memory_bytes=peak_memory_bytes(),
+            peak_device_memory_bytes=peak_device_memory_bytes(),
+            notices=self.notices,
+            **parts,
+        )
+
+
+def model_folder(options: ModelOptions) -> tuple[Path, bool]:
+    if options.model_dir is None:
+        return sample_model_dir(), True
+    return resolve_folder(options.model_dir, options.revision), False

@@ -1,0 +1,148 @@
+"""From a checkpoint folder to a quantized one: simulate in the model, write what was simulated, read it back."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detent.algorithms.layer import outcomes
+from detent.algorithms.modes import ForwardLoop
+from detent.algorithms.outcome import Outcome
+from detent.checkpoints import (
+    Activation,
+    LayerCheckpoint,
+)
+from detent.checkpoints.records import exported_format
+from detent.engine.quantization import quantize
+from detent.formats import FloatScale, decode
+from detent.model.kv_cache import stored_scales
+from detent.nn import QuantWeightBase, TensorQuantizer
+from detent.plan.plan import Plan
+from detent.progress import track
+from detent.runs.online import with_online
+from detent.structure import find_structure, linears_sharing_input
+from detent.transforms.folding import Folding
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SimulatedLayer:
+    """One layer as it was simulated.
+
+    Attributes:
+        record: what will be written.
+        relative_error: ``norm(W - W^) / norm(W)`` of its weight (0 for a weight of zeros), None if only activations are
+            quantized.
+    """
+
+    record: LayerCheckpoint
+    relative_error: float | None
+    outcomes: list[Outcome] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A model quantized by its plan.
+
+    Attributes:
+        layers: by name, with codes, scales and errors.
+        changed: names of other parameters that algorithms gave new values.
+    """
+
+    layers: dict[str, SimulatedLayer]
+    changed: set[str]
+
+
+def simulate(model: nn.Module, plan: Plan, forward_loop: ForwardLoop | None) -> Simulation:
+    """Quantize a loaded model by its plan; afterwards its weights hold exactly what their codes decode to.
+
+    Args:
+        model: the float model; changed in place.
+        plan: from `make_plan`.
+        forward_loop: runs calibration data, where `plan.needs_data`.
+
+    Raises:
+        DetentError: NaN or infinity in a weight or an activation; data is needed and missing; an algorithm can't serve
+            a format.
+    """
+    groups = _groups_with_common_scale(model, plan)
+    folding = Folding(model, find_structure(model)) if plan.algorithms else None
+    config = {"quant_cfg": plan.quant_cfg, "algorithm": plan.algorithms or "max"}
+    quantize(model, config, forward_loop, folding=folding)
+    for names in groups:
+        _share_outer_scale(model, names)
+    layers = {}
+    for name in track(plan.formats.layers, "Quantizing weights", len(plan.formats.layers)):
+        module = model.get_submodule(name)
+        assert isinstance(module, QuantWeightBase)
+        layers[name] = _simulate_layer(name, module, plan)
+    return Simulation(layers, set() if folding is None else folding.changed)
+
+
+def _groups_with_common_scale(model: nn.Module, plan: Plan) -> list[list[str]]:
+    """Layers that engines fuse, where a scale covers a whole matrix (NVFP4) and so has to be common."""
+    if not any(f.weight is not None and _has_outer(f.weight) for f in plan.formats.layers.values()):
+        return []
+    device = next(model.parameters()).device
+    ids = torch.ones(1, 2, dtype=torch.long, device=device)
+    groups = linears_sharing_input(model, lambda m: m(input_ids=ids))
+    return [[n for n in names if n in plan.formats.layers] for names in groups]
+
+
+def _has_outer(fmt: Any) -> bool:
+    return isinstance(fmt.scale, FloatScale) and fmt.scale.outer
+
+
+def _share_outer_scale(model: nn.Module, names: list[str]) -> None:
+    quantizers: list[Any] = [model.get_submodule(name).weight_quantizer for name in names]
+    amaxes = [q.global_amax for q in quantizers if q.global_amax is not None]
+    if len(amaxes) > 1:
+        largest = torch.stack(amaxes).amax()
+        for quantizer in quantizers:
+            quantizer.global_amax = largest
+
+
+@torch.no_grad()
+def _simulate_layer(name: str, module: QuantWeightBase, plan: Plan) -> SimulatedLayer:
+    formats = plan.formats.layers[name]
+    packed, error = None, None
+    if formats.weight is not None:
+        quantizer = module.weight_quantizer
+        assert isinstance(quantizer, TensorQuantizer)
+        weight = module.weight.detach()
+        if bool((weight == 0).all()):
+            packed, error = quantizer.quantize_to_codes(weight), 0.0
+        else:
+            packed = quantizer.quantize_to_codes(weight)
+            difference = decode(packed).sub_(weight.float())
+            error = float(difference.double().norm() / weight.double().norm())
+        _fold(module, decode(packed, weight.dtype))
+    record = LayerCheckpoint(
+        name=name,
+        shape=formats.shape,
+        weight=None if packed is None else packed.to("cpu"),
+        input=_activation(module, "input"),
+        output=_activation(module, "output"),
+        kind=formats.kind,
+    )
+    return SimulatedLayer(with_online(record, module), error, list(outcomes(module)))
+
+
+def _fold(module: QuantWeightBase, values: Tensor) -> None:
+    """Put the simulated values in the weight's place. A tied weight gets memory of its own: its twin stays as it is."""
+    module.refresh_weight()
+    module._parameters["weight"] = nn.Parameter(values, requires_grad=False)
+    module.weight_quantizer.disable()
+
+
+def _activation(module: nn.Module, side: str) -> Activation | None:
+    quantizer = getattr(module, f"{side}_quantizer", None)
+    if not isinstance(quantizer, TensorQuantizer) or not quantizer.is_enabled:
+        return None
+    fmt = exported_format(quantizer.format)
+    return Activation(fmt, None if fmt.dynamic else stored_scales(quantizer))

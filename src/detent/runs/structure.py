@@ -1,0 +1,52 @@
+"""The structure of a checkpoint's model, from its configuration alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from detent.errors import DetentError
+from detent.pretrained.loading import load_config, model_on_meta, resolve_folder
+from detent.structure import Structure, find_structure
+
+
+def structure_of_folder(
+    folder: str, *, trust_remote_code: bool = False, overrides: str | Path | None = None
+) -> tuple[str, Structure]:
+    """The class name of the model that a folder's config.json describes, and its structure. Reads no weights.
+
+    Args:
+        folder: in Hugging Face layout, or the name of a model on the hub.
+        trust_remote_code: whether Python code that comes with the checkpoint may run.
+        overrides: a JSON file, as for `find_structure`.
+
+    Raises:
+        DetentError: there is no config.json, its architecture is unknown, or its model can't be run without inputs that
+            only its user knows.
+    """
+    path = resolve_folder(folder)
+    if not (path / "config.json").is_file():
+        raise DetentError(f"{path}: no config.json; pass the folder of a model in Hugging Face layout")
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    model = _model(config, trust_remote_code)
+    return type(model).__name__, find_structure(model, overrides=overrides)
+
+
+def _model(config: Any, trust_remote_code: bool) -> nn.Module:
+    """The model on the meta device: of the class that the configuration names, or a causal language model."""
+    import transformers
+
+    name = next(iter(getattr(config, "architectures", None) or ()), "")
+    kind: Any = getattr(transformers, name, None)
+    if kind is None or not hasattr(kind, "_from_config"):
+        return model_on_meta(config, trust_remote_code=trust_remote_code).eval()
+    try:
+        with torch.device("meta"):
+            model: nn.Module = kind._from_config(config)
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DetentError(f"cannot build a {name} from its config.json: {reason}") from error
+    return model.eval()
