@@ -12,7 +12,7 @@ from detent.cli import console
 from detent.cli.arguments import normalize
 from detent.cli.evaluate import evaluate
 from detent.cli.inspect import inspect
-from detent.cli.quantize import quantize
+from detent.cli.quantize import epilog, quantize
 from detent.cli.schemes import schemes
 from detent.cli.structure import structure
 from detent.errors import DetentError
@@ -42,7 +42,7 @@ def _root(
     pass
 
 
-app.command()(quantize)
+app.command(epilog=epilog())(quantize)
 app.command()(schemes)
 app.command()(evaluate)
 app.command()(inspect)

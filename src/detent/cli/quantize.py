@@ -1,11 +1,11 @@
-"""``detent quantize``: the flags of the second guide, with its names and defaults.
+"""``detent quantize``: the flags of AMD Quark's ``quantize_quark.py``, with its names and defaults.
 
-Flags that belong to what Detent can't do yet are known by name, so that using one is an error that says so.
+Flags for what Detent can't do yet are known by name, so that using one is an error that says so.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
@@ -14,36 +14,8 @@ from detent.cli.arguments import NOTHING
 from detent.cli.startup import batch_size_of, choose_device, load_libraries, windows
 from detent.errors import DetentError
 
-_LATER = "(comes in a later version)"
-#: Flag -> the value that asks for nothing. Any other value is an error that says "later".
-_LATER_FLAGS: dict[str, Any] = {
-    "multi_gpu": False,
-    "multi_device": False,
-    "fp8_attention_quant": False,
-    "moe_experts_second_step_config": None,
-    "custom_mode": "quark",
-    "pack_method": "reorder",
-    "export_weight_format": "real_quantized",
-    "weight_matrix_merge": False,
-    "torch_compile": False,
-    "params_save": False,
-    "save_dir": "model_params",
-    "params_load": False,
-    "json_path": None,
-    "safetensors_path": None,
-    "tasks": None,
-    "num_fewshot": None,
-    "apply_chat_template": False,
-    "use_ppl_eval_for_kv_cache": False,
-    "ppl_eval_for_kv_cache_context_size": 1024,
-    "ppl_eval_for_kv_cache_sample_size": 512,
-    "ppl_eval_for_kv_cache_patch_size": None,
-    "use_mlperf_rouge": False,
-    "eval_data_dir": None,
-    "save_metrics_to_csv": False,
-    "metrics_output_dir": "metrics_output_dir",
-    "use_tp": False,
-}
+#: Panels that an option can stand in: what sets these flags apart from the others is told once, with the option.
+_QUANTIZING, _LATER = "quantizing", "not implemented yet"
 _EXPORTS = ("hf_format", "onnx", "quark_format", "gguf")
 
 
@@ -51,8 +23,14 @@ def _option(name: str, help: str, **details: Any) -> Any:
     return typer.Option(f"--{name}", help=help, **details)
 
 
-def _later(name: str, **details: Any) -> Any:
-    return typer.Option(f"--{name}", help=_LATER, rich_help_panel="Known, not there yet", **details)
+def _of_quantizing(name: str, help: str) -> Any:
+    """A flag that has no meaning where nothing is quantized."""
+    return _option(name, help, rich_help_panel=_QUANTIZING)
+
+
+def _later(name: str) -> Any:
+    """A flag that is known by name alone: `--help` lists it in one line at the end, using it is an error."""
+    return _option(name, "", rich_help_panel=_LATER, hidden=True)
 
 
 def quantize(
@@ -63,46 +41,48 @@ def quantize(
     output_dir: Annotated[
         str, _option("output_dir", "Folder to write the quantized checkpoint to.")
     ] = "exported_model",
-    overwrite: Annotated[bool, _option("overwrite", "Replace OUTPUT_DIR if Detent wrote it.")] = False,
+    overwrite: Annotated[bool, _of_quantizing("overwrite", "Replace OUTPUT_DIR if Detent wrote it.")] = False,
     quant_scheme: Annotated[
-        str | None, _option("quant_scheme", "What to quantize and how: see `detent schemes`.")
+        str | None, _of_quantizing("quant_scheme", "What to quantize and how: see `detent schemes`.")
     ] = None,
     group_size: Annotated[
-        int | None, _option("group_size", "Elements per group, for schemes with groups (default: 128).")
+        int | None, _of_quantizing("group_size", "Elements per group, for schemes with groups (default: 128).")
     ] = None,
     group_size_per_layer: Annotated[
-        list[str] | None, _option("group_size_per_layer", "PATTERN SIZE: another group size for some layers.")
+        list[str] | None, _of_quantizing("group_size_per_layer", "PATTERN SIZE: another group size for some layers.")
     ] = None,
     scale_format: Annotated[
-        Literal["e4m3", "float32"] | None, _option("scale_format", "Scale of FP4 and FP6 in groups (default: e4m3).")
+        Literal["e4m3", "float32"] | None,
+        _of_quantizing("scale_format", "Scale of FP4 and FP6 in groups (default: e4m3)."),
     ] = None,
     scale_calculation_mode: Annotated[
-        Literal["even", "floor", "ceil"], _option("scale_calculation_mode", "Exponent rule of OCP MX.")
+        Literal["even", "floor", "ceil"], _of_quantizing("scale_calculation_mode", "Exponent rule of OCP MX.")
     ] = "even",
     kv_cache_dtype: Annotated[
-        str | None, _option("kv_cache_dtype", "Type of the key/value cache, such as fp8.")
+        str | None, _of_quantizing("kv_cache_dtype", "Type of the key/value cache, such as fp8.")
     ] = None,
-    min_kv_scale: Annotated[float, _option("min_kv_scale", "Floor of the key/value cache's scales.")] = 0.0,
+    min_kv_scale: Annotated[float, _of_quantizing("min_kv_scale", "Floor of the key/value cache's scales.")] = 0.0,
     exclude_layers: Annotated[
         list[str] | None,
-        _option("exclude_layers", "NAMES (wildcards) of layers that stay; none given: exclude nothing."),
+        _of_quantizing("exclude_layers", "NAMES (wildcards) of layers that stay; none given: exclude nothing."),
     ] = None,
     quant_algo: Annotated[
-        str | None, _option("quant_algo", "What improves the weights: awq, gptq, best, ... (several: with commas).")
+        str | None,
+        _of_quantizing("quant_algo", "What improves the weights: awq, gptq, best, ... (several: with commas)."),
     ] = None,
     quant_algo_config_file_path: Annotated[
-        str | None, _option("quant_algo_config_file_path", "JSON file with the algorithm's settings.")
+        str | None, _of_quantizing("quant_algo_config_file_path", "JSON file with the algorithm's settings.")
     ] = None,
     pre_quantization_optimization: Annotated[
         list[str] | None,
-        _option("pre_quantization_optimization", "What prepares the model: rotation, quarot or smoothquant."),
+        _of_quantizing("pre_quantization_optimization", "What prepares the model: rotation, quarot or smoothquant."),
     ] = None,
     pre_optimization_config_file_path: Annotated[
-        str | None, _option("pre_optimization_config_file_path", "JSON file with its settings.")
+        str | None, _of_quantizing("pre_optimization_config_file_path", "JSON file with its settings.")
     ] = None,
     model_export: Annotated[
         list[str] | None,
-        _option(
+        _of_quantizing(
             "model_export",
             "Checkpoint format: hf_format, with or without this flag (later also onnx, quark_format, gguf).",
         ),
@@ -177,9 +157,9 @@ def quantize(
 
     Without any argument: the built-in sample model, w_int4_per_group_sym, into exported_model.
     """
-    given = locals()
-    _refuse_later(given)
-    _check_together(given)
+    typed = _typed(context)
+    _refuse_later(typed, model_export, import_file_format)
+    _check_together(typed)
     load_libraries()
     from detent.report import summary_table
     from detent.runs.evaluate import evaluate_checkpoint
@@ -241,51 +221,55 @@ def _pattern_and_size(text: str) -> tuple[str, int]:
     return pattern, int(size)
 
 
-def _refuse_later(given: dict[str, Any]) -> None:
-    for name, nothing in _LATER_FLAGS.items():
-        if given[name] not in (nothing, None):
-            value = "" if nothing is False else f" {given[name]}"
-            raise DetentError(f"--{name}{value}: known, but this version can't do it yet; it comes in a later version")
-    for export in given["model_export"] or []:
+def _typed(context: typer.Context) -> dict[str, Any]:
+    """{name: value} of the flags that were given another value than their default."""
+    return {
+        parameter.name: context.params[parameter.name]
+        for parameter in context.command.params
+        if parameter.name is not None and context.params[parameter.name] != parameter.default
+    }
+
+
+def _in_panel(panel: str) -> list[str]:
+    """The names of the flags in a panel, in the order of the declaration."""
+    options = {name: get_args(hint)[1:] for name, hint in get_type_hints(quantize, include_extras=True).items()}
+    return [name for name, more in options.items() if any(o.rich_help_panel == panel for o in more)]
+
+
+def epilog() -> str:
+    """The last line of ``--help``: the flags that are known by name alone."""
+    return f"Not implemented in this version: {' '.join(f'--{name}' for name in _in_panel(_LATER))}"
+
+
+def _refuse_later(typed: dict[str, Any], exports: list[str] | None, import_format: str | None) -> None:
+    for name in _in_panel(_LATER):
+        if name in typed:
+            value = "" if typed[name] is True else f" {typed[name]}"
+            raise DetentError(f"--{name}{value}: not implemented in this version")
+    for export in exports or []:
         if export not in _EXPORTS:
-            raise DetentError(f"--model_export {export!r}: known are {', '.join(_EXPORTS)}")
+            raise DetentError(f"unknown --model_export {export!r}; known: {', '.join(_EXPORTS)}")
         if export != "hf_format":
-            raise DetentError(f"--model_export {export}: comes in a later version; hf_format is there")
-    if given["import_file_format"] == "quark_format":
-        raise DetentError("--import_file_format quark_format: comes in a later version; hf_format is there")
+            raise DetentError(f"--model_export {export}: not implemented in this version; use hf_format")
+    if import_format == "quark_format":
+        raise DetentError("--import_file_format quark_format: not implemented in this version; use hf_format")
 
 
-def _check_together(given: dict[str, Any]) -> None:
+def _check_together(typed: dict[str, Any]) -> None:
     """Flags that contradict each other."""
-    if given["model_reload"] and given["import_model_dir"] is None:
+    if "model_reload" in typed and "import_model_dir" not in typed:
         raise DetentError("--model_reload needs --import_model_dir, the folder of a quantized checkpoint")
-    if given["import_model_dir"] is not None and not given["model_reload"]:
+    if "import_model_dir" in typed and "model_reload" not in typed:
         raise DetentError("--import_model_dir is what --model_reload reloads; pass both")
-    evaluating = [flag for flag in ("skip_quantization", "model_reload") if given[flag]]
+    evaluating = [flag for flag in ("skip_quantization", "model_reload") if flag in typed]
     if len(evaluating) == 2:
         raise DetentError(
             "--skip_quantization evaluates a float model and --model_reload a quantized one; pass one of them"
         )
-    if evaluating:
-        about_quantizing = (
-            "quant_scheme",
-            "kv_cache_dtype",
-            "min_kv_scale",
-            "group_size",
-            "group_size_per_layer",
-            "scale_format",
-            "quant_algo",
-            "quant_algo_config_file_path",
-            "pre_quantization_optimization",
-            "pre_optimization_config_file_path",
-            "model_export",
-            "exclude_layers",
-            "overwrite",
-        )
-        used = [name for name in about_quantizing if given[name] not in (None, False, 0.0)]
-        if used:
-            raise DetentError(
-                f"--{evaluating[0]} quantizes nothing, so --{used[0]} has no meaning beside it; leave one out"
-            )
-        if given["skip_evaluation"]:
-            raise DetentError(f"--{evaluating[0]} with --skip_evaluation leaves nothing to do")
+    if not evaluating:
+        return
+    used = [name for name in _in_panel(_QUANTIZING) if name in typed]
+    if used:
+        raise DetentError(f"--{evaluating[0]} quantizes nothing, so --{used[0]} has no effect; leave one of them out")
+    if "skip_evaluation" in typed:
+        raise DetentError(f"--{evaluating[0]} with --skip_evaluation leaves nothing to do")
