@@ -15,7 +15,8 @@ from pathlib import Path
 
 from detent.checkpoints import Source
 from detent.config import all_schemes, parse_scheme
-from detent.data import load_texts, sample_model_dir, token_batches
+from detent.data import load_texts, sample_model_dir
+from detent.data.batches import token_batches
 from detent.engine.data_loop import run_batches
 from detent.evaluation import evaluation_ids, perplexity
 from detent.plan.plan import make_plan, with_scale_dtype

@@ -34,6 +34,7 @@ LAYERS = (
     "statistics",
     "data",
     "formats",
+    "external",
 )
 #: Modules beneath the layers: everyone may import them, and they import nothing of the package.
 GROUND = ("errors", "progress", "notices", "padding", "distributed", "_version")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -175,6 +177,25 @@ class TestSharded:
         save_file({"a": TENSORS["a"]}, folder / "model-00001-of-00002.safetensors")
         refused(folder, "model-00001-of-00002.safetensors", "'b' is missing")
 
+    def test_tensor_in_two_shards(self, tmp_path: Path) -> None:
+        folder = sharded(tmp_path / "m")
+        again = {name: TENSORS[name] for name in ("a", "c", "d", "e")}
+        save_file(again, folder / "model-00002-of-00002.safetensors")
+        refused(folder, "'a' is both in model-00001", "and in model-00002")
+
+    def test_tensor_that_the_index_does_not_list(self, tmp_path: Path) -> None:
+        folder = sharded(tmp_path / "m")
+        more = {"a": TENSORS["a"], "b": TENSORS["b"], "z": TENSORS["a"].clone()}
+        save_file(more, folder / "model-00001-of-00002.safetensors")
+        refused(folder, "'z' is missing", "model-00001-of-00002.safetensors holds it")
+
+    def test_tensor_in_another_shard_than_listed(self, tmp_path: Path) -> None:
+        folder = sharded(tmp_path / "m")
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        index["weight_map"]["a"] = "model-00002-of-00002.safetensors"
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        refused(folder, "'a' is missing", "model-00001-of-00002.safetensors holds it")
+
     @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {"a": 1}}'])
     def test_bad_index(self, tmp_path: Path, text: str) -> None:
         folder = sharded(tmp_path / "m")
@@ -208,3 +229,83 @@ def test_quantized_already(config: dict[str, object], method: str, tmp_path: Pat
 @pytest.mark.parametrize("config", [{"quantization_config": None}, {"quantization_config": {}}, {"text_config": None}])
 def test_not_quantized(config: dict[str, object], tmp_path: Path) -> None:
     assert sorted(Source(toy_source(tmp_path / "m", TENSORS, **config))) == sorted(TENSORS)
+
+
+class TestOtherThingsThanCheckpoints:
+    """What people give in a checkpoint's place: what it is, and what to do."""
+
+    def test_adapter(self, tmp_path: Path) -> None:
+        (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base", "peft_type": "LORA"}')
+        refused(tmp_path, "LoRA adapter of org/base", "merge_and_unload")
+
+    def test_adapter_beside_its_model(self, tmp_path: Path) -> None:
+        folder = toy_source(tmp_path / "m", TENSORS)
+        (folder / "adapter_config.json").write_text("{}")
+        refused(folder, "LoRA adapter", "left out", "merge_and_unload")
+
+    @pytest.mark.parametrize("config", [False, True])
+    def test_gguf(self, config: bool, tmp_path: Path) -> None:
+        (tmp_path / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
+        if config:
+            (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+        refused(tmp_path, "as GGUF", "original checkpoint")
+        refused(tmp_path / "model.Q4_K_M.gguf", "as GGUF")
+
+    def test_model_in_the_hub_cache(self, tmp_path: Path) -> None:
+        snapshot = tmp_path / "models--org--name" / "snapshots" / "0123abc"
+        snapshot.mkdir(parents=True)
+        refused(tmp_path / "models--org--name", "hub's cache", str(snapshot))
+
+    @pytest.mark.parametrize("below", ["", "hub"])
+    def test_hub_cache(self, below: str, tmp_path: Path) -> None:
+        (tmp_path / below / "models--org--name").mkdir(parents=True)
+        refused(tmp_path, "hub's cache", "org/name")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"model_type": "llama", "x": ' + "[" * 70 + "]" * 70 + "}", ["more than 64 levels"]),
+        ('{"model_type": "llama", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", ["more than 64 levels"]),
+        ('{"model_type": "llama", "x": ' + "1" * 5000 + "}", ["5000 digits"]),
+        ('{"model_type": "llama", "model_type": "gpt2"}', ["'model_type' stands twice"]),
+        ('{"model_type": []}', ["model_type"]),
+        ('{"model_type": 3}', ["'model_type' is 3", "string"]),
+        ('{"model_type": "llama", "torch_dtype": []}', ["'torch_dtype' is []", "string"]),
+        ('{"model_type": "llama", "architectures": [null]}', ["'architectures.0' is None", "string"]),
+        ('{"model_type": "llama", "num_hidden_layers": 2147483648}', ["num_hidden_layers is 2147483648", "4096"]),
+        ('{"model_type": "llama", "text_config": {"n_layer": 99999}}', ["text_config.n_layer", "4096"]),
+        ('{"model_type": "llama", "vocab_size": true}', ["'vocab_size' is True", "integer"]),
+        ('{"model_type": "llama", "max_position_embeddings": 1}', ["max_position_embeddings is 1"]),
+        ('{"model_type": "llama", "quantization_config": "int4"}', ["'quantization_config' is 'int4'", "dictionary"]),
+    ],
+)
+def test_config_values(text: str, words: list[str], folder: Path) -> None:
+    (folder / "config.json").write_text(text)
+    refused(folder, "config.json", *words)
+
+
+def test_sizes_are_bounded(folder: Path) -> None:
+    with (folder / "config.json").open("wb") as file:
+        file.truncate(1 << 40)
+    refused(folder, "config.json", "at most")
+
+
+def test_without_permission(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    refused(folder, "config.json", "no permission to read it")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "~nobody-at-all/x", "circle/x", "a\udcff"])
+def test_impossible_folders(name: str, tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    refused(name if name.startswith("~") else f"{tmp_path}/{name}")  # type: ignore[arg-type]
+
+
+def test_pipe_in_place_of_a_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    refused(folder, "config.json", "a pipe")

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from detent.checkpoints import Activation, LayerCheckpoint, ModelFormats, QuantizedWriter, Source
-from detent.checkpoints.records import has_outer
 from detent.formats import Format, QTensor, Scales, encode, scales_from_range
+from detent.formats.stored import has_outer
 
 #: (format of the weight, of the input, of the output) of a linear layer, by its name.
 Plan = Callable[[str], tuple[Format | None, Format | None, Format | None]]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from detent.data import builtin, hub, text
+from detent.data import builtin, files, hub, text
 from detent.data.documents import Conversation, render
 from detent.data.text import TextSource, load_texts
 from detent.errors import DetentError
@@ -127,7 +128,7 @@ class TestBadFiles:
             ("a.json", b"", "is empty"),
             ("a.json", b"[]", "no usable text"),
             ("a.json", b'["", {"text": null}]', "no usable text"),
-            ("a.json", b'["One.",\n "Two"', "line 2, column 7: not valid JSON"),
+            ("a.json", b'["One.",\n "Two"', r"is not JSON .line 2, column 7"),
             ("a.json", b'{"a": ["x"], "b": ["y"]}', "found 2 lists"),
             ("a.json", b"3", "expected a list of texts"),
             ("a.json", b'["One.", 3]', "entry 2: expected a string or an object .*found the number 3"),
@@ -135,11 +136,11 @@ class TestBadFiles:
             ("a.json", b'[{"title": "x", "n": 1}]', "entry 1: the object has no 'text'.*'title', 'n'"),
             ("a.json", b'[{"text": 4}]', "entry 1, field 'text': expected a string, found the number 4"),
             ("a.json", b'["half \\ud800"]', "entry 1: character 5 is half of a surrogate pair"),
-            ("a.json", b"[" * 100_000, "not valid JSON|nested too deeply"),
+            ("a.json", b"[" * 100_000, "is not JSON|nested more than 64"),
             ("a.json", b'[{"messages": []}]', "entry 1: 'messages' must be a list"),
             ("a.json", b'[{"messages": [{"content": "x"}]}]', "entry 1, message 1: expected an object with a 'role'"),
             ("a.json", b'[{"messages": [{"role": "user", "content": 1}]}]', "message 1, field 'content'"),
-            ("a.jsonl", b'{"text": "One."}\n\n{"text": }\n', "line 3: not valid JSON"),
+            ("a.jsonl", b'{"text": "One."}\n\n{"text": }\n', "line 3 is not JSON"),
             ("a.jsonl", b'{"text": "One."}\ntrue\n', "line 2: .*found a true/false value"),
             ("a.parquet", b"PAR1 no", "not a readable Parquet file"),
             ("a.csv", b"text\nOne.", "must end in one of .txt, .json, .jsonl, .parquet, found the suffix '.csv'"),
@@ -400,6 +401,50 @@ class TestRendering:
         tokenizer.chat_template = "{{ raise_exception('Roles must alternate') }}"
         with pytest.raises(DetentError, match="roles user, assistant: Roles must alternate"):
             render(self.chat, tokenizer)
+
+    @pytest.mark.parametrize(
+        ("template", "words"),
+        [
+            ("{{ 1 / 0 }}", "division by zero"),
+            ("{{ messages[99].content.x }}", "no element 99"),
+            ("{{ messages + 1 }}", "concatenate list"),
+            ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+            ("{% for a in messages %}", "unexpected end"),
+            ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "may not end"),
+            ("{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}", "may not end"),
+        ],
+    )
+    def test_templates_that_fail_or_do_not_end(self, template: str, words: str) -> None:
+        tokenizer, tracer = make_tokenizer(), sys.gettrace()
+        tokenizer.chat_template = template
+        with pytest.raises(DetentError, match=f"chat template fails .*roles user, assistant: .*{words}"):
+            render(self.chat, tokenizer)
+        assert sys.gettrace() is tracer
+
+
+class TestShareGPT:
+    CHAT = [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Hi!"}]
+
+    @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+    def test_speakers_become_roles(self, name: str, tmp_path: Path) -> None:
+        path = write(tmp_path / name, json.dumps({"id": "x", "conversations": self.CHAT}).encode())
+        wanted = Conversation((("system", "Be kind."), ("user", "Hi?"), ("assistant", "Hi!")))
+        assert files.read_documents(path) == [wanted]
+
+    def test_parquet(self, tmp_path: Path) -> None:
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.table({"id": ["x"], "conversations": [self.CHAT]}), tmp_path / "a.parquet")
+        assert [d.messages[1] for d in files.read_documents(tmp_path / "a.parquet")] == [("user", "Hi?")]
+
+    def test_messages_under_this_name(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.json", [{"conversations": [{"role": "user", "content": "Hi?"}]}])
+        assert files.read_documents(path) == [Conversation((("user", "Hi?"),))]
+
+    def test_what_is_neither(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.json", [{"conversations": [{"from": "human", "content": "Hi?"}]}])
+        with pytest.raises(DetentError, match="entry 1, message 1: .*'from' string and a 'value' or a 'role'"):
+            files.read_documents(path)
 
 
 def test_table_names_are_the_ones_the_guide_lists() -> None:

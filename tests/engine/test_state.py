@@ -151,6 +151,123 @@ DAMAGES = {
 }
 
 
+def tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    def apply(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        tensors[name] = change(tensors[name]).contiguous()
+
+    return rewritten(apply)
+
+
+def described(*keys: Any, value: Any) -> Callable[[Path], None]:
+    """A value of the description, replaced."""
+
+    def apply(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        place: Any = state
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+
+    return rewritten(apply)
+
+
+def first(x: torch.Tensor, value: float) -> torch.Tensor:
+    x = x.clone()
+    x.view(-1)[0] = value
+    return x
+
+
+NAN, INF = float("nan"), float("inf")
+AMAX, IN = "0.input_quantizer._amax", ("quantizers", "0.input_quantizer")
+DAMAGES |= {
+    "NaN weight": tensor("3.weight", lambda x: first(x, NAN)),
+    "infinite weight": tensor("3.weight", lambda x: first(x, INF)),
+    "NaN buffer": tensor("1.running_mean", lambda x: first(x, NAN)),
+    "half range": tensor(AMAX, torch.Tensor.half),
+    "NaN range": tensor(AMAX, lambda x: first(x, NAN)),
+    "infinite range": tensor(AMAX, lambda x: first(x, INF)),
+    "negative range": tensor(AMAX, lambda x: first(x, -1)),
+    "range of another weight": tensor("0.weight_quantizer._amax", lambda x: x[:3].clone()),
+    "ranges undescribed": described(*IN, "buffers", value=[]),
+    "range unknown": described(*IN, "buffers", value=["__class__"]),
+    "buffers": described(*IN, "buffers", value={"_amax": 1}),
+    "enabled": described(*IN, "enabled", value="yes"),
+    "quant": described(*IN, "quant", value=None),
+    "quantizer": described(*IN, value=3),
+    "no steps": described(*IN, value=[]),
+    "attributes list": described(*IN, "attributes", value=[]),
+    "format": described(*IN, "attributes", value={"format": {"element": 3}}),
+    "deep attributes": described(*IN, "attributes", value={"block_sizes": {str(n): {} for n in range(99)}}),
+    "quantizers": described("quantizers", value=[]),
+    "aliases": described("aliases", value={"a": 3}),
+    "alias of nothing": described("aliases", value={"3.bias": "nothing"}),
+    "alias extra": described("aliases", value={"extra": "3.bias"}),
+    "packed": described("packed", value={"9": {}}),
+}
+
+PACKED_DAMAGES: dict[str, Callable[[Path], None]] = {
+    "no codes": rewritten(lambda tensors, state: tensors.pop("0._packed_codes")),  # type: ignore[arg-type, return-value]
+    "no scale": rewritten(lambda tensors, state: tensors.pop("0._packed_scale")),  # type: ignore[arg-type, return-value]
+    "too many": rewritten(lambda tensors, state: tensors.update({"0._packed_zero_point": torch.zeros(64, 4)})),
+    "int8 scale": tensor("0._packed_scale", lambda x: x.to(torch.int8)),
+    "half scale": tensor("0._packed_scale", torch.Tensor.half),
+    "NaN scale": tensor("0._packed_scale", lambda x: first(x, NAN)),
+    "infinite scale": tensor("0._packed_scale", lambda x: first(x, INF)),
+    "zero scale": tensor("0._packed_scale", lambda x: first(x, 0)),
+    "negative scale": tensor("0._packed_scale", lambda x: first(x, -1)),
+    "fewer codes": tensor("0._packed_codes", lambda x: x[:-1]),
+    "narrow codes": tensor("0._packed_codes", lambda x: x[:, :-1]),
+    "other codes": tensor("0._packed_codes", lambda x: x.to(torch.int32)),
+    "smaller": described("packed", "0", "shape", value=[64, 127]),
+    "infinite": described("packed", "0", "shape", value=[INF, 128]),
+    "fraction": described("packed", "0", "shape", value=[64.0, 128]),
+    "terabytes": described("packed", "0", "shape", value=[1 << 30, 1 << 30]),
+    "negative": described("packed", "0", "shape", value=[-64, -128]),
+    "many axes": described("packed", "0", "shape", value=[1] * 64),
+    "dtype": described("packed", "0", "dtype", value="complex64"),
+    "format": described("packed", "0", "format", value="int4"),
+    "element": described("packed", "0", "format", "element", "bits", value=5),
+    "bits": described("packed", "0", "format", "element", "bits", value=4.0),
+    "element type": described("packed", "0", "format", "element", "type", value="Table"),
+    "granularity": described("packed", "0", "format", "granularity", "blocks", value=[[7, 32]]),
+    "group": described("packed", "0", "format", "granularity", "blocks", value=[[-1, 0]]),
+    "scale": described("packed", "0", "format", "scale", "dtype", value="e4m3"),
+    "other module": described("packed", "1", value={}),
+}
+
+
+@pytest.mark.parametrize("damage", PACKED_DAMAGES)
+def test_damaged_packed_weights(damage: str, tmp_path: Path) -> None:
+    """Shapes and dtypes are those that the format and the model ask for, not those that the file brings."""
+    path = tmp_path / "m"
+    config = {"quant_cfg": {"*weight_quantizer": {"num_bits": 4, "block_sizes": {-1: 32}}}, "algorithm": "max"}
+    model = detent.quantize(mlp(), config)
+    detent.compress(model)
+    detent.save(model, path)
+    PACKED_DAMAGES[damage](path)
+    refuses(mlp(seed=3), path)
+
+
+def test_packed_weight_without_codes_in_a_state_dict() -> None:
+    model = detent.quantize(mlp(), detent.INT8_WEIGHT_ONLY_CFG)
+    detent.compress(model)
+    tensors = model.state_dict()
+    other = detent.restore_from_detent_state(mlp(seed=1), detent.detent_state(model))
+    with pytest.raises(RuntimeError, match="Missing key.*_packed_codes"):
+        other.load_state_dict({name: t for name, t in tensors.items() if name != "0._packed_codes"})
+    with pytest.raises(RuntimeError, match="size mismatch for 0._packed_codes"):
+        other.load_state_dict({**tensors, "0._packed_codes": tensors["0._packed_codes"][:3]})
+    with pytest.raises(RuntimeError, match=r"_packed_scale is torch.int8, but its format has torch.float32"):
+        other.load_state_dict({**tensors, "0._packed_scale": tensors["0._packed_scale"].to(torch.int8)})
+    other.load_state_dict(tensors)
+    assert torch.equal(other(X), model(X))
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 300, "~nobody-at-all/x", "a\udcff"])
+def test_impossible_paths(path: str) -> None:
+    with pytest.raises(DetentError):
+        detent.restore(mlp(), path)
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_files(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "m"

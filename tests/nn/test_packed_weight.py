@@ -9,7 +9,7 @@ import torch
 
 from detent.config import parse_format
 from detent.formats import encode
-from detent.nn.packed_weight import pack_codes, unpack_codes
+from detent.nn.packed_weight import pack_codes, packed_layout, unpack_codes
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,7 @@ def test_round_trip(name: str, shape: tuple[int, ...]) -> None:
     q = encode(torch.randn(shape), parse_format(name))
     tensors = pack_codes(q)
     assert unpack_codes(tensors, q.format, q.shape) == q
+    assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == packed_layout(q.format, q.shape)
     row = math.prod(shape[1:])
     assert tensors["codes"].nbytes == shape[0] * math.ceil(row * q.format.bits / 8)
 

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from detent.checkpoints.folder import (
-    MANIFEST_NAME,
-    MAX_SHARD_SIZE,
-    CheckpointWriter,
-    add_to_manifest,
-    check_replaceable,
-    check_target,
-)
+from detent.checkpoints.folder import MAX_SHARD_SIZE, CheckpointWriter
 from detent.checkpoints.quantized import (
     Layout,
     QuantizedCheckpoint,
@@ -22,7 +15,6 @@ from detent.checkpoints.records import Activation, LayerCheckpoint, LayerFormats
 from detent.checkpoints.source import Source, TensorInfo, quant_method
 
 __all__ = [
-    "MANIFEST_NAME",
     "MAX_SHARD_SIZE",
     "Activation",
     "CheckpointWriter",
@@ -34,9 +26,6 @@ __all__ = [
     "QuantizedWriter",
     "Source",
     "TensorInfo",
-    "add_to_manifest",
-    "check_replaceable",
-    "check_target",
     "choose",
     "layouts",
     "open_quantized",

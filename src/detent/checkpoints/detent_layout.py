@@ -21,13 +21,13 @@ from detent.checkpoints.records import (
     ModelFormats,
     assemble,
     describe,
-    has_outer,
     parse_description,
 )
 from detent.checkpoints.source import Source
 from detent.errors import DetentError
 from detent.formats import Format, Integer, PowerOfTwoScale, QTensor, Scales
 from detent.formats.packing import pack, unpack
+from detent.formats.stored import check_scales, check_stored, has_outer
 
 
 class DetentLayout:
@@ -99,6 +99,14 @@ def _pack_bits(codes: Tensor, bits: int) -> Tensor:
     return pack(rows, bits)
 
 
+def _packed(shape: tuple[int, ...], bits: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+    """(shape, dtype) of what `_pack_bits` makes of codes."""
+    if bits == 8 and dtype != torch.int32:
+        return shape, dtype
+    rows, columns = _as_rows(shape)
+    return (rows, -(-columns * bits // 8)), torch.uint8
+
+
 def _unpack_bits(stored: Tensor, bits: int, shape: tuple[int, ...], dtype: torch.dtype, signed: bool) -> Tensor:
     """The inverse of `_pack_bits`."""
     codes = unpack(stored, bits, _as_rows(shape)[1], torch.int8 if signed else torch.uint8)
@@ -111,7 +119,10 @@ class DetentReader:
     Attributes:
         formats: the formats of the model.
         used: the names of all tensors that belong to quantized layers or to the key/value cache.
+        described: True: shapes are part of its description.
     """
+
+    described = True
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -123,7 +134,9 @@ class DetentReader:
             if getattr(layer, side) is not None
         }
         parts |= {f"{name}.low_rank." for name, layer in self.formats.layers.items() if layer.low_rank}
-        self._kv_modules = [] if self.formats.kv_cache is None else [n[:-8] for n in source if n.endswith(".k.scale")]
+        ends = (".k.scale", ".v.scale", ".k.outer_scale", ".v.outer_scale")
+        kv = [name.rsplit(".", 2)[0] for name in source if name.endswith(ends)]
+        self._kv_modules = [] if self.formats.kv_cache is None else list(dict.fromkeys(kv))
         parts |= {f"{module}.{side}." for module in self._kv_modules for side in ("k", "v")}
         self.used = {name for name in source if name[: name.rfind(".") + 1] in parts}
 
@@ -155,29 +168,49 @@ class DetentReader:
 
     def kv_scales(self) -> dict[str, tuple[Scales, Scales]]:
         """(scales of keys, scales of values) by attention module; empty where none were calibrated."""
+        fmt = self.formats.kv_cache
+        if fmt is None:
+            return {}
+        modules = self._kv_modules
+        return {name: (self._calibrated(f"{name}.k", fmt), self._calibrated(f"{name}.v", fmt)) for name in modules}
 
-        def scales(prefix: str) -> Scales:
-            names = {part: f"{prefix}.{part}" for part in ("zero_point", "outer_scale")}
-            optional = {part: self.source.tensor(name) for part, name in names.items() if name in self.source.tensors}
-            return Scales(self.source.tensor(f"{prefix}.scale"), **optional)
+    def check(self) -> None:
+        """Look at everything but codes. Raises DetentError as `CompressedTensorsReader.check`."""
+        for name, layer in self.formats.layers.items():
+            if layer.weight is not None:
+                self._expect_codes(f"{name}.weight.codes", layer.shape, layer.weight)
+                self._scales(f"{name}.weight", layer.weight, layer.weight.granularity.grid(layer.shape))
+            for side in ("input", "output"):
+                fmt = getattr(layer, side)
+                if fmt is not None and not fmt.dynamic:
+                    self._calibrated(f"{name}.{side}", fmt)
+            if layer.low_rank:
+                self._low_rank(name, layer)
+        self.kv_scales()
 
-        return {module: (scales(f"{module}.k"), scales(f"{module}.v")) for module in self._kv_modules}
-
-    def _tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _expect(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Raise DetentError unless a tensor is there with this shape and dtype."""
         info = self.source.info(name)
         if (info.shape, info.dtype) != (shape, dtype):
             raise DetentError(
                 f"{self.source.path / info.file}: {name} is {info.dtype} {info.shape},"
                 f" not {dtype} {shape} as config.json says"
             )
+
+    def _tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        self._expect(name, shape, dtype)
         return self.source.tensor(name)
 
+    def _expect_codes(self, name: str, shape: tuple[int, ...], fmt: Format) -> None:
+        self._expect(name, *_packed(shape, fmt.element.bits, fmt.element.storage_dtype))
+
     def _codes(self, name: str, shape: tuple[int, ...], bits: int, dtype: torch.dtype, signed: bool) -> Tensor:
-        if bits == 8 and dtype != torch.int32:
-            return self._tensor(name, shape, dtype)
-        rows, columns = _as_rows(shape)
-        stored = self._tensor(name, (rows, -(-columns * bits // 8)), torch.uint8)
-        return _unpack_bits(stored, bits, shape, dtype, signed)
+        stored = self._tensor(name, *_packed(shape, bits, dtype))
+        return (
+            stored
+            if stored.dtype == dtype and stored.shape == shape
+            else _unpack_bits(stored, bits, shape, dtype, signed)
+        )
 
     def _weight(self, name: str, fmt: Format, shape: tuple[int, ...]) -> QTensor:
         signed = isinstance(fmt.element, Integer) and fmt.element.signed
@@ -187,7 +220,8 @@ class DetentReader:
         if isinstance(fmt.scale, PowerOfTwoScale) and fmt.scale.micro:
             runs = (*shape[:-1], -(-shape[-1] // fmt.scale.micro))
             micro = self._codes(f"{name}.weight.micro", runs, 1, torch.uint8, False)
-        return QTensor(fmt, shape, codes, scales.scale, scales.zero_point, scales.outer_scale, micro)
+        q = QTensor(fmt, shape, codes, scales.scale, scales.zero_point, scales.outer_scale, micro)
+        return check_stored(q, f"{self.source.path}: {name}")
 
     def _scales(self, prefix: str, fmt: Format, grid: tuple[int, ...]) -> Scales:
         scale = self._tensor(f"{prefix}.scale", grid, fmt.scale.stored_dtype)
@@ -199,11 +233,16 @@ class DetentReader:
             name = f"{prefix}.zero_point"
             zero_point = self._codes(name, grid, fmt.element.bits, torch.int32, fmt.element.signed)
         outer = self._tensor(f"{prefix}.outer_scale", (), torch.float32) if has_outer(fmt) else None
-        return Scales(scale, zero_point, outer)
+        return self._checked(prefix, fmt, Scales(scale, zero_point, outer))
+
+    def _checked(self, prefix: str, fmt: Format, scales: Scales) -> Scales:
+        check_scales(fmt, scales, f"{self.source.path}: {prefix}")
+        return scales
 
     def _calibrated(self, prefix: str, fmt: Format) -> Scales:
         """Activation scales have whatever shape calibration gave them: one per tensor, or one per channel."""
         if f"{prefix}.scale" not in self.source.tensors and has_outer(fmt):
             empty = torch.empty(0, dtype=fmt.scale.stored_dtype)
-            return Scales(empty, outer_scale=self._tensor(f"{prefix}.outer_scale", (), torch.float32))
+            outer = self._tensor(f"{prefix}.outer_scale", (), torch.float32)
+            return self._checked(prefix, fmt, Scales(empty, outer_scale=outer))
         return self._scales(prefix, fmt, self.source.info(f"{prefix}.scale").shape)

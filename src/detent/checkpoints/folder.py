@@ -1,18 +1,18 @@
 """Writing a checkpoint folder whole or not at all.
 
-Everything goes into a temporary folder beside the target; `finish` renames it. Until then the target is untouched, and
-whatever goes wrong (an error, a full disk, Ctrl-C) leaves it so. A manifest in the folder lists what Detent wrote, and
-only a folder that holds nothing else is ever replaced.
+Everything goes into a temporary folder beside the target (`detent.external.output`); `finish` renames it. Until then
+the target is untouched, and whatever goes wrong (an error, a full disk, Ctrl-C) leaves it so. A manifest in the folder
+lists what Detent wrote, and only a folder that holds nothing else is ever replaced.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,11 +23,25 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from detent.checkpoints.source import CONFIG_NAME, INDEX_NAME, PICKLE_SUFFIXES, SINGLE_NAME, Source
+from detent.checkpoints.source import INDEX_NAME, PICKLE_SUFFIXES, SINGLE_NAME, Source
 from detent.errors import DetentError
+from detent.external.files import unreadable
+from detent.external.interrupts import shielded
+from detent.external.model_folder import CONFIG_NAME
+from detent.external.output import (
+    MANIFEST_NAME,
+    MARKER_NAME,
+    Workspace,
+    check_apart,
+    check_replaceable,
+    clear_leftovers,
+    source_files,
+    target_path,
+    write_manifest,
+)
 
-#: Lists the files that Detent wrote into the folder, by path relative to it.
-MANIFEST_NAME = "detent_manifest.json"
+_log = logging.getLogger(__name__)
+
 MAX_SHARD_SIZE = 5_000_000_000
 
 #: Weights, whatever their format: the output has its own.
@@ -36,12 +50,12 @@ _WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".index
 _STALE_NAMES = (
     CONFIG_NAME,
     MANIFEST_NAME,
+    MARKER_NAME,
     "detent_report.json",
     "quantize_config.json",
     "quantization_config.json",
     "hf_quant_config.json",
 )
-_SKIPPED_FOLDERS = (".git", ".cache", "__pycache__")
 
 
 class CheckpointWriter:
@@ -64,8 +78,9 @@ class CheckpointWriter:
         max_shard_size: bytes above which a further safetensors file is begun.
 
     Raises:
-        DetentError: the folder exists and isn't empty (or, with `overwrite`, holds something Detent didn't write); it
-            lies in the source folder or the other way round; it can't be written; the disk is full.
+        DetentError: the folder exists and isn't empty (or, with `overwrite`, holds something that isn't as Detent wrote
+            it); it lies in the source folder or the other way round; it can't be written; the disk is full; a link in
+            the source leads out of it; another run is writing there.
     """
 
     def __init__(
@@ -76,7 +91,7 @@ class CheckpointWriter:
         overwrite: bool = False,
         max_shard_size: int = MAX_SHARD_SIZE,
     ) -> None:
-        self.out_dir = Path(out_dir).resolve()
+        self.out_dir = target_path(out_dir)
         self.max_shard_size = max_shard_size
         self._source = source
         self._overwrite = overwrite
@@ -84,12 +99,15 @@ class CheckpointWriter:
         self._pending_bytes = 0
         self._shards: list[dict[str, int]] = []
         if source is not None:
-            _check_apart(self.out_dir, source.path.resolve())
+            check_apart(self.out_dir, source.path.resolve())
+        for notice in clear_leftovers(self.out_dir):
+            _log.warning(notice)
         check_replaceable(self.out_dir, overwrite=overwrite)
         self._made_parents = _missing_parents(self.out_dir)
         with _clear_errors(self.out_dir):
             self.out_dir.parent.mkdir(parents=True, exist_ok=True)
-            self._temporary = Path(tempfile.mkdtemp(prefix=f".{self.out_dir.name}.writing-", dir=self.out_dir.parent))
+            self._workspace = Workspace(self.out_dir, "writing")
+        self._temporary = self._workspace.path
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -99,8 +117,7 @@ class CheckpointWriter:
     ) -> None:
         """Remove whatever `finish` didn't make final."""
         self._pending.clear()
-        if self._temporary.exists():
-            shutil.rmtree(self._temporary, ignore_errors=True)
+        self._workspace.remove()
         if not self.out_dir.exists():
             for parent in self._made_parents:
                 if parent.exists() and not any(parent.iterdir()):
@@ -143,17 +160,25 @@ class CheckpointWriter:
                 for relative, path in files_to_copy(self._source.path):
                     target = self._temporary / relative
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(path, target)
+                    _copy(path, target)
             for name, text in (files or {}).items():
                 (self._temporary / name).write_text(text, encoding="utf-8")
             _write_json(self._temporary / CONFIG_NAME, config)
-            _write_json(self._temporary / MANIFEST_NAME, {"written_by": "detent", "files": _files_in(self._temporary)})
+            write_manifest(self._temporary)
             self._set_permissions()
         with _clear_errors(self.out_dir):
             if check is not None:
-                check(self._temporary)
+                self._check(check)
             self._replace()
         return self.out_dir
+
+    def _check(self, check: Callable[[Path], None]) -> None:
+        """`check`, whose errors are about the folder that the user named rather than the hidden one."""
+        try:
+            check(self._temporary)
+        except DetentError as error:
+            message = str(error).replace(str(self._temporary), str(self.out_dir))
+            raise DetentError(f"{message}; nothing was written to {self.out_dir}") from error
 
     def _write_shard(self, metadata: dict[str, str]) -> None:
         path = self._temporary / f"shard-{len(self._shards)}.safetensors"
@@ -185,124 +210,47 @@ class CheckpointWriter:
     def _replace(self) -> None:
         """Put the temporary folder in the target's place. The old one is moved aside, and comes back on failure."""
         check_replaceable(self.out_dir, overwrite=self._overwrite)  # hours may have passed since the first look
-        if not self.out_dir.exists():
-            self._temporary.rename(self.out_dir)
-            return
-        aside = Path(tempfile.mkdtemp(prefix=f".{self.out_dir.name}.old-", dir=self.out_dir.parent))
-        old = aside / "old"
+        aside = Workspace(self.out_dir, "old") if self.out_dir.exists() else None
         try:
-            self.out_dir.rename(old)
-            self._temporary.rename(self.out_dir)
-        except BaseException:
-            if old.exists() and not self.out_dir.exists():
-                old.rename(self.out_dir)
-            aside.rmdir()
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def check_target(out_dir: str | Path, *, source: str | Path, overwrite: bool) -> None:
-    """All that can be said in advance about writing what is made of `source` to `out_dir`: called before long work.
-
-    Raises:
-        DetentError: as `CheckpointWriter`.
-    """
-    path = Path(out_dir).resolve()
-    _check_apart(path, Path(source).resolve())
-    check_replaceable(path, overwrite=overwrite)
-    parent = next(folder for folder in path.parents if folder.exists())
-    if not parent.is_dir():
-        raise DetentError(f"{parent} is a file, so there can be no folder {path}; name another folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise DetentError(f"{path}: cannot be written (no permission to write in {parent}); name another folder")
-
-
-def check_replaceable(out_dir: str | Path, *, overwrite: bool) -> None:
-    """Raise DetentError unless a checkpoint may be written at `out_dir`."""
-    path = Path(out_dir)
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise DetentError(f"{path} is a file; name a folder to write into")
-    present = _files_in(path)
-    if not present:
-        if any(path.iterdir()):
-            raise DetentError(f"{path} exists and holds folders; name another folder")
-        return
-    if not overwrite:
-        raise DetentError(f"{path} exists and is not empty; name another folder, or replace it with --overwrite")
-    ours = _manifest(path)
-    foreign = [name for name in present if name not in ours]
-    if foreign:
-        raise DetentError(
-            f"{path} holds files that Detent did not write ({', '.join(foreign[:3])}{', ...' * (len(foreign) > 3)}),"
-            " so it is not overwritten; move them away or name another folder"
-        )
-
-
-def add_to_manifest(folder: str | Path, *names: str) -> None:
-    """Note that Detent wrote `names` (relative to `folder`) into a finished checkpoint; it can still be overwritten."""
-    path = Path(folder) / MANIFEST_NAME
-    with _clear_errors(Path(folder)):
-        _write_json(path, {"written_by": "detent", "files": sorted(_manifest(Path(folder)) | set(names))})
+            with shielded():
+                if aside is not None:
+                    self.out_dir.rename(aside.path / "old")
+                try:
+                    self._temporary.rename(self.out_dir)
+                except OSError:
+                    if aside is not None:
+                        (aside.path / "old").rename(self.out_dir)
+                    raise
+                (self.out_dir / MARKER_NAME).unlink()
+                self._workspace.close()
+        finally:
+            if aside is not None and self.out_dir.exists():
+                aside.remove()
 
 
 def files_to_copy(source: Path) -> Iterator[tuple[Path, Path]]:
-    """(path relative to `source`, path) of every file that goes along with the weights. Links are followed.
+    """(path relative to `source`, path) of every file that goes along with the weights.
 
     Raises:
-        DetentError: a link leads nowhere.
+        DetentError: as `detent.external.output.source_files`.
     """
-    seen: set[Path] = set()  # a link to a folder above it would lead in circles
-    for folder, folders, names in os.walk(source, followlinks=True):
-        if (real := Path(folder).resolve()) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS)
-        for name in sorted(names):
-            path = Path(folder) / name
-            if name.endswith(_WEIGHT_SUFFIXES) or name in _STALE_NAMES:
-                continue
-            if not path.exists():
-                raise DetentError(f"{path} is a link to nothing; remove it, or download the checkpoint again")
-            if path.is_file():
-                yield path.relative_to(source), path
+    for relative, path in source_files(source):
+        if not path.name.endswith(_WEIGHT_SUFFIXES) and path.name not in _STALE_NAMES:
+            yield relative, path
 
 
-def _check_apart(out_dir: Path, source: Path) -> None:
-    if out_dir == source:
-        raise DetentError(f"{out_dir} is the source checkpoint itself; name another folder to write into")
-    if source in out_dir.parents:
-        raise DetentError(f"{out_dir} lies inside the source checkpoint {source}; name a folder outside it")
-    if out_dir in source.parents:
-        raise DetentError(f"{out_dir} contains the source checkpoint {source}; name another folder to write into")
+def _copy(path: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(path, target)
+    except OSError as error:
+        if error.filename is not None and Path(error.filename) == path:
+            raise unreadable(path, error) from error
+        raise
 
 
 def _missing_parents(path: Path) -> list[Path]:
     """The parents of `path` that don't exist, the innermost first."""
     return [parent for parent in path.parents if not parent.exists()]
-
-
-def _files_in(folder: Path) -> list[str]:
-    """Everything in `folder` that isn't a real folder (links count as files), relative and sorted."""
-    found = []
-    for path, folders, names in os.walk(folder):
-        links = [name for name in folders if (Path(path) / name).is_symlink()]
-        found += [(Path(path) / name).relative_to(folder).as_posix() for name in names + links]
-    return sorted(found)
-
-
-def _manifest(folder: Path) -> set[str]:
-    """The files in `folder` that Detent says it wrote; none without a readable manifest."""
-    path = folder / MANIFEST_NAME
-    if path.is_symlink() or not path.is_file():
-        return set()
-    try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        return {MANIFEST_NAME, "detent_report.json", *map(str, files)}
-    except (ValueError, KeyError, TypeError):
-        return set()
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

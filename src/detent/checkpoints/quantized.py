@@ -41,10 +41,13 @@ class LayoutReader(Protocol):
 
     formats: ModelFormats
     used: set[str]
+    described: bool
 
     def layer(self, name: str) -> LayerCheckpoint: ...
 
     def kv_scales(self) -> dict[str, tuple[Scales, Scales]]: ...
+
+    def check(self) -> None: ...
 
 
 #: Every layout by the name that config.json gives it as "quant_method", the preferred one first.
@@ -163,6 +166,7 @@ class QuantizedCheckpoint:
         config: its config.json without what makes the model a quantized one: the config of the simulated model.
         formats: the formats of its layers and of its key/value cache.
         kept: the names of the tensors that aren't quantized.
+        described: whether the shapes of its layers are written down in it, rather than made from its tensors.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -177,13 +181,17 @@ class QuantizedCheckpoint:
             raise DetentError(f"{self.path}: quantization_config is not at the top level of config.json")
         self.method = method
         self._reader: LayoutReader = _READERS[method](self.source)
-        self.formats = self._reader.formats
+        self.formats, self.described = self._reader.formats, self._reader.described
         self.config = {key: value for key, value in self.source.config.items() if key != "quantization_config"}
         self.kept = [name for name in self.source if name not in self._reader.used]
 
     def layer(self, name: str) -> LayerCheckpoint:
         """One layer's codes and scales, read now. Raises DetentError where a tensor is missing or misshapen."""
         return self._reader.layer(name)
+
+    def check(self) -> None:
+        """Look at all headers and scales, without reading codes. Raises DetentError as `layer`."""
+        self._reader.check()
 
     def tensor(self, name: str) -> Tensor:
         """A tensor that isn't quantized, read now."""

@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from detent.errors import DetentError
+from detent.external.files import check_as
+from detent.external.schemas import LayoutDescription
 from detent.formats import FloatScale, Format, QTensor, Scales
 
 #: The version of the JSON description that `describe` writes.
@@ -144,11 +146,6 @@ def assemble(
     )
 
 
-def has_outer(fmt: Format) -> bool:
-    """Whether a format keeps one more scale for the whole tensor: the scale of the scales, or that of its base."""
-    return fmt.base is not None or (isinstance(fmt.scale, FloatScale) and fmt.scale.outer)
-
-
 @dataclass
 class _FormatTable:
     """Distinct formats in order of first use."""
@@ -196,31 +193,29 @@ def parse_description(description: dict[str, Any], where: str) -> ModelFormats:
             f"{where}: written in version {version!r} of the layout; this Detent reads version {DESCRIPTION_VERSION}."
             " Install the Detent that wrote it, or a newer one"
         )
-    try:
-        table = [Format.from_dict(fmt) for fmt in description["formats"]]
+    check_as(LayoutDescription, description, f"{where}: the description of its formats is damaged")
+    table = [Format.from_dict(fmt) for fmt in description["formats"]]
 
-        def numbered(number: int | None) -> Format | None:
-            return None if number is None else table[number]
+    def numbered(number: int | None) -> Format | None:
+        return None if number is None else table[number]
 
-        layers = {
-            name: LayerFormats(
-                shape=tuple(int(n) for n in layer["shape"]),
-                weight=numbered(layer["weight"]),
-                input=numbered(layer["input"]),
-                output=numbered(layer["output"]),
-                kind=str(layer["kind"]),
-                **{key: int(layer[key]) for key in _EXTRAS if key in layer},
-            )
-            for name, layer in description["layers"].items()
-        }
-        return ModelFormats(
-            layers,
-            numbered(description["kv_cache"]),
-            tuple(description["ignored"]),
-            bool(description.get("keys_rotated", False)),
+    layers = {
+        name: LayerFormats(
+            shape=tuple(layer["shape"]),
+            weight=numbered(layer["weight"]),
+            input=numbered(layer["input"]),
+            output=numbered(layer["output"]),
+            kind=layer["kind"],
+            **{key: layer[key] for key in _EXTRAS if key in layer},
         )
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        raise DetentError(f"{where}: the description of its formats is damaged ({error!r})") from error
+        for name, layer in description["layers"].items()
+    }
+    return ModelFormats(
+        layers,
+        numbered(description["kv_cache"]),
+        tuple(description["ignored"]),
+        description.get("keys_rotated", False),
+    )
 
 
 def exported_format(fmt: Format) -> Format:

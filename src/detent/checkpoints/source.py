@@ -6,7 +6,6 @@ read: pickled weights run code when loaded.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,26 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from detent.errors import DetentError
+from detent.external.files import is_file, names_in, read_as, unreadable, user_path
+from detent.external.model_folder import check_folder, is_gguf, read_config
+from detent.external.schemas import ShardIndex
 
-CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 #: Weights in formats that are never read; most of them are pickles.
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+#: Ends of the names that only quantized weights have.
+_CODED = (
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_zero_point",
+    ".weight_g_idx",
+    ".weight.codes",
+    ".qweight",
+    ".qzeros",
+)
 
 _DTYPES = {
     "F64": torch.float64,
@@ -68,14 +81,14 @@ class Source:
         metadata: the string metadata of all file headers, merged.
 
     Raises:
-        DetentError: the folder or config.json is missing, empty or unreadable; weights are missing, pickled, truncated
-            or corrupt; a shard or one of its tensors is missing; the model is quantized already.
+        DetentError: the folder or config.json is missing, empty, unreadable or of another kind; weights are missing,
+            pickled, truncated or corrupt; shards and their index disagree; the model is quantized already.
     """
 
     def __init__(self, path: str | Path, *, quantized: bool = False) -> None:
-        self.path = Path(path)
-        _check_folder(self.path)
-        self.config = _read_config(self.path)
+        self.path = user_path(path)
+        check_folder(self.path)
+        self.config = read_config(self.path)
         method = quant_method(self.config)
         if method is not None and not quantized:
             raise DetentError(
@@ -85,6 +98,12 @@ class Source:
         self.metadata: dict[str, str] = {}
         self._open: dict[str, Any] = {}
         self.tensors = self._list_tensors()
+        coded = next((name for name in self.tensors if name.endswith(_CODED)), None)
+        if method is None and coded is not None:
+            raise DetentError(
+                f"{self.path / self.tensors[coded].file}: {coded} belongs to a quantized weight, but config.json has no"
+                " quantization_config that says how; get the checkpoint again, or the original one"
+            )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -123,16 +142,18 @@ class Source:
         return self._open[file]
 
     def _list_tensors(self) -> dict[str, TensorInfo]:
-        if (self.path / SINGLE_NAME).is_file():
-            tensors = self._read_headers([SINGLE_NAME], {})
-        elif (self.path / INDEX_NAME).is_file():
+        if is_file(self.path / SINGLE_NAME):
+            tensors = self._read_headers([SINGLE_NAME])
+        elif is_file(self.path / INDEX_NAME):
             weight_map = _read_index(self.path / INDEX_NAME)
-            tensors = self._read_headers(sorted(set(weight_map.values())), weight_map)
-            for name, file in weight_map.items():
-                if name not in tensors:
+            tensors = self._read_headers(sorted(set(weight_map.values())))
+            for name in sorted(weight_map.keys() | tensors.keys()):
+                listed, found = weight_map.get(name), tensors[name].file if name in tensors else None
+                if listed != found:
                     raise DetentError(
-                        f"{self.path / file}: tensor {name!r} is missing, though {INDEX_NAME} says it is there;"
-                        " the shard is not the one the index was written for. Download the checkpoint again"
+                        f"{self.path / (listed or INDEX_NAME)}: tensor {name!r} is missing, though"
+                        f" {found or INDEX_NAME} {'holds it' if found else 'says it is there'}; the index was not written for these shards."
+                        " Download the checkpoint again"
                     )
         else:
             raise _no_weights(self.path)
@@ -140,18 +161,21 @@ class Source:
             raise DetentError(f"{self.path}: its safetensors files hold no tensors")
         return tensors
 
-    def _read_headers(self, files: list[str], weight_map: dict[str, str]) -> dict[str, TensorInfo]:
+    def _read_headers(self, files: list[str]) -> dict[str, TensorInfo]:
         tensors: dict[str, TensorInfo] = {}
         for file in files:
             handle = self._file(file)
             self.metadata.update(handle.metadata() or {})
             for name in handle.keys():  # noqa: SIM118 - not a mapping
-                if weight_map.get(name, file) != file:
-                    continue  # the index points to another shard's copy
                 part = handle.get_slice(name)
                 code = part.get_dtype()
                 if code not in _DTYPES:
                     raise DetentError(f"{self.path / file}: tensor {name!r} has dtype {code}, which Detent cannot read")
+                if name in tensors:
+                    raise DetentError(
+                        f"{self.path}: tensor {name!r} is both in {tensors[name].file} and in {file}, so which of the"
+                        " two is meant is unknown; download the checkpoint again"
+                    )
                 tensors[name] = TensorInfo(file, tuple(part.get_shape()), _DTYPES[code])
         return tensors
 
@@ -167,45 +191,12 @@ def quant_method(config: dict[str, Any]) -> str | None:
     return None
 
 
-def _check_folder(path: Path) -> None:
-    if not path.exists():
-        raise DetentError(f"{path}: there is no such folder; give the folder of a downloaded checkpoint")
-    if not path.is_dir():
-        raise DetentError(f"{path} is a file; give the folder that holds config.json and the safetensors files")
-    if not any(path.iterdir()):
-        raise DetentError(f"{path} is empty; a checkpoint has config.json and safetensors files")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DetentError(f"{path} is not JSON ({error}); download the checkpoint again") from error
-    except OSError as error:
-        raise DetentError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise DetentError(f"{folder} has no {CONFIG_NAME}; a Hugging Face checkpoint has one beside its weights")
-    config = _read_json(path)
-    if not isinstance(config, dict):
-        raise DetentError(f"{path} holds {type(config).__name__} where a JSON object is expected")
-    if not isinstance(config.get("model_type"), str) or not config["model_type"]:
-        raise DetentError(f'{path} has no "model_type" (such as "llama"), so the model\'s architecture is unknown')
-    return config
-
-
 def _read_index(path: Path) -> dict[str, str]:
-    index = _read_json(path)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise DetentError(f'{path} has no "weight_map" from tensor names to file names; download the checkpoint again')
+    weight_map = read_as(ShardIndex, path).weight_map
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or file in (".", ".."):
             raise DetentError(f"{path} names the shard {file!r}, which is not a plain file name; it is not read")
-        if not (path.parent / file).is_file():
+        if not is_file(path.parent / file):
             raise DetentError(f"{path.parent}: shard {file} is missing, though {path.name} lists it; download it again")
     return weight_map
 
@@ -214,7 +205,7 @@ def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except OSError as error:
-        raise DetentError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise unreadable(path, error) from error
     except SafetensorError as error:
         raise DetentError(f"{path}: {_why_unreadable(path, error)}") from error
 
@@ -229,7 +220,9 @@ def _why_unreadable(path: Path, error: SafetensorError) -> str:
 
 
 def _no_weights(folder: Path) -> DetentError:
-    names = sorted(path.name for path in folder.iterdir())
+    names = names_in(folder)
+    if any(name.lower().endswith(".gguf") for name in names):
+        return is_gguf(folder)
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     stray = [name for name in names if name.endswith(".safetensors")]
     if stray:

@@ -7,6 +7,9 @@ import sys
 
 def main(arguments: list[str] | None = None) -> None:
     """Run ``detent`` with the arguments of the process, or with `arguments`; exits."""
-    from detent.cli.app import run
+    from detent.cli.imports import nothing_to_clean_up
+
+    with nothing_to_clean_up():
+        from detent.cli.app import run
 
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))

@@ -16,6 +16,7 @@ from detent.cli.quantize import epilog, quantize
 from detent.cli.schemes import schemes
 from detent.cli.structure import structure
 from detent.errors import DetentError
+from detent.external.interrupts import one_command
 from detent.progress import use_reporter
 
 app = typer.Typer(
@@ -52,7 +53,8 @@ app.command()(structure)
 def run(arguments: list[str]) -> int:
     """Run a command; returns the exit code.
 
-    Misspelled flags are the parser library's to explain, with code 2 too, as is Ctrl-C, with code 130.
+    Misspelled flags are the parser library's to explain, with code 2 too, as is Ctrl-C, with code 130. SIGTERM cleans
+    up like Ctrl-C, with code 143.
     """
     # What library code warns of is in the plan, which the report tells in the user's words.
     logger = logging.getLogger("detent")
@@ -60,7 +62,7 @@ def run(arguments: list[str]) -> int:
     logger.setLevel(logging.ERROR)
     bars = console.Bars()
     try:
-        with use_reporter(bars):
+        with one_command(), use_reporter(bars):
             app(normalize(arguments), prog_name="detent", obj=["detent", *arguments])
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from detent.cli import console
-from detent.cli.startup import batch_size_of, choose_device, load_libraries, windows
+from detent.cli.startup import batch_size_of, check_early, choose_device, load_libraries, windows
 
 
 def evaluate(
@@ -41,6 +41,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Measure the perplexity of a checkpoint, quantized or not."""
+    check_early(model_dir, [eval_dataset])
     load_libraries()
     from detent.report import summary_table
     from detent.runs.evaluate import evaluate_checkpoint

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,10 +12,10 @@ from detent.cli import console
 
 
 def inspect(
-    model_dir: Annotated[Path, typer.Argument(help="Checkpoint folder, quantized or not.")],
+    model_dir: Annotated[str, typer.Argument(help="Checkpoint folder, quantized or not.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List every tensor of a checkpoint: format, bits, size; and the totals. Reads file headers alone."""
+    """List every tensor of a checkpoint: format, bits, size; and the totals. Reads file headers and scales."""
     from detent.report.contents import contents
 
     found = contents(model_dir)

@@ -11,7 +11,7 @@ import typer
 
 from detent.cli import console
 from detent.cli.arguments import NOTHING
-from detent.cli.startup import batch_size_of, choose_device, load_libraries, windows
+from detent.cli.startup import batch_size_of, check_early, choose_device, load_libraries, windows
 from detent.errors import DetentError
 
 #: Panels that an option can stand in: what sets these flags apart from the others is told once, with the option.
@@ -160,6 +160,13 @@ def quantize(
     typed = _typed(context)
     _refuse_later(typed, model_export, import_file_format)
     _check_together(typed)
+    only_evaluate = skip_quantization or model_reload
+    notices = check_early(
+        import_model_dir if model_reload else model_dir,
+        [dataset, eval_dataset],
+        None if only_evaluate else output_dir,
+        overwrite=overwrite,
+    )
     load_libraries()
     from detent.report import summary_table
     from detent.runs.evaluate import evaluate_checkpoint
@@ -179,7 +186,9 @@ def quantize(
         skip_evaluation, eval_dataset, windows(num_eval_data), batch_size_of(eval_batch_size), max_eval_batch_size
     )
     run = Run(context.obj, console.notice)
-    if skip_quantization or model_reload:
+    for notice in notices:
+        run.notify(notice)
+    if only_evaluate:
         report = evaluate_checkpoint(model, evaluation, quantized=model_reload, run=run)
     else:
         scheme = SchemeOptions(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 
+from detent.cli.imports import nothing_to_clean_up
 from detent.errors import DetentError
 from detent.progress import track
 
@@ -14,8 +15,28 @@ _LIBRARIES = ("torch", "transformers", "transformers.modeling_utils", "detent.ru
 
 def load_libraries() -> None:
     """Import what takes long, with progress."""
-    for name in track(_LIBRARIES, "Loading libraries", len(_LIBRARIES)):
-        importlib.import_module(name)
+    with nothing_to_clean_up():
+        for name in track(_LIBRARIES, "Loading libraries", len(_LIBRARIES)):
+            importlib.import_module(name)
+
+
+def check_early(
+    model_dir: str | None, texts: list[str | None], output_dir: str | None = None, *, overwrite: bool = False
+) -> list[str]:
+    """What can be said before libraries are loaded, which takes seconds: about the model's folder, the texts and the
+    output folder. Returns what the user has to be told. Raises DetentError."""
+    from detent.data import check_source
+    from detent.external.model_folder import check_folder, local_folder, read_config
+    from detent.external.output import check_target
+
+    source = None if model_dir is None else local_folder(model_dir)
+    if source is not None:
+        check_folder(source)
+        read_config(source)
+    for text in texts:
+        if text is not None:
+            check_source(text)
+    return [] if output_dir is None else check_target(output_dir, source=source, overwrite=overwrite)
 
 
 def choose_device(name: str | None) -> str:

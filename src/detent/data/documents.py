@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from detent.errors import DetentError
 
 #: Fields of a record that hold its text, the most specific name first.
 TEXT_FIELDS = ("text", "content", "prompt")
-#: The field of a record that holds a chat.
+#: The fields of a record that hold a chat: OpenAI's, a list of {"role": ..., "content": ...}, and ShareGPT's, a list of
+#: {"from": ..., "value": ...}.
 MESSAGES_FIELD = "messages"
+SHAREGPT_FIELD = "conversations"
+CHAT_FIELDS = (MESSAGES_FIELD, SHAREGPT_FIELD)
+#: ShareGPT's names of the speakers, in OpenAI's words; others are the same in both.
+_SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+_CHAT_KEYS = {
+    MESSAGES_FIELD: [("role", "content")],
+    SHAREGPT_FIELD: [("from", "value"), ("role", "content")],
+}
+#: The most lines that a chat template may run for one conversation: far more than any that ends.
+TEMPLATE_STEPS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -28,8 +42,9 @@ def parse_document(record: object, where: str) -> Document:
     """Turn one entry of a data file into a document.
 
     Args:
-        record: a string, or a mapping with a ``text``, ``content`` or ``prompt`` string, or with a list of ``messages``
-            ``{"role": ..., "content": ...}``. A null text is an empty one.
+        record: a string, or a mapping with a ``text``, ``content`` or ``prompt`` string, with a list of ``messages``
+            ``{"role": ..., "content": ...}``, or with a list of ``conversations`` ``{"from": ..., "value": ...}``
+            (ShareGPT). A null text is an empty one.
         where: how an error names the entry, such as ``"notes.jsonl, line 7"``.
 
     Raises:
@@ -39,8 +54,9 @@ def parse_document(record: object, where: str) -> Document:
         return _checked_text(record, where)
     if not isinstance(record, Mapping):
         raise DetentError(f"{where}: expected a string or an object with {_field_names()}, found {_kind(record)}.")
-    if MESSAGES_FIELD in record:
-        return _parse_messages(record[MESSAGES_FIELD], where)
+    for field in CHAT_FIELDS:
+        if field in record:
+            return _parse_chat(record[field], field, where)
     for field in TEXT_FIELDS:
         if field in record:
             return parse_text(record[field], f"{where}, field {field!r}")
@@ -75,42 +91,83 @@ def render(document: Document, tokenizer: Any) -> tuple[str, bool]:
     tokenizer or a template, its messages are joined by line ends.
 
     Raises:
-        DetentError: the chat template refuses the conversation.
+        DetentError: the chat template refuses the conversation, fails, or doesn't end.
     """
     if isinstance(document, str):
         return document, True
     if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
         return "\n".join(content for _, content in document.messages), True
-    from jinja2 import TemplateError
-
     messages = [{"role": role, "content": content} for role, content in document.messages]
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False)), False
-    except (TemplateError, ImportError) as error:
+        with _bounded_template():
+            return str(tokenizer.apply_chat_template(messages, tokenize=False)), False
+    except _template_errors() as error:
         roles = ", ".join(role for role, _ in document.messages)
+        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DetentError(
-            f"The tokenizer's chat template refuses a conversation with the roles {roles}: {error}. "
-            "Give the data as plain text instead."
+            f"The tokenizer's chat template fails on a conversation with the roles {roles}: {reason[0]}. "
+            "Mend the template, or give the data as plain text."
         ) from error
 
 
-def _parse_messages(messages: object, where: str) -> Conversation:
+class _Endless(Exception):
+    """A chat template that runs on and on."""
+
+
+def _template_errors() -> tuple[type[Exception], ...]:
+    """What a template, which is a small program that comes with the tokenizer, can raise."""
+    from jinja2 import TemplateError
+
+    python = (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError)
+    return (TemplateError, ImportError, _Endless, *python)
+
+
+@contextmanager
+def _bounded_template() -> Iterator[None]:
+    """Stop a template that runs more than `TEMPLATE_STEPS` lines: jinja's sandbox bounds no nested loops. Lines are
+    counted by tracing, which looks at compiled templates alone."""
+    steps = 0
+
+    def line(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps > TEMPLATE_STEPS:
+            raise _Endless(f"it runs more than {TEMPLATE_STEPS} steps, so its loops may not end")
+        return line
+
+    def call(frame: FrameType, event: str, argument: Any) -> Any:
+        return line if frame.f_code.co_filename == "<template>" else None
+
+    before = sys.gettrace()
+    sys.settrace(call)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def _parse_chat(messages: object, field: str, where: str) -> Conversation:
     if not isinstance(messages, list) or not messages:
-        raise DetentError(f"{where}: 'messages' must be a list with at least one message, found {_kind(messages)}.")
+        raise DetentError(f"{where}: {field!r} must be a list with at least one message, found {_kind(messages)}.")
     pairs = []
     for number, message in enumerate(messages, start=1):
         place = f"{where}, message {number}"
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
-            found = _kind(message)
-            raise DetentError(f"{place}: expected an object with a 'role' string and a 'content', found {found}.")
-        pairs.append((message["role"], _message_text(message["content"], place)))
+        # Some data sets have OpenAI's messages under ShareGPT's name.
+        keys = ("role", "content")
+        if field == SHAREGPT_FIELD and isinstance(message, Mapping) and "from" in message:
+            keys = ("from", "value")
+        if not isinstance(message, Mapping) or not isinstance(message.get(keys[0]), str) or keys[1] not in message:
+            wanted = " or ".join(f"a {a!r} string and a {b!r}" for a, b in _CHAT_KEYS[field])
+            raise DetentError(f"{place}: expected an object with {wanted}, found {_kind(message)}.")
+        role = message[keys[0]]
+        pairs.append((_SPEAKERS.get(role, role), _message_text(message[keys[1]], keys[1], place)))
     return Conversation(tuple(pairs))
 
 
-def _message_text(content: object, where: str) -> str:
+def _message_text(content: object, field: str, where: str) -> str:
     """The text of a message, whose content may also be a list of parts (text, images, ...)."""
     if not isinstance(content, list):
-        return parse_text(content, f"{where}, field 'content'")
+        return parse_text(content, f"{where}, field {field!r}")
     parts = [part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
     return _checked_text("\n".join(parts), where)
 
@@ -127,7 +184,7 @@ def _checked_text(text: str, where: str) -> str:
 
 
 def _field_names() -> str:
-    return ", ".join(repr(field) for field in TEXT_FIELDS) + f" or {MESSAGES_FIELD!r}"
+    return f"{', '.join(map(repr, (*TEXT_FIELDS, MESSAGES_FIELD)))} or {SHAREGPT_FIELD!r}"
 
 
 def _kind(value: object) -> str:

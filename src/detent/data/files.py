@@ -6,8 +6,9 @@ import json
 import re
 from pathlib import Path
 
-from detent.data.documents import MESSAGES_FIELD, TEXT_FIELDS, Document, is_blank, parse_document, parse_text
+from detent.data.documents import CHAT_FIELDS, TEXT_FIELDS, Document, is_blank, parse_document, parse_text
 from detent.errors import DetentError
+from detent.external.files import MAX_DATA_BYTES, is_file, parse_json, read_bytes, status
 
 #: What a data file may be, by its suffix.
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
@@ -24,9 +25,19 @@ def read_documents(path: Path) -> list[Document]:
         DetentError: the file is missing, empty, of another kind, unreadable, or has no text in it. The message names
             the line, entry or row.
     """
-    if not path.exists():
+    suffix = check_data_file(path)
+    readers = {".txt": _read_txt, ".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    documents = [document for document in readers[suffix](path) if not is_blank(document)]
+    if not documents:
+        raise DetentError(f"The data file {path} holds no usable text: it has only blank entries or none.")
+    return documents
+
+
+def check_data_file(path: Path) -> str:
+    """The suffix of a data file. Raises DetentError where there is none that could be read."""
+    if status(path) is None:
         raise DetentError(f"The data file {path} does not exist.")
-    if not path.is_file():
+    if not is_file(path):
         raise DetentError(f"{path} is not a file. Name one data file ({', '.join(SUFFIXES)}) or a hub data set.")
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -34,11 +45,7 @@ def read_documents(path: Path) -> list[Document]:
         raise DetentError(f"{path}: a data file must end in one of {', '.join(SUFFIXES)}, found {found}.")
     if path.stat().st_size == 0:
         raise DetentError(f"The data file {path} is empty.")
-    readers = {".txt": _read_txt, ".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    documents = [document for document in readers[suffix](path) if not is_blank(document)]
-    if not documents:
-        raise DetentError(f"The data file {path} holds no usable text: it has only blank entries or none.")
-    return documents
+    return suffix
 
 
 def split_paragraphs(text: str) -> list[str]:
@@ -49,11 +56,9 @@ def split_paragraphs(text: str) -> list[str]:
 def _read_text(path: Path) -> str:
     try:
         # utf-8-sig drops the byte order mark that some editors write.
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_bytes(path, limit=MAX_DATA_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DetentError(f"{path}: byte {error.start} is not valid UTF-8. Save the file as UTF-8 text.") from error
-    except OSError as error:
-        raise DetentError(f"{path} cannot be read: {error.strerror}.") from error
     return text.replace("\r\n", "\n")
 
 
@@ -64,15 +69,13 @@ def _read_txt(path: Path) -> list[Document]:
 def _read_json(path: Path) -> list[Document]:
     text = _read_text(path)
     try:
-        content = json.loads(text)
-    except RecursionError as error:
-        raise DetentError(f"{path}: the JSON is nested too deeply to be a list of texts.") from error
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
+        content = parse_json(text, str(path))
+    except DetentError as error:
+        cause = error.__cause__
+        if isinstance(cause, json.JSONDecodeError) and cause.msg == "Extra data":
             # A whole value, then another: many data sets store one object a line under this suffix.
             return _parse_lines(text, path)
-        place = f"line {error.lineno}, column {error.colno}"
-        raise DetentError(f"{path}, {place}: not valid JSON ({error.msg}).") from error
+        raise
     return [parse_document(entry, f"{path}, entry {number}") for number, entry in enumerate(_entries(content, path), 1)]
 
 
@@ -82,9 +85,9 @@ def _entries(content: object, path: Path) -> list[object]:
         return content
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
-        if len(lists) == 1 and MESSAGES_FIELD not in content:
+        if len(lists) == 1 and not any(field in content for field in CHAT_FIELDS):
             return lists[0]
-        if any(field in content for field in (*TEXT_FIELDS, MESSAGES_FIELD)):
+        if any(field in content for field in (*TEXT_FIELDS, *CHAT_FIELDS)):
             return [content]
         raise DetentError(f"{path}: expected an object with exactly one list of texts, found {len(lists)} lists in it.")
     raise DetentError(f"{path}: expected a list of texts or of objects, found a single {type(content).__name__} value.")
@@ -100,12 +103,8 @@ def _parse_lines(text: str, path: Path) -> list[Document]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-            raise DetentError(f"{path}, line {number}: not valid JSON ({reason}).") from error
-        documents.append(parse_document(record, f"{path}, line {number}"))
+        where = f"{path}, line {number}"
+        documents.append(parse_document(parse_json(line, where), where))
     return documents
 
 
@@ -133,12 +132,12 @@ def find_text_column(columns: list[str], text_columns: list[str], where: str) ->
     Raises:
         DetentError: there is no such column, or more than one.
     """
-    for name in (*TEXT_FIELDS, MESSAGES_FIELD):
+    for name in (*TEXT_FIELDS, *CHAT_FIELDS):
         if name in columns:
             return name
     if len(text_columns) == 1:
         return text_columns[0]
-    usual = ", ".join((*TEXT_FIELDS, MESSAGES_FIELD))
+    usual = ", ".join((*TEXT_FIELDS, *CHAT_FIELDS))
     raise DetentError(
         f"{where}: cannot tell which column holds the text. It has the columns {', '.join(columns)}; "
         f"one must be named {usual}, or only one may hold text."
@@ -147,6 +146,6 @@ def find_text_column(columns: list[str], text_columns: list[str], where: str) ->
 
 def column_document(column: str, value: object, where: str) -> Document:
     """The document in one cell of a table."""
-    if column == MESSAGES_FIELD:
-        return parse_document({MESSAGES_FIELD: value}, where)
+    if column in CHAT_FIELDS:
+        return parse_document({column: value}, where)
     return parse_text(value, f"{where}, column {column!r}")

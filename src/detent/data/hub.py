@@ -5,7 +5,7 @@ Only data files are read. No code from a data set's repository ever runs.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import socket
 import threading
@@ -199,15 +199,23 @@ def _choose_split(splits: list[str], purpose: Purpose, name: str) -> str:
     )
 
 
+def missing_package(name: str) -> HubUnavailable | None:
+    """The error of a data set whose package isn't installed; None where it is."""
+    return _needs_package(name) if importlib.util.find_spec("datasets") is None else None
+
+
+def _needs_package(name: str) -> HubUnavailable:
+    return HubUnavailable(
+        f'The data set {name!r} needs the datasets package, which is not installed. Run: pip install "detent[datasets]"'
+    )
+
+
 def _load_rows(name: str, dataset: HubDataset, split: str | None, streaming: bool) -> Any:
     """The rows of one split (or every split by name): from the local cache where it has them, else from the hub."""
     try:
         import datasets
     except ImportError as error:
-        raise HubUnavailable(
-            f"The data set {name!r} needs the datasets package, which is not installed. "
-            'Run: pip install "detent[datasets]"'
-        ) from error
+        raise _needs_package(name) from error
     arguments: dict[str, Any] = {"path": dataset.repository, "name": dataset.config, "split": split}
     if int(datasets.__version__.split(".")[0]) < 4:
         # Later versions cannot run a repository's code at all, and complain about the argument.

@@ -12,15 +12,17 @@ from typing import Any
 
 from detent.data.builtin import Purpose, builtin_text
 from detent.data.documents import Document, render
-from detent.data.files import SUFFIXES, read_documents, split_paragraphs
+from detent.data.files import SUFFIXES, check_data_file, read_documents, split_paragraphs
 from detent.data.hub import (
     HUB_DATASETS,
     HubUnavailable,
     Sampling,
     find_dataset,
     load_hub_documents,
+    missing_package,
 )
 from detent.errors import DetentError
+from detent.external.files import status, user_path
 
 #: The name of the text that ships with Detent.
 BUILTIN = "builtin"
@@ -85,7 +87,7 @@ def load_texts(source: str | os.PathLike[str] | None, purpose: Purpose, limit: i
     if isinstance(source, str) and name in HUB_DATASETS:
         return _load_named(name, purpose, limit)
     if _names_a_path(name):
-        return _load_file(Path(name).expanduser(), purpose, limit)
+        return _load_file(user_path(name), purpose, limit)
     if _HUB_NAME.fullmatch(name):
         return _load_named(name, purpose, limit)
     raise DetentError(_unknown_source(name))
@@ -100,15 +102,19 @@ def check_source(source: str) -> None:
     if source == BUILTIN or source in HUB_DATASETS:
         return
     if _names_a_path(source):
-        if not Path(source).expanduser().exists():
-            raise DetentError(f"The data file {source} does not exist.")
+        check_data_file(user_path(source))
     elif not _HUB_NAME.fullmatch(source):
         raise DetentError(_unknown_source(source))
 
 
 def _names_a_path(name: str) -> bool:
-    path = Path(name).expanduser()
-    return path.exists() or path.suffix.lower() in SUFFIXES or name.startswith((".", "/", "~")) or path.is_absolute()
+    path = user_path(name)
+    return (
+        status(path) is not None
+        or path.suffix.lower() in SUFFIXES
+        or name.startswith((".", "/", "~"))
+        or path.is_absolute()
+    )
 
 
 def _unknown_source(name: str) -> str:
@@ -152,13 +158,23 @@ def _load_default(purpose: Purpose, limit: int | None) -> TextSource:
     try:
         return _load_hub(DEFAULT_SOURCES[purpose], purpose, limit)
     except HubUnavailable as error:
-        use = "Calibrating on" if purpose == "calibration" else "Measuring perplexity on"
-        option = f"{_OPTIONS[purpose]} FILE ({', '.join(SUFFIXES)})"
-        return _load_builtin(
-            purpose,
-            notice=f"No {purpose} text was named and the default one is not available: {str(error).rstrip('.')}. "
-            f"{use} the built-in text. For results that count, pass your own: {option}.",
-        )
+        return _load_builtin(purpose, notice=_builtin_notice(purpose, error))
+
+
+def missing_package_notice(purpose: Purpose) -> str | None:
+    """What to tell the user at the start where no text is named and the default one needs a package that isn't there;
+    `load_texts` says the same in its `notice`."""
+    error = missing_package(DEFAULT_SOURCES[purpose])
+    return None if error is None else _builtin_notice(purpose, error)
+
+
+def _builtin_notice(purpose: Purpose, error: HubUnavailable) -> str:
+    use = "Calibrating on" if purpose == "calibration" else "Measuring perplexity on"
+    return (
+        f"No {purpose} text was named and the default one is not available: {str(error).rstrip('.')}. "
+        f"{use} the built-in text. For results that count, pass your own: {_OPTIONS[purpose]} FILE"
+        f" ({', '.join(SUFFIXES)})."
+    )
 
 
 def _load_hub(name: str, purpose: Purpose, limit: int | None) -> TextSource:

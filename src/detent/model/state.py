@@ -9,6 +9,7 @@ involved.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +20,15 @@ from torch import Tensor, nn
 
 from detent.config import QuantizerAttributeConfig
 from detent.errors import DetentError
-from detent.formats import Format
+from detent.external.files import check_as, is_file, parse_json, unreadable, user_path
+from detent.external.schemas import SavedState
+from detent.formats import Format, Scales
+from detent.formats.stored import check_scales, check_stored
 from detent.model.conversion import is_quantized, named_quantizers, replace_quant_module
 from detent.model.rollback import unchanged_on_failure
 from detent.nn import QuantWeightBase, SequentialQuantizer, TensorQuantizer
 from detent.nn.attention import route_attention
+from detent.nn.packed_weight import packed_layout, unpack_codes
 from detent.nn.sequential import Quantizer, members_of
 
 #: What a weight can have been before it was packed.
@@ -75,17 +80,28 @@ def restore_from_detent_state(model: nn.Module, state: dict[str, Any]) -> nn.Mod
     """
     if is_quantized(model):
         raise DetentError("the model is quantized already; restore into a freshly built one")
-    if not isinstance(state, dict) or state.get("version") != _VERSION:
-        raise DetentError(f"not a state that this version of Detent can read (version {_VERSION} is)")
+    state = _checked(state, "the saved state")
     try:
         with unchanged_on_failure(model):
             replace_quant_module(model)
             _restore_quantizers(model, state["quantizers"])
             _restore_packed(model, state["packed"])
-    except (KeyError, AttributeError, TypeError) as error:
+    except (AttributeError, TypeError) as error:
         raise DetentError(f"the saved state doesn't fit {type(model).__name__}: {error!r}") from error
     route_attention(model)
     return model
+
+
+def _checked(state: Any, where: str) -> dict[str, Any]:
+    """A state as plain JSON, once it is known to be one."""
+    try:
+        state = json.loads(json.dumps(state))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DetentError(f"{where} is not the JSON that detent_state gives: {error}") from error
+    if not isinstance(state, dict) or state.get("version") != _VERSION:
+        raise DetentError(f"{where} is not one that this version of Detent can read (version {_VERSION} is)")
+    check_as(SavedState, state, where)
+    return state
 
 
 def _restore_quantizers(model: nn.Module, described: dict[str, Any]) -> None:
@@ -122,8 +138,11 @@ def _restore_packed(model: nn.Module, packed: dict[str, Any]) -> None:
         module = model.get_submodule(name)
         if not isinstance(module, QuantWeightBase):
             raise DetentError(f"{name} held a packed weight, but is a {type(module).__name__} here")
-        dtype = _DTYPES[description["dtype"]]
-        module.expect_packed(Format.from_dict(description["format"]), tuple(description["shape"]), dtype)
+        parameter, shape = module.weight_parameter, tuple(description["shape"])
+        own = None if parameter is None else tuple(module.to_output_first(parameter, module).shape)
+        if shape != own:
+            raise DetentError(f"{name} held a packed weight of shape {shape}, but its weight has shape {own} here")
+        module.expect_packed(Format.from_dict(description["format"]), shape, _DTYPES[description["dtype"]])
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -141,7 +160,7 @@ def save(model: nn.Module, path: str | Path) -> None:
 
     state = detent_state(model)
     tensors, state["aliases"] = _without_aliases(model.state_dict())
-    path = Path(path)
+    path = user_path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         save_file(tensors, temporary, metadata={_KEY: json.dumps(state)})
@@ -186,20 +205,20 @@ def restore(model: nn.Module | Callable[[], nn.Module], path: str | Path) -> nn.
     Raises:
         DetentError: the file is missing, damaged or not from `save`, or doesn't fit the model, which is then as it was.
     """
+    path = user_path(path)
     if not isinstance(model, nn.Module):
         model = model()
-    path = Path(path)
     tensors, state = _read(path)
-    aliases = state.pop("aliases", {})
+    aliases = state.get("aliases", {})
     missing = [name for name in aliases.values() if name not in tensors]
     if missing:
         raise DetentError(f"{path}: damaged: it holds no tensor {missing[0]!r}")
     tensors.update({alias: tensors[name] for alias, name in aliases.items()})
     with unchanged_on_failure(model):
         restore_from_detent_state(model, state)
-        _check_ranges(path, state["quantizers"], tensors)
-        _create_buffers(model, tensors)
+        _create_buffers(path, model, state["quantizers"], tensors)
         _check_fit(path, model, tensors)
+        _check_values(path, model, tensors)
         _load(model, tensors)
     return model
 
@@ -208,50 +227,128 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the description of a file that `save` wrote."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
+    if not is_file(path):
         raise DetentError(f"{path}: no such file")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
+            if _KEY not in metadata:
+                raise DetentError(f"{path}: holds no quantizer state; it was not written by detent.save")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except SafetensorError as error:
         raise DetentError(f"{path}: not a file that detent.save wrote, or damaged: {error}") from error
-    if _KEY not in metadata:
-        raise DetentError(f"{path}: holds no quantizer state; it was not written by detent.save")
-    try:
-        state = json.loads(metadata[_KEY])
-    except json.JSONDecodeError as error:
-        raise DetentError(f"{path}: damaged: its description is not JSON: {error}") from error
-    if not isinstance(state, dict) or not isinstance(state.get("aliases", {}), dict):
-        raise DetentError(f"{path}: damaged: its description is not that of a quantized model")
-    return tensors, state
+    return tensors, _checked(parse_json(metadata[_KEY], f"{path}: its description"), f"{path}: its description")
 
 
-def _create_buffers(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Buffers that exist only once calibrated or packed, on the device of the module that they belong to."""
+def _create_buffers(path: Path, model: nn.Module, described: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Buffers that exist only once calibrated or packed: those that the description and the formats ask for, on the
+    device of the module that they belong to."""
+    buffers = _described_buffers(described)
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
+        wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         if isinstance(module, TensorQuantizer):
             parent = model.get_submodule(name.rpartition(".")[0])
-            names = [n for n in TensorQuantizer._STATE if prefix + n in tensors]
+            for buffer in buffers.get(name, []):
+                if buffer not in TensorQuantizer._STATE or prefix + buffer not in tensors:
+                    raise DetentError(f"{path}: damaged: it holds no tensor {prefix + buffer!r}")
+                tensor = tensors[prefix + buffer]
+                wanted[buffer] = (tuple(tensor.shape), _dtype_of(module, buffer, tensor))
         elif isinstance(module, QuantWeightBase) and module.is_packed:
-            parent, names = module, [k.removeprefix(prefix) for k in tensors if k.startswith(prefix + module._PACKED)]
-        else:
-            continue
-        device = next((t.device for t in parent.parameters()), next(model.parameters(), torch.empty(0)).device)
-        for buffer in names:
-            module.register_buffer(buffer, torch.empty_like(tensors[prefix + buffer], device=device))
+            parent, layout = module, packed_layout(module._packed_format, module._packed_shape)
+            wanted = {module._PACKED + field: what for field, what in layout.items()}
+        device = (
+            next((t.device for t in parent.parameters()), next(model.parameters(), torch.empty(0)).device)
+            if wanted
+            else None
+        )
+        for buffer, (shape, dtype) in wanted.items():
+            found = tensors.get(prefix + buffer)
+            if found is None or tuple(found.shape) != shape or found.dtype != dtype:
+                told = "missing" if found is None else f"{found.dtype} {tuple(found.shape)}"
+                raise DetentError(
+                    f"{path}: damaged: {prefix + buffer} is {told}, not {dtype} {shape} as its format has it"
+                )
+            module.register_buffer(buffer, torch.empty_like(found, device=device))
 
 
-def _check_ranges(path: Path, described: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Every range that a quantizer is described to have must be there: without it, it would go on as a dynamic one."""
+def _described_buffers(described: dict[str, Any]) -> dict[str, list[str]]:
+    """The names of the calibrated tensors of each quantizer, those in sequences one by one. Without a range that it had
+    a quantizer would go on as a dynamic one."""
+    found: dict[str, list[str]] = {}
     for name, description in described.items():
         members = enumerate(description) if isinstance(description, list) else [(None, description)]
         for index, member in members:
-            prefix = name if index is None else f"{name}.{index}"
-            lost = [b for b in member.get("buffers", []) if f"{prefix}.{b}" not in tensors]
-            if lost:
-                raise DetentError(f"{path}: damaged: it holds no tensor '{prefix}.{lost[0]}'")
+            found[name if index is None else f"{name}.{index}"] = member.get("buffers", [])
+    return found
+
+
+def _dtype_of(quantizer: TensorQuantizer, buffer: str, tensor: Tensor) -> torch.dtype:
+    """What dtype a calibrated tensor has; those that follow the model's may have any floating-point one."""
+    fmt = quantizer.format
+    known = dict.fromkeys(("_amax", "_low", "_high", "_global_amax", "_outer_scale"), torch.float32)
+    known |= {"_scale": fmt.scale.stored_dtype, "_fused_rotation": torch.int32}
+    known["_zero_point"] = torch.int32 if fmt.zero_point == "int" else torch.float32
+    free = tensor.dtype if tensor.is_floating_point() and tensor.element_size() > 1 else torch.float32
+    return known.get(buffer, free)
+
+
+def _check_values(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Refuse values that cannot have been saved: NaN, infinite weights, ranges and scales that are none."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            low, high = (float(v) for v in torch.aminmax(tensor.float()))
+            if low != low or (name in parameters and not (math.isfinite(low) and math.isfinite(high))):
+                raise DetentError(f"{path}: damaged: {name} holds NaN or infinity")
+    for name, module in model.named_modules():
+        where, prefix = f"{path}: damaged: {name}", f"{name}." if name else ""
+        if isinstance(module, TensorQuantizer):
+            state = {b: tensors[prefix + b] for b in TensorQuantizer._STATE if prefix + b in tensors}
+            _check_ranges(where, module, state)
+            if name.endswith("weight_quantizer") or name.rpartition(".")[0].endswith("weight_quantizer"):
+                _check_tiles(where, model, name, module, state)
+        elif isinstance(module, QuantWeightBase) and module.is_packed:
+            layout = packed_layout(module._packed_format, module._packed_shape)
+            fields = {field: tensors[prefix + module._PACKED + field] for field in layout}
+            check_stored(unpack_codes(fields, module._packed_format, module._packed_shape), where)
+
+
+def _check_ranges(where: str, quantizer: TensorQuantizer, state: dict[str, Tensor]) -> None:
+    for buffer in ("_amax", "_global_amax", "_low", "_high", "_pre_quant_scale"):
+        if buffer in state and not bool(torch.isfinite(state[buffer]).all()):
+            raise DetentError(f"{where}.{buffer} is not finite")
+    for buffer in ("_amax", "_global_amax"):
+        if buffer in state and bool((state[buffer] < 0).any()):
+            raise DetentError(f"{where}.{buffer} is a largest magnitude and yet negative")
+    if ("_low" in state) != ("_high" in state):
+        raise DetentError(f"{where} has one end of its range without the other")
+    if "_low" in state and (
+        state["_low"].shape != state["_high"].shape or bool((state["_low"] > state["_high"]).any())
+    ):
+        raise DetentError(f"{where}: the low end of a range lies above its high end")
+    empty = torch.empty(0, dtype=quantizer.format.scale.stored_dtype)
+    check_scales(
+        quantizer.format, Scales(state.get("_scale", empty), state.get("_zero_point"), state.get("_outer_scale")), where
+    )
+
+
+def _check_tiles(where: str, model: nn.Module, name: str, quantizer: TensorQuantizer, state: dict[str, Tensor]) -> None:
+    """A weight's range has one value for each tile of the weight."""
+    owner = model.get_submodule(name[: name.rindex("weight_quantizer")].rstrip("."))
+    parameter = owner.weight_parameter if isinstance(owner, QuantWeightBase) else None
+    if parameter is None or not isinstance(owner, QuantWeightBase):
+        return
+    shape = tuple(owner.to_output_first(parameter, owner).shape)
+    tiles = math.prod(quantizer.format.granularity.grid(shape))
+    for buffer in ("_amax", "_low", "_high", "_scale", "_zero_point"):
+        if buffer in state and state[buffer].numel() != tiles:
+            raise DetentError(
+                f"{where}.{buffer} has {state[buffer].numel()} values, but a weight of shape {shape} with"
+                f" {quantizer.format.granularity} has {tiles} scales"
+            )
 
 
 def _check_fit(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:

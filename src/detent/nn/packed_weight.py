@@ -14,6 +14,7 @@ from torch import Tensor
 
 from detent.formats import Format, QTensor
 from detent.formats.packing import pack, unpack
+from detent.formats.stored import stored_layout
 
 
 def pack_codes(q: QTensor) -> dict[str, Tensor]:
@@ -24,6 +25,16 @@ def pack_codes(q: QTensor) -> dict[str, Tensor]:
     if q.micro is not None:
         tensors["micro"] = pack(_rows(q.micro), 1)
     return tensors
+
+
+def packed_layout(fmt: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of each tensor that `pack_codes` makes of a weight of this format and shape."""
+    layout = stored_layout(fmt, shape)
+    for name, bits in (("codes", fmt.bits), ("micro", 1)):
+        if name in layout and bits < 8:
+            whole = layout[name][0]
+            layout[name] = ((whole[0], -(-math.prod(whole[1:]) * bits // 8)), torch.uint8)
+    return layout
 
 
 def unpack_codes(tensors: dict[str, Tensor], fmt: Format, shape: tuple[int, ...]) -> QTensor:

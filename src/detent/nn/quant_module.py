@@ -16,7 +16,7 @@ from detent.distributed import ParallelState
 from detent.errors import DetentError
 from detent.formats import Format, QTensor, decode
 from detent.nn.kept_weight import KeptWeight
-from detent.nn.packed_weight import pack_codes, unpack_codes
+from detent.nn.packed_weight import pack_codes, packed_layout, unpack_codes
 from detent.nn.sequential import Quantizer, SequentialQuantizer
 from detent.nn.tensor_quantizer import TensorQuantizer
 
@@ -182,14 +182,19 @@ class QuantWeightBase(QuantModule):
             self._packed_dtype = fn(torch.empty(0, dtype=self._packed_dtype)).dtype
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):  # type: ignore[no-untyped-def]
-        """Buffers of a packed weight that came with a description but without tensors are created here."""
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
+        """Buffers of a packed weight that came with a description but without tensors are created here: those that its
+        format asks for, whatever the `state_dict` brings."""
         if self.is_packed:
-            for key in [k for k in state_dict if k.startswith(prefix + self._PACKED)]:
-                name = key.removeprefix(prefix)
+            for field, (shape, dtype) in packed_layout(self._packed_format, self._packed_shape).items():
+                name = self._PACKED + field
+                value = state_dict.get(prefix + name)
+                if value is not None and value.dtype != dtype:
+                    errors.append(f"{prefix}{name} is {value.dtype}, but its format has {dtype}")
                 if self._buffers.get(name) is None:
-                    self.register_buffer(name, torch.empty_like(state_dict[key]))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+                    device = None if value is None else value.device
+                    self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_kept_weight"}

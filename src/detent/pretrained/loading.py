@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from detent.checkpoints import Source
 from detent.errors import DetentError
+from detent.external.model_folder import local_folder
 from detent.formats.qtensor import all_finite
 from detent.progress import track
 
@@ -34,8 +35,8 @@ def resolve_folder(model_dir: str, revision: str | None = None) -> Path:
     Raises:
         DetentError: neither a folder nor a model that the hub or its cache holds.
     """
-    path = Path(model_dir).expanduser()
-    if path.exists() or model_dir.count("/") != 1 or model_dir.startswith((".", "/", "~")):
+    path = local_folder(model_dir)
+    if path is not None:
         return path  # a folder, or something that opening it as one explains
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, tensor by tensor, from file headers alone."""
+"""What a checkpoint folder holds, tensor by tensor, from file headers and scales."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from detent.checkpoints import QuantizedCheckpoint, Source, open_quantized, quant_method
+from detent.errors import DetentError
 
 
-def contents(folder: Path) -> dict[str, Any]:
+def contents(folder: str | Path) -> dict[str, Any]:
     """Every logical tensor: a quantized weight counts as one, with its codes, scales and zero points together.
 
     Returns:
@@ -25,6 +26,9 @@ def contents(folder: Path) -> dict[str, Any]:
     kept = list(source.tensors)
     if method is not None:
         checkpoint = open_quantized(folder)
+        checkpoint.check()
+        if not checkpoint.described:
+            _check_shapes(checkpoint)
         kept = checkpoint.kept
         tensors += _quantized(checkpoint)
     for name in kept:
@@ -43,6 +47,24 @@ def contents(folder: Path) -> dict[str, Any]:
             "bits_per_parameter": size * 8 / max(1, parameters),
         },
     }
+
+
+def _check_shapes(checkpoint: QuantizedCheckpoint) -> None:
+    """Compare the shapes that a file of another tool amounts to with those that its config.json asks for. Nothing is
+    compared where the architecture is known to code of its own alone."""
+    from detent.engine.models import load_config, model_on_meta
+
+    try:
+        model = model_on_meta(load_config(checkpoint.path, values=checkpoint.config))
+    except DetentError:
+        return
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, layer in checkpoint.formats.layers.items():
+        wanted = shapes.get(f"{name}.weight", layer.shape)
+        if layer.weight is not None and layer.shape != wanted:
+            raise DetentError(
+                f"{checkpoint.path}: {name} holds a weight of shape {layer.shape}, but config.json calls for {wanted}"
+            )
 
 
 def _quantized(checkpoint: QuantizedCheckpoint) -> list[dict[str, Any]]:

@@ -48,6 +48,8 @@ def evaluate_checkpoint(
     evaluation = evaluation or EvaluationOptions()
     folder, builtin = model_folder(model_options)
     source = Source(folder, quantized=quantized is not False)
+    if not builtin:
+        run.tell_about_texts(None, evaluation)
     method = quant_method(source.config)
     if quantized and method is None:
         raise DetentError(f"{folder} is not quantized: its config.json has no quantization_config")

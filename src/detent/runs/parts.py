@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from detent.checkpoints import LayerFormats, QuantizedCheckpoint, Source
-from detent.data import CalibrationBatches
+from detent.data.batches import CalibrationBatches
 from detent.plan.plan import Plan
 from detent.report.run_report import AlgorithmReport, Calibration, LayerReport, Weights
 from detent.runs.simulate import SimulatedLayer

@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 
-from detent.checkpoints import Source, add_to_manifest, check_target
+from detent.checkpoints import Source
 from detent.config import Scheme, kv_cache_format, parse_scheme
+from detent.config.algorithm import parse_algorithm
 from detent.config.algorithm_names import named_algorithms
-from detent.data import CalibrationBatches, check_source, check_vocabulary, load_texts, token_batches
+from detent.data import check_source, load_texts
+from detent.data.batches import CalibrationBatches, check_vocabulary, token_batches
 from detent.engine.data_loop import run_batches
 from detent.errors import DetentError
+from detent.external.files import user_path
+from detent.external.output import add_to_manifest, check_target
 from detent.formats import Format
 from detent.model.kv_cache import floor_kv_scales
 from detent.notices import collected_notices
@@ -62,11 +66,16 @@ def quantize_checkpoint(
     """
     run = run or Run()
     calibration, evaluation = calibration or CalibrationOptions(), evaluation or EvaluationOptions()
-    output = Path(output_dir)
+    output = user_path(output_dir)
     folder, builtin = model_folder(model_options)
     scheme, kv_cache = _formats(scheme_options, builtin)
     steps = _algorithms(algorithms or AlgorithmOptions(), run)
-    check_target(output, source=folder, overwrite=overwrite)
+    calibrates = scheme.needs_data or (kv_cache is not None and not kv_cache.dynamic)
+    calibrates |= any(step.needs_data for step in parse_algorithm(steps))
+    if not builtin:
+        run.tell_about_texts(calibration if calibrates else None, evaluation)
+    for notice in check_target(output, source=folder, overwrite=overwrite):
+        run.notify(notice)
     source = Source(folder)
     trust = model_options.trust_remote_code
     config = load_config(folder, trust_remote_code=trust)

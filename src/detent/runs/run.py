@@ -10,10 +10,11 @@ from typing import Any
 
 from detent._version import __version__
 from detent.data import sample_model_dir
+from detent.data.text import missing_package_notice
 from detent.pretrained.loading import resolve_folder
 from detent.report.resources import peak_device_memory_bytes, peak_memory_bytes
 from detent.report.run_report import RunReport
-from detent.runs.options import ModelOptions
+from detent.runs.options import CalibrationOptions, EvaluationOptions, ModelOptions
 
 BUILTIN_MODEL = "the built-in sample model"
 
@@ -32,6 +33,13 @@ class Run:
         if text not in self.notices:
             self.notices.append(text)
             self.hear(text)
+
+    def tell_about_texts(self, calibration: CalibrationOptions | None, evaluation: EvaluationOptions) -> None:
+        """At the start: that the default texts of what will be done need a package that isn't installed."""
+        if calibration is not None and calibration.dataset is None and (notice := missing_package_notice("calibration")):
+            self.notify(notice)
+        if not evaluation.skip and evaluation.dataset is None and (notice := missing_package_notice("evaluation")):
+            self.notify(notice)
 
     def report(self, **parts: Any) -> RunReport:
         """The report, with everything that the run itself knows filled in."""

@@ -73,12 +73,28 @@ def _infer_layer(source: Source, config: dict[str, Any], module: str) -> LayerFo
 
 
 def _infer_shape(source: Source, module: str, fmt: Format | None) -> tuple[int, ...]:
-    if f"{module}.weight_shape" in source.tensors:
-        return tuple(int(n) for n in source.tensor(f"{module}.weight_shape"))
-    if f"{module}.weight_packed" in source.tensors and fmt is not None:
-        rows, packed = source.info(f"{module}.weight_packed").shape
-        return rows, packed * 8 // fmt.element.bits
-    return source.info(f"{module}.weight").shape
+    name = next(
+        n for n in ("weight_shape", "weight_packed", "weight") if f"{module}.{n}" in source.tensors or n == "weight"
+    )
+    info = source.info(f"{module}.{name}")
+    shape = info.shape
+    if name == "weight_shape":
+        if info.dtype not in (torch.int64, torch.int32) or shape != (2,):
+            raise DetentError(
+                f"{source.path / info.file}: {module}.weight_shape is {info.dtype} {shape}, not two integers"
+            )
+        shape = tuple(source.tensor(f"{module}.weight_shape").tolist())
+    elif name == "weight_packed" and fmt is not None and len(shape) == 2:
+        shape = (shape[0], shape[1] * 8 // fmt.element.bits)
+    if len(shape) != 2 or min(shape) < 1:
+        raise DetentError(f"{source.path}: {module}: a weight of shape {shape}; compressed-tensors holds matrices only")
+    group = None if fmt is None else fmt.granularity.group_size
+    if group is not None and shape[1] % group:
+        raise DetentError(
+            f"{source.path}: {module}: {shape[1]} input features in groups of {group}; compressed-tensors has no short"
+            " last group, so the file is damaged"
+        )
+    return shape
 
 
 def _group_of(source: Source, config: dict[str, Any], module: str) -> dict[str, Any]:

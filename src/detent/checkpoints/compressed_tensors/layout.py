@@ -22,13 +22,15 @@ from detent.checkpoints.records import (
     ModelFormats,
     assemble,
     describe,
-    has_outer,
     parse_description,
 )
 from detent.checkpoints.source import Source
 from detent.errors import DetentError
+from detent.external.files import check_as, parse_json
+from detent.external.schemas import CompressedTensorsConfig
 from detent.formats import E2M1, E2M3, Format, Integer, QTensor, Scales
 from detent.formats.packing import pack, pack_int32, unpack, unpack_int32
+from detent.formats.stored import check_scales, check_stored, has_outer
 
 #: The version of compressed-tensors whose layout this is.
 VERSION = "0.20.0"
@@ -170,22 +172,23 @@ class CompressedTensorsReader:
         formats: the formats of the model. Where another tool wrote the file they are made from config.json, which
             leaves out how scales were computed; codes and scales are read exactly all the same.
         used: the names of all tensors that belong to quantized layers or to the key/value cache.
+        described: whether Detent wrote it, and left a description.
     """
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self._outer: dict[str, dict[str, str]] = {}
+        where = f"{source.path / 'config.json'}: quantization_config"
+        check_as(CompressedTensorsConfig, source.config["quantization_config"], where)
         foreign.refuse_what_is_not_read(source)
         note = source.metadata.get(METADATA_KEY)
+        self.described = note is not None
         if note is None:
             self.formats = foreign.infer_formats(source)
         else:
-            try:
-                description = json.loads(note)
-                self._outer = description["outer_scales"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise DetentError(f"{source.path}: the metadata that Detent wrote is damaged ({error!r})") from error
+            description = parse_json(note, f"{source.path}: the metadata that Detent wrote")
             self.formats = parse_description(description, str(source.path))
+            self._outer = description.get("outer_scales", {})
         self.used = {name for name in source if self._belongs(*foreign.split(name))}
 
     def _belongs(self, module: str, part: str) -> bool:
@@ -211,71 +214,124 @@ class CompressedTensorsReader:
             lambda side, fmt: self._calibrated(name, side, fmt),
         )
 
+    def check(self) -> None:
+        """Look at everything but codes: that all tensors are there, in the shapes and dtypes of their formats, and that
+        scales are such as can have been written.
+
+        Raises:
+            DetentError: naming the tensor.
+        """
+        for name, layer in self.formats.layers.items():
+            if layer.weight is not None:
+                self._expect_codes(name, layer.weight, layer.shape)
+                self._weight_scales(name, layer.weight, layer.shape)
+            for side in ("input", "output"):
+                fmt = getattr(layer, side)
+                if fmt is not None and not fmt.dynamic:
+                    self._calibrated(name, side, fmt)
+        self.kv_scales()
+
     def kv_scales(self) -> dict[str, tuple[Scales, Scales]]:
         """(scales of keys, scales of values) by attention module; empty where none were calibrated."""
         kv_cache = self.formats.kv_cache
         if kv_cache is None or kv_cache.dynamic:
             return {}
-        modules = [name.removesuffix(".k_scale") for name in self.source if name.endswith(".k_scale")]
-        return {
-            module: (
-                Scales(self._tensor(f"{module}.k_scale", (), kv_cache.scale.stored_dtype)),
-                Scales(self._tensor(f"{module}.v_scale", (), kv_cache.scale.stored_dtype)),
-            )
-            for module in modules
-        }
+        modules = dict.fromkeys(foreign.split(n)[0] for n in self.source if n.endswith((".k_scale", ".v_scale")))
 
-    def _tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor of this shape and dtype; a scalar may be stored with the shape (1,)."""
+        def scales(name: str) -> Scales:
+            found = Scales(self._tensor(name, (), kv_cache.scale.stored_dtype))
+            check_scales(kv_cache, found, self._place(name))
+            return found
+
+        return {module: (scales(f"{module}.k_scale"), scales(f"{module}.v_scale")) for module in modules}
+
+    def _place(self, name: str) -> str:
+        return f"{self.source.path / self.source.info(name).file}: {name}"
+
+    def _expect(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Raise DetentError unless a tensor has this shape and dtype; a scalar may be stored with the shape (1,)."""
         info = self.source.info(name)
         if info.dtype != dtype or (info.shape != shape and not (shape == () and info.shape == (1,))):
             raise DetentError(
                 f"{self.source.path / info.file}: {name} is {info.dtype} {info.shape},"
                 f" not {dtype} {shape} as config.json says"
             )
+
+    def _tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of this shape and dtype, read now."""
+        self._expect(name, shape, dtype)
         return self.source.tensor(name).reshape(shape)
 
     def _calibrated(self, name: str, side: str, fmt: Format) -> Scales:
+        scale_name = f"{name}.{side}_scale"
         if has_outer(fmt):
             empty = torch.empty(0, dtype=fmt.scale.stored_dtype)
-            return Scales(empty, outer_scale=self._outer_scale(name, side))
-        scale = self._tensor(f"{name}.{side}_scale", (), fmt.scale.stored_dtype)
-        if fmt.zero_point != "int":
-            return Scales(scale)
-        zero_point = self._tensor(f"{name}.{side}_zero_point", (), torch.int8)
-        return Scales(scale, zero_point.to(torch.int32) + _offset(fmt))
+            scale_name = f"{name}.{side}_global_scale"
+            scales = Scales(empty, outer_scale=self._outer_scale(name, side))
+        else:
+            scales = Scales(self._tensor(scale_name, (), fmt.scale.stored_dtype))
+            if fmt.zero_point == "int":
+                zero_point = self._tensor(f"{name}.{side}_zero_point", (), torch.int8)
+                scales = Scales(scales.scale, zero_point.to(torch.int32) + _offset(fmt))
+        check_scales(fmt, scales, self._place(scale_name))
+        return scales
 
     def _outer_scale(self, name: str, side: str) -> Tensor:
         stored = self._tensor(f"{name}.{side}_global_scale", (), torch.float32)
         exact = self._outer.get(name, {}).get(side)
         if exact is None:
             return 1.0 / stored
-        outer = torch.tensor(float.fromhex(exact), dtype=torch.float32)
+        try:
+            outer = torch.tensor(float.fromhex(exact), dtype=torch.float32)
+        except (ValueError, OverflowError):
+            outer = torch.zeros((), dtype=torch.float32)
         if not torch.equal(1.0 / outer, stored):
             raise DetentError(f"{self.source.path}: {name}.{side}_global_scale is not the one Detent wrote")
         return outer
 
     def _weight(self, name: str, fmt: Format, shape: tuple[int, ...]) -> QTensor:
+        scales = self._weight_scales(name, fmt, shape)
+        q = QTensor(fmt, shape, self._codes(name, fmt, shape), scales.scale, scales.zero_point, scales.outer_scale)
+        return check_stored(q, f"{self.source.path}: {name}")
+
+    def _weight_scales(self, name: str, fmt: Format, shape: tuple[int, ...]) -> Scales:
         grid = fmt.granularity.grid(shape)
         scale = self._tensor(f"{name}.weight_scale", grid, fmt.scale.stored_dtype)
         outer = self._outer_scale(name, "weight") if has_outer(fmt) else None
-        codes = self._codes(name, fmt, shape)
-        return QTensor(fmt, shape, codes, scale, self._zero_point(name, fmt, grid, shape), outer)
+        scales = Scales(scale, self._zero_point(name, fmt, grid, shape), outer)
+        check_scales(fmt, scales, self._place(f"{name}.weight_scale"))
+        return scales
+
+    def _expect_codes(self, name: str, fmt: Format, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...], torch.dtype]:
+        """(name, shape, dtype) of the tensor that holds a weight's codes, once it is known to be there.
+
+        Raises:
+            DetentError: it is missing or of another shape or dtype, or the file says another shape of the weight.
+        """
+        (rows, columns), bits = shape, fmt.element.bits
+        told = f"{name}.weight_shape"
+        if told in self.source.tensors and tuple(self._tensor(told, (2,), torch.int64).tolist()) != shape:
+            raise DetentError(f"{self._place(told)}: it is not {shape}, the shape of the weight")
+        stored = f"{name}.weight_packed", (rows, -(-columns * bits // 32)), torch.int32
+        if stored[0] not in self.source.tensors:
+            integer = isinstance(fmt.element, Integer)
+            stored = f"{name}.weight", shape, torch.int8 if integer else fmt.element.storage_dtype
+        elif fmt.element in (E2M1, E2M3):
+            stored = stored[0], (rows, -(-columns * bits // 8)), torch.uint8
+        self._expect(*stored)
+        return stored
 
     def _codes(self, name: str, fmt: Format, shape: tuple[int, ...]) -> Tensor:
-        rows, columns = shape
-        bits = fmt.element.bits
-        packed = f"{name}.weight_packed"
-        if packed not in self.source.tensors:
+        stored, _, dtype = self._expect_codes(name, fmt, shape)
+        codes, bits = self.source.tensor(stored), fmt.element.bits
+        if not stored.endswith("_packed"):
             if not isinstance(fmt.element, Integer):
-                return self._tensor(f"{name}.weight", shape, fmt.element.storage_dtype)
-            signed = self._tensor(f"{name}.weight", shape, torch.int8)
-            return (signed.to(torch.int16) + _offset(fmt)).to(fmt.element.storage_dtype)
-        if fmt.element in (E2M1, E2M3):
-            return unpack(self._tensor(packed, (rows, -(-columns * bits // 8)), torch.uint8), bits, columns)
-        unsigned = unpack_int32(self._tensor(packed, (rows, -(-columns * bits // 32)), torch.int32), bits, columns)
+                return codes
+            return (codes.to(torch.int16) + _offset(fmt)).to(fmt.element.storage_dtype)
+        if dtype == torch.uint8:
+            return unpack(codes, bits, shape[1])
         half = 2 ** (bits - 1) - _offset(fmt)
-        return (unsigned.to(torch.int16) - half).to(fmt.element.storage_dtype)
+        return (unpack_int32(codes, bits, shape[1]).to(torch.int16) - half).to(fmt.element.storage_dtype)
 
     def _zero_point(self, name: str, fmt: Format, grid: tuple[int, ...], shape: tuple[int, ...]) -> Tensor | None:
         if fmt.zero_point != "int":

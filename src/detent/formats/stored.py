@@ -1,0 +1,119 @@
+"""What codes and scales that come from a file must be: the shapes and dtypes that a format gives them, and values that
+`encode` could have written. Anything else would decode to wrong numbers without a word.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from detent.errors import DetentError
+from detent.formats.elements import Integer, Table
+from detent.formats.format import Format
+from detent.formats.qtensor import QTensor, Scales
+from detent.formats.scales import FloatScale, PowerOfTwoScale
+
+#: The byte that stands for NaN in E8M0 (OCP MX 1.0). Block floating point (``carry``) has a number there.
+_E8M0_NAN = 255
+
+
+def has_outer(fmt: Format) -> bool:
+    """Whether a format keeps one more scale for the whole tensor: the scale of the scales, or that of its base."""
+    return fmt.base is not None or (isinstance(fmt.scale, FloatScale) and fmt.scale.outer)
+
+
+def stored_layout(fmt: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of each tensor of a `QTensor` of this format and shape, by the name of its field."""
+    grid = fmt.granularity.grid(shape)
+    layout = {"codes": (shape, fmt.element.storage_dtype), "scale": (grid, fmt.scale.stored_dtype)}
+    if fmt.zero_point in ("int", "float"):
+        layout["zero_point"] = (grid, torch.int32 if fmt.zero_point == "int" else torch.float32)
+    if has_outer(fmt):
+        layout["outer_scale"] = ((), torch.float32)
+    if isinstance(fmt.scale, PowerOfTwoScale) and fmt.scale.micro:
+        layout["micro"] = ((*shape[:-1], math.ceil(shape[-1] / fmt.scale.micro)), torch.uint8)
+    return layout
+
+
+def check_scales(fmt: Format, scales: Scales, where: str) -> None:
+    """Refuse scales that are zero, negative, NaN or infinite, and zero points that are no codes.
+
+    Raises:
+        DetentError: naming `where`, and what was found.
+    """
+    stored = scales.scale
+    if isinstance(fmt.scale, PowerOfTwoScale):
+        if fmt.scale.rounding != "carry" and bool((stored == _E8M0_NAN).any()):
+            raise DetentError(f"{where}: a scale is NaN (byte {_E8M0_NAN}); the file is damaged")
+    else:
+        _check_positive(fmt.scale.load(stored), "scale", where)
+    if scales.outer_scale is not None:
+        _check_positive(scales.outer_scale, "outer scale", where)
+    zero = scales.zero_point
+    if zero is None or not zero.numel():
+        return
+    low, high = float(zero.min()), float(zero.max())
+    least, most = (fmt.element.minimum, fmt.element.maximum) if fmt.zero_point == "int" else (-math.inf, math.inf)
+    if not (least <= low and high <= most and math.isfinite(low) and math.isfinite(high)):
+        raise DetentError(
+            f"{where}: zero points from {low:g} to {high:g}; {fmt.element.name} takes {least:g} to {most:g}"
+        )
+
+
+def check_codes(fmt: Format, codes: Tensor, where: str) -> None:
+    """Refuse codes that stand for nothing: beyond the element's range, or NaN.
+
+    Raises:
+        DetentError: naming `where`.
+    """
+    if not codes.numel():
+        return
+    if codes.dtype.is_floating_point:
+        # FP8: only bit patterns with all exponent bits set can be NaN or infinite.
+        worst = codes.view(torch.uint8) & 0x7F
+        top = 0x7F if codes.dtype == torch.float8_e4m3fn else 0x7C
+        if bool((worst >= top).any()):
+            raise DetentError(f"{where}: the weight holds NaN or infinity; the file is damaged")
+    elif isinstance(fmt.element, Integer | Table) and fmt.element.bits < 8 or isinstance(fmt.element, Table):
+        least, most = (0, len(fmt.element.entries) - 1) if isinstance(fmt.element, Table) else _bounds(fmt.element)
+        low, high = map(int, torch.aminmax(codes))
+        if low < least or high > most:
+            raise DetentError(f"{where}: codes from {low} to {high}; {fmt.element.name} has {least} to {most}")
+
+
+def _bounds(element: Integer) -> tuple[int, int]:
+    """The range of all codes of that width, the one that narrow formats leave out included."""
+    least = -(2 ** (element.bits - 1)) if element.signed else 0
+    return least, least + 2**element.bits - 1
+
+
+def check_stored(q: QTensor, where: str) -> QTensor:
+    """`q` itself, once its codes and scales are known to be ones that its format can have written.
+
+    Raises:
+        DetentError: naming `where`, the field, and what was found.
+    """
+    layout, found = stored_layout(q.format, q.shape), q.tensors()
+    for name in layout.keys() | found.keys():
+        have = (tuple(found[name].shape), found[name].dtype) if name in found else None
+        if have != layout.get(name):
+            raise DetentError(
+                f"{where}: {name} is {_told(have)}, but {q.format} of shape {q.shape} has {_told(layout.get(name))}"
+            )
+    check_scales(q.format, q.scales, where)
+    check_codes(q.format, q.codes, where)
+    return q
+
+
+def _told(layout: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    return "missing" if layout is None else f"{layout[1]} {layout[0]}"
+
+
+def _check_positive(values: Tensor, what: str, where: str) -> None:
+    if not values.numel():
+        return
+    low, high = (float(v) for v in torch.aminmax(values.to(torch.float32)))
+    if not (low > 0 and math.isfinite(high)):  # NaN makes both NaN
+        raise DetentError(f"{where}: {what}s from {low:g} to {high:g}; they have to be positive and finite")
