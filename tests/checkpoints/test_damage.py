@@ -68,6 +68,13 @@ def damaged(
     return folder
 
 
+def read_all(folder: Path) -> None:
+    checkpoint = open_quantized(folder)
+    checkpoint.kv_scales()
+    for name in checkpoint.formats.layers:
+        checkpoint.layer(name)
+
+
 def refused(folder: Path, match: str) -> None:
     """By `inspect`, and by whoever reads all of it."""
     with pytest.raises(DetentError, match=match) as caught:
@@ -75,10 +82,7 @@ def refused(folder: Path, match: str) -> None:
     if "config.json calls for" in str(caught.value):
         return  # what only the model knows, and everyone who makes one
     with pytest.raises(DetentError, match=match):
-        checkpoint = open_quantized(folder)
-        checkpoint.kv_scales()
-        for name in checkpoint.formats.layers:
-            checkpoint.layer(name)
+        read_all(folder)
 
 
 @pytest.mark.parametrize("note", [True, False])

@@ -94,7 +94,7 @@ class TestData:
         (tmp_path / "garbage.json").write_text("{")
         outcome = place.quantize("--dataset", tmp_path / "garbage.json", scheme="w_fp8_a_fp8", run=detent)
         assert outcome.code == 2
-        assert "not valid JSON" in outcome.err
+        assert "is not JSON" in outcome.err
         place.quantize(scheme="w_fp8_a_fp8")
         assert place.report["calibration"] == {"source": str(place.calibration), "samples": 4, "tokens": 128}
 

@@ -409,7 +409,7 @@ class TestRendering:
             ("{{ messages[99].content.x }}", "no element 99"),
             ("{{ messages + 1 }}", "concatenate list"),
             ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-            ("{% for a in messages %}", "unexpected end"),
+            ("{% for a in messages %}", "Unexpected end"),
             ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "may not end"),
             ("{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}", "may not end"),
         ],
