@@ -15,6 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import detent
+
 ROOT = Path(__file__).parents[1]
 
 # Composed, so that this file does not contain what it looks for.
@@ -116,10 +118,12 @@ def test_make_knows_what_the_documents_promise() -> None:
 
 
 def test_version_is_told_once() -> None:
-    """The package's version, where it tells one, is the project's, and the change log has an entry for it."""
-    detent = pytest.importorskip("detent")
-    version = pyproject()["project"]["version"]
-    assert getattr(detent, "__version__", version) == version
+    """In the package; the build takes it from there, and the change log has an entry for it."""
+    project = pyproject()
+    assert "version" not in project["project"] and project["project"]["dynamic"] == ["version"]
+    told = (ROOT / project["tool"]["hatch"]["version"]["path"]).read_text(encoding="utf-8")
+    (version,) = re.findall(r'^__version__ = "(.+)"$', told, flags=re.MULTILINE)
+    assert detent.__version__ == version
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
@@ -129,7 +133,7 @@ def test_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
     expected = {str(path.relative_to(ROOT / "src")) for path in git_files() if (ROOT / "src") in path.parents}
     command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = tmp_path.glob(f"detent-{detent.__version__}-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if name.startswith("detent/")}
     assert held == expected
