@@ -1,7 +1,7 @@
 """Bits per weight and perplexity of every scheme on the built-in sample model.
 
     python benchmarks/schemes.py            print the table
-    python benchmarks/schemes.py --write    put it between the markers in README.md
+    python benchmarks/schemes.py --write    put it between the markers in docs/schemes.md
 
 Perplexity is measured on the built-in evaluation text; schemes with static activations are calibrated on the built-in
 calibration text. Bits count codes, scales and zero points of the quantized weights (not the embedding, which stays).
@@ -23,7 +23,7 @@ from detent.plan.plan import make_plan, with_scale_dtype
 from detent.pretrained.loading import load_config, load_model, load_tokenizer, model_dtype, model_on_meta
 from detent.runs.simulate import simulate
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "schemes.md"
 START, END = "<!-- schemes: made by benchmarks/schemes.py -->", "<!-- end of schemes -->"
 
 Row = tuple[str, str, str, str, str]
@@ -62,19 +62,19 @@ def markdown(table: list[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Bits per weight and perplexity of every scheme on the sample model.")
-    parser.add_argument("--write", action="store_true", help="update README.md")
+    parser.add_argument("--write", action="store_true", help="update docs/schemes.md")
     parser.add_argument("schemes", nargs="*", help="only these")
     arguments = parser.parse_args()
     names = arguments.schemes or [name for name in all_schemes(neighbours=False) if name != "no_quant"]
     text = markdown(rows(names))
     print(text)
     if arguments.write:
-        readme = README.read_text(encoding="utf-8")
+        page = PAGE.read_text(encoding="utf-8")
         block = f"{START}\n\n{text}\n\n{END}"
-        updated, count = re.subn(f"{re.escape(START)}.*?{re.escape(END)}", lambda _: block, readme, flags=re.DOTALL)
+        updated, count = re.subn(f"{re.escape(START)}.*?{re.escape(END)}", lambda _: block, page, flags=re.DOTALL)
         if count != 1:
-            raise SystemExit(f"README.md needs the markers {START} and {END} once")
-        README.write_text(updated, encoding="utf-8")
+            raise SystemExit(f"{PAGE} needs the markers {START} and {END} once")
+        PAGE.write_text(updated, encoding="utf-8")
 
 
 if __name__ == "__main__":
