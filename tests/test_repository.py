@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -88,6 +89,56 @@ def test_machine_specific_text_is_seen(text: str) -> None:
 @pytest.mark.parametrize("text", ["framework/x", "some/wor" + "k/dir", "/tmp/" + "environment", "py" + "pi"])
 def test_harmless_text_passes(text: str) -> None:
     assert forbidden_in(text.encode()) == []
+
+
+def check_files(*files: Path) -> list[str]:
+    command = [sys.executable, str(ROOT / "tools" / "check_files.py"), *map(str, files)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+
+
+def test_files_are_tidy() -> None:
+    assert check_files(*git_files()) == []
+
+
+def test_untidy_files_are_named(tmp_path: Path) -> None:
+    untidy = {
+        "end": b"a",
+        "lines": b"a\n\n",
+        "spaces": b"a\nb \n",
+        "returns": b"a\r\n",
+        "large": b"a" * (1 << 19) + b"\n",
+        "conflict": b"<" * 7 + b" HEAD\n",
+    }
+    for name, content in untidy.items():
+        (tmp_path / name).write_bytes(content)
+    found = check_files(*(tmp_path / name for name in untidy))
+    faults = [
+        "doesn't end with one newline",
+        "doesn't end with one newline",
+        "trailing spaces in line 2",
+        "has carriage returns",
+        "524289 bytes, and 524288 is the limit",
+        "has conflict marks",
+    ]
+    assert found == [f"{tmp_path / name}: {fault}" for name, fault in zip(untidy, faults, strict=True)]
+
+
+def test_templates_are_well_formed() -> None:
+    """Issue forms, commit hooks and citation are YAML; each hook's tool is in the repository or among the pins."""
+    folder = ROOT / ".github" / "ISSUE_TEMPLATE"
+    forms = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in folder.glob("*.yml")}
+    assert {"bug", "feature", "new_model"} <= set(forms)
+    for name in set(forms) - {"config"}:
+        assert {"name", "description", "body"} <= set(forms[name])
+        ids = [field["id"] for field in forms[name]["body"] if field["type"] != "markdown"]
+        assert ids and len(ids) == len(set(ids))
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    for hook in (hook for repository in hooks["repos"] for hook in repository["hooks"]):
+        python, *arguments = hook["entry"].split()
+        assert python == ".venv/bin/python" and hook["language"] == "system"
+        assert arguments[0] == "-m" and arguments[1] in pins() or (ROOT / arguments[0]).is_file()
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["license"] == pyproject()["project"]["license"]
 
 
 @pytest.mark.parametrize("group", ["", "dev", "docs", "accelerate", "compressed-tensors", "datasets"])
