@@ -1,29 +1,41 @@
 # Everything a developer types. Needs Python 3.11 or newer and make; the rest is set up on first use, in .venv.
 #   make demo PYTHON=python3.12      use this interpreter
 #   make test PYTEST_ARGS='-k nvfp4' run part of the suite
+#   make fuzz FUZZ_EXAMPLES=20000    examples for each property
 VENV ?= .venv
 PYTHON ?=
 WORKERS ?= 2
 PYTEST_ARGS ?=
+CONSTRAINTS ?= constraints.txt
 
 PY := $(VENV)/bin/python
-INSTALL := $(PY) -m pip install --disable-pip-version-check --constraint constraints.txt
+INSTALL := $(PY) -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS)
 # An install is repeated only when what it depends on has changed: each leaves a stamp in the environment.
-SPEC := pyproject.toml constraints.txt
+SPEC := pyproject.toml $(CONSTRAINTS)
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
 DOCS := $(VENV)/.installed-docs
 
+# What targets select of the suite.
+QUICK := -m 'not slow' --hypothesis-profile=quick
+FUZZ := -m 'fuzz or hypothesis' --hypothesis-profile=fuzz
+COVERAGE := --cov --cov-report=term --cov-report=html
+SELECT ?=
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types pytest format docs bench clean distclean
+.PHONY: help demo test quick fuzz coverage lowest lint types pytest format docs bench clean distclean
 
 help:
 	@echo 'make demo       quantize the built-in sample model into exported_model/'
 	@echo 'make test       lint, types and the whole test suite (also: make lint, make types, make pytest)'
+	@echo 'make quick      the same without slow tests: two minutes'
+	@echo 'make fuzz       tests of properties and of hostile input, in a large dose'
+	@echo 'make coverage   the suite, and which lines it runs: build/coverage/index.html'
+	@echo 'make lowest     the quick suite with the lowest versions that pyproject.toml allows, in .venv-lowest'
 	@echo 'make format     rewrite the sources in the house style'
 	@echo 'make docs       build the documentation site into site/'
 	@echo 'make bench      time fake quantization against a plain copy'
-	@echo 'make clean      remove what builds leave; make distclean removes .venv too'
+	@echo 'make clean      remove what builds leave; make distclean removes the environments too'
 
 demo: $(BASE)
 	$(VENV)/bin/detent quantize --overwrite
@@ -32,6 +44,20 @@ test:
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory types
 	@$(MAKE) --no-print-directory pytest
+
+quick:
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory types
+	@$(MAKE) --no-print-directory pytest SELECT="$(QUICK)"
+
+fuzz:
+	@$(MAKE) --no-print-directory pytest SELECT="$(FUZZ)"
+
+coverage:
+	@$(MAKE) --no-print-directory pytest SELECT="$(COVERAGE)"
+
+lowest:
+	@$(MAKE) --no-print-directory pytest SELECT="$(QUICK)" VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 lint: $(DEV)
 	$(PY) -m ruff check .
@@ -42,7 +68,7 @@ types: $(DEV)
 
 # Workers are single-threaded (tests/conftest.py), so two of them fill two cores.
 pytest: $(DEV)
-	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(SELECT) $(PYTEST_ARGS)
 
 format: $(DEV)
 	$(PY) -m ruff check --fix .
@@ -59,7 +85,7 @@ clean:
 	find src tests benchmarks examples tools docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-lowest
 
 $(BASE): $(VENV)/bin/pip $(SPEC)
 	@echo 'Installing Detent into $(VENV): once, and mostly the download of torch.'

@@ -23,10 +23,17 @@ import torch  # noqa: E402
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-# No deadline: no test is about time. Derandomized: a failure is the change's fault, not the day's. To look for new
-# examples: pytest --hypothesis-profile=explore
+# No deadline: no test is about time. Derandomized: a failure is the change's fault, not the day's. `make quick` tries
+# few examples, `make fuzz` looks for new ones; what it finds is kept in .hypothesis/ and tried first the next time.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
-hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)
+hypothesis.settings.register_profile("quick", deadline=None, derandomize=True, max_examples=20)
+hypothesis.settings.register_profile(
+    "fuzz",
+    deadline=None,
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "2000")),
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("suite")
 
 

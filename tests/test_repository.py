@@ -15,6 +15,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import detent
 
@@ -56,14 +57,14 @@ def pyproject() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def pins() -> dict[str, str]:
-    """Package name to the version that constraints.txt pins."""
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+def pins(file: str = "constraints.txt") -> dict[str, str]:
+    """Package name to the version that a file of constraints pins."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     found = {}
     for line in lines:
         if line and not line.startswith("#"):
             match = re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9A-Za-z.]+)", line)
-            assert match is not None, f"constraints.txt holds plain pins only (name==version), not {line!r}"
+            assert match is not None, f"{file} holds plain pins only (name==version), not {line!r}"
             name = canonicalize_name(match[1])
             assert name not in found, f"{name} is pinned twice"
             found[name] = match[2]
@@ -153,6 +154,18 @@ def test_pins_satisfy_the_ranges(group: str) -> None:
             assert requirement.specifier.contains(pinned[name]), f"the pin of {name} is outside {requirement.specifier}"
 
 
+def test_lowest_pins_are_the_lower_bounds() -> None:
+    """What `make lowest` installs is what pyproject.toml promises."""
+    project = pyproject()["project"]
+    extras = [project["optional-dependencies"][name] for name in ("accelerate", "compressed-tensors", "datasets")]
+    wanted = {}
+    for line in [*project["dependencies"], *(line for extra in extras for line in extra)]:
+        requirement = Requirement(line)
+        (lower,) = [s.version for s in requirement.specifier if s.operator == ">="]
+        wanted[canonicalize_name(requirement.name)] = Version(lower)
+    assert {name: Version(version) for name, version in pins("constraints-lowest.txt").items()} == wanted
+
+
 def test_continuous_integration_is_runnable() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
@@ -161,9 +174,9 @@ def test_continuous_integration_is_runnable() -> None:
 
 def test_make_knows_what_the_documents_promise() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z]+):(?!=)", makefile, flags=re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):(?!=)", makefile, flags=re.MULTILINE))
     documents = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").rglob("*.md"))
-    promised = {t for d in documents for t in re.findall(r"(?:`|^|\$ )make ([a-z]+)\b", d.read_text("utf-8"), re.M)}
+    promised = {t for d in documents for t in re.findall(r"(?:`|^|\$ )make ([a-z-]+)\b", d.read_text("utf-8"), re.M)}
     assert {"demo", "test"} <= targets
     assert promised <= targets
 

@@ -12,6 +12,9 @@ from detent import formats as df
 from detent.formats.packing import pack, unpack
 from formats.cases import CASES, DTYPES, Case, assert_equals_definition, assert_same_codes, bits
 
+#: Examples of a property by the profile (tests/conftest.py): few in `make quick`, many in `make fuzz`.
+DOSE = settings.default.max_examples
+
 #: Bit patterns of bfloat16: few enough that hypothesis finds equal magnitudes, ties, subnormals and both zeros.
 _PATTERNS = st.one_of(
     st.integers(0, 2**16 - 1),
@@ -33,20 +36,20 @@ def tensors(draw: st.DrawFn) -> Tensor:
 
 
 @given(x=tensors(), case=st.sampled_from(CASES))
-@settings(max_examples=400)
+@settings(max_examples=4 * DOSE)
 def test_every_codec_equals_its_definition(x: Tensor, case: Case) -> None:
     fmt, lengths = case.native()
     assert_equals_definition(x, fmt, case.spec, lengths(tuple(x.shape)), case.name)
 
 
 @given(x=tensors(), size=st.integers(1, 45), case=st.sampled_from([c for c in CASES if c.spec.kind != "micro"]))
-@settings(max_examples=200)
+@settings(max_examples=2 * DOSE)
 def test_any_group_size(x: Tensor, size: int, case: Case) -> None:
     assert_equals_definition(x, case.make(df.per_group(size)), case.spec, (1, size), case.name)
 
 
 @given(x=tensors(), case=st.sampled_from(CASES))
-@settings(max_examples=200)
+@settings(max_examples=2 * DOSE)
 def test_simulating_is_finite_bounded_and_keeps_signs(x: Tensor, case: Case) -> None:
     fmt, _ = case.native()
     y = df.fake_quantize(x, fmt)
@@ -58,7 +61,7 @@ def test_simulating_is_finite_bounded_and_keeps_signs(x: Tensor, case: Case) -> 
 
 
 @given(x=tensors(), case=st.sampled_from([c for c in CASES if c.spec.base is None]))
-@settings(max_examples=200)
+@settings(max_examples=2 * DOSE)
 def test_scales_from_the_tensors_own_range_are_the_dynamic_ones(x: Tensor, case: Case) -> None:
     fmt, lengths = case.native()
     rows, columns = x.shape
