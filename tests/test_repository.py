@@ -132,11 +132,13 @@ def test_templates_are_well_formed() -> None:
     for name in set(forms) - {"config"}:
         assert {"name", "description", "body"} <= set(forms[name])
         ids = [field["id"] for field in forms[name]["body"] if field["type"] != "markdown"]
-        assert ids and len(ids) == len(set(ids))
+        assert ids
+        assert len(ids) == len(set(ids))
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     for hook in (hook for repository in hooks["repos"] for hook in repository["hooks"]):
         python, *arguments = hook["entry"].split()
-        assert python == ".venv/bin/python" and hook["language"] == "system"
+        assert python == ".venv/bin/python"
+        assert hook["language"] == "system"
         assert arguments[0] == "-m" and arguments[1] in pins() or (ROOT / arguments[0]).is_file()
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["license"] == pyproject()["project"]["license"]
@@ -184,7 +186,8 @@ def test_make_knows_what_the_documents_promise() -> None:
 def test_version_is_told_once() -> None:
     """In the package; the build takes it from there, and the change log has an entry for it."""
     project = pyproject()
-    assert "version" not in project["project"] and project["project"]["dynamic"] == ["version"]
+    assert "version" not in project["project"]
+    assert project["project"]["dynamic"] == ["version"]
     told = (ROOT / project["tool"]["hatch"]["version"]["path"]).read_text(encoding="utf-8")
     (version,) = re.findall(r'^__version__ = "(.+)"$', told, flags=re.MULTILINE)
     assert detent.__version__ == version
