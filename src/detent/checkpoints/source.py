@@ -151,9 +151,9 @@ class Source:
                 listed, found = weight_map.get(name), tensors[name].file if name in tensors else None
                 if listed != found:
                     raise DetentError(
-                        f"{self.path / (listed or INDEX_NAME)}: tensor {name!r} is missing, though {found or INDEX_NAME}"
-                        f" {'holds it' if found else 'lists it'}; the index was not written for these shards. Download"
-                        " the checkpoint again"
+                        f"{self.path / (listed or INDEX_NAME)}: tensor {name!r} is missing, though"
+                        f" {found or INDEX_NAME} {'holds it' if found else 'lists it'}; the index was not written for"
+                        " these shards. Download the checkpoint again"
                     )
         else:
             raise _no_weights(self.path)

@@ -231,12 +231,20 @@ def _pattern_and_size(text: str) -> tuple[str, int]:
 
 
 def _typed(context: typer.Context) -> dict[str, Any]:
-    """{name: value} of the flags that were given another value than their default."""
+    """{name: value} of the flags that were given, with another value than their default."""
     return {
         parameter.name: context.params[parameter.name]
         for parameter in context.command.params
-        if parameter.name is not None and context.params[parameter.name] != parameter.default
+        if parameter.name is not None
+        and _source(context, parameter.name) != "DEFAULT"
+        and context.params[parameter.name] != parameter.default
     }
+
+
+def _source(context: typer.Context, name: str) -> str:
+    """Where a flag's value comes from, by name: typer may bring a parser library of its own, with its own enum."""
+    source = context.get_parameter_source(name)
+    return "DEFAULT" if source is None else source.name
 
 
 def _in_panel(panel: str) -> list[str]:

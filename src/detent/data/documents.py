@@ -159,7 +159,7 @@ def _parse_chat(messages: object, field: str, where: str) -> Conversation:
         if not isinstance(message, Mapping) or not isinstance(message.get(keys[0]), str) or keys[1] not in message:
             wanted = " or ".join(f"a {a!r} string and a {b!r}" for a, b in _CHAT_KEYS[field])
             raise DetentError(f"{place}: expected an object with {wanted}, found {_kind(message)}.")
-        role = message[keys[0]]
+        role = str(message[keys[0]])
         pairs.append((_SPEAKERS.get(role, role), _message_text(message[keys[1]], keys[1], place)))
     return Conversation(tuple(pairs))
 

@@ -36,7 +36,11 @@ class Run:
 
     def tell_about_texts(self, calibration: CalibrationOptions | None, evaluation: EvaluationOptions) -> None:
         """At the start: that the default texts of what will be done need a package that isn't installed."""
-        if calibration is not None and calibration.dataset is None and (notice := missing_package_notice("calibration")):
+        if (
+            calibration is not None
+            and calibration.dataset is None
+            and (notice := missing_package_notice("calibration"))
+        ):
             self.notify(notice)
         if not evaluation.skip and evaluation.dataset is None and (notice := missing_package_notice("evaluation")):
             self.notify(notice)

@@ -312,6 +312,7 @@ class CompressedTensorsReader:
         told = f"{name}.weight_shape"
         if told in self.source.tensors and tuple(self._tensor(told, (2,), torch.int64).tolist()) != shape:
             raise DetentError(f"{self._place(told)}: it is not {shape}, the shape of the weight")
+        stored: tuple[str, tuple[int, ...], torch.dtype]
         stored = f"{name}.weight_packed", (rows, -(-columns * bits // 32)), torch.int32
         if stored[0] not in self.source.tensors:
             integer = isinstance(fmt.element, Integer)
