@@ -24,9 +24,10 @@ from detent.structure.folds import (
 )
 from detent.structure.inputs import Run, runs
 from detent.structure.overrides import FoldEntry, Overrides
-from detent.structure.probe import Probe, Trace
+from detent.structure.probe import Probe
 from detent.structure.site import Fold, Site, Structure
 from detent.structure.stream import find_stream
+from detent.structure.trace import Trace
 from detent.structure.values import factors, positive, spread
 from detent.structure.weights import Weights
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from detent.structure.probe import Leaf, Producer, Reading, Trace
+from detent.structure.trace import Leaf, Producer, Reading, Trace
 from detent.structure.values import combinations, factors
 
 #: An activation with more sources than this is a sum that no single row multiplies.

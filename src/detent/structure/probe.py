@@ -14,9 +14,9 @@ proved where scaled leaves times the scale of the columns that read them give th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,102 +27,22 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from detent.nn import TensorQuantizer
 from detent.structure.attention import plain_attention
 from detent.structure.norms import Scaling, describe, may_scale
+from detent.structure.operations import (
+    ADDEND,
+    CASTS,
+    CHOICES,
+    PRODUCTS,
+    SUMS,
+    VIEWS,
+    mixed,
+    operands_of,
+    outputs_of,
+    result_shape,
+    tensors_in,
+)
+from detent.structure.trace import Leaf, Producer, Reading, Trace
 from detent.structure.values import combinations, positive
 from detent.structure.weights import Weights, memory, prepared
-
-#: Operations with a weight operand: its position, and the axes (from the end) of its columns and rows.
-_PRODUCTS: dict[str, tuple[int, int, int]] = {
-    "linear": (1, -1, -2),
-    "matmul": (1, -2, -1),
-    "__matmul__": (1, -2, -1),
-    "mm": (1, -2, -1),
-    "bmm": (1, -2, -1),
-    "addmm": (2, -2, -1),
-    "baddbmm": (2, -2, -1),
-    "conv1d": (1, -2, -3),
-    "conv2d": (1, -3, -4),
-    "conv3d": (1, -4, -5),
-    "conv_transpose1d": (1, -3, -2),
-    "conv_transpose2d": (1, -4, -3),
-    "conv_transpose3d": (1, -5, -4),
-}
-#: Where an operation takes what it adds to the product, if not third.
-_ADDEND = {"addmm": 0, "baddbmm": 0}
-#: What leaves a tensor without memory as it is, because the result still shows which weight it is part of.
-_VIEWS = {
-    *("__getitem__", "t", "transpose", "permute", "swapaxes", "view", "view_as", "reshape", "flatten", "unflatten"),
-    *("unsqueeze", "squeeze", "expand", "chunk", "split", "unbind", "select", "narrow", "contiguous", "detach"),
-    *("__get__", "size", "dim", "numel", "stride", "storage_offset", "data_ptr", "untyped_storage", "element_size"),
-    *("is_contiguous", "is_floating_point", "requires_grad_", "__len__", "__iter__"),
-}
-#: What gives a weight's values in another dtype or place.
-_CASTS = {"to", "type", "float", "double", "half", "bfloat16", "clone", "type_as", "cuda", "cpu"}
-_SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
-_CHOICES = {"topk", "argmax", "sort", "argsort", "max"}
-
-
-@dataclass(frozen=True, eq=False)
-class Leaf:
-    """The output of a cut. Attributes: kind: "rows", "norm" or "embedding". axis: of channels, from the end."""
-
-    producer: str
-    kind: str
-    axis: int
-    size: int
-
-
-@dataclass
-class Reading:
-    """The input of a cut (kind "weight" or "norm") or an output of the model (kind "output").
-
-    Attributes:
-        name: of the weight or the norm; of the output.
-        axis: of the weight's parameter along which its columns lie.
-        tensor: the input with channels last, [rows, channels], part of autograd's graph; None once it was looked at.
-        leaves: what it depends on.
-        sums: its rows under random weights, float64 [COMBINATIONS, channels]: what it is remembered by.
-        rows: number of rows.
-        whole: whether all of the weight's columns read it.
-    """
-
-    kind: str
-    name: str
-    tensor: Tensor | None
-    leaves: dict[Leaf, Tensor]
-    sums: Tensor
-    rows: int
-    axis: int = 0
-    whole: bool = True
-
-
-@dataclass(frozen=True)
-class Producer:
-    """What is known of a cut's output side.
-
-    Attributes:
-        module, parameters, axis: as in `Fold`; no parameters where nothing can be scaled.
-        scaling: for norms.
-    """
-
-    kind: str
-    module: str
-    parameters: tuple[str, ...]
-    axis: int
-    scaling: Scaling | None = None
-
-
-@dataclass
-class Trace:
-    """What one run showed."""
-
-    readings: list[Reading] = field(default_factory=list)
-    producers: dict[str, Producer] = field(default_factory=dict)
-    keys: dict[str, None] = field(default_factory=dict)
-    values: dict[str, None] = field(default_factory=dict)
-    choosers: dict[str, None] = field(default_factory=dict)
-    fused: dict[str, int] = field(default_factory=dict)
-    embeddings: dict[str, None] = field(default_factory=dict)
-    used: set[str] = field(default_factory=set)
 
 
 class Probe(TorchFunctionMode):
@@ -171,37 +91,37 @@ class Probe(TorchFunctionMode):
         cut = self._cut(func, name, args, kwargs)
         if cut is not None:
             return cut
-        if name not in _VIEWS:
+        if name not in VIEWS:
             self._note(name, args, kwargs)
             if self._current not in self._weights.computing:
-                used = (self._weights.find(v, self._current) for v in _flat(args))
+                used = (self._weights.find(v, self._current) for v in tensors_in(args))
                 self.trace.used.update(weight for weight in used if weight is not None)
-        if any(v.is_meta for v in _flat((args, *kwargs.values()))):
+        if any(v.is_meta for v in tensors_in((args, *kwargs.values()))):
             if name == "__get__" and func == torch.Tensor.device.__get__:
                 return torch.device("cpu")
-            if name in _VIEWS:
+            if name in VIEWS:
                 return func(*args, **kwargs)
             args, kwargs = self._realised(args), {k: self._realised(v) for k, v in kwargs.items()}
-        return _mixed(func, args, kwargs)
+        return mixed(func, args, kwargs)
 
     def _cut(self, func: Any, name: str, args: Any, kwargs: Any) -> Tensor | None:
         """What stands for the result of an operation with a weight; None for any other operation."""
-        if name in _CASTS and (weight := self._weights.find(args[0], self._current)) is not None:
+        if name in CASTS and (weight := self._weights.find(args[0], self._current)) is not None:
             dtypes = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.dtype)]
             cast = args[0].to(dtypes[0]) if args[0].is_meta and dtypes else func(*args, **kwargs)
             self._weights.cast(cast, weight)
             return cast
         if name == "embedding":
             return self._lookup(args, kwargs)
-        if name in _PRODUCTS:
-            return self._weighted(func, _PRODUCTS[name], args, kwargs)
-        if name in _SUMS and len(args) > 1:
+        if name in PRODUCTS:
+            return self._weighted(func, PRODUCTS[name], args, kwargs)
+        if name in SUMS and len(args) > 1:
             return next((a for a, b in (args[:2], args[1::-1]) if self._absorbs(a, b)), None)
         return None
 
     def _weighted(self, func: Any, product: tuple[int, int, int], args: Any, kwargs: Any) -> Tensor | None:
         position, columns, rows = product
-        operands = _operands(args, kwargs)
+        operands = operands_of(args, kwargs)
         if len(operands) <= position:
             return None
         weight, x = operands[position], operands[position - 1]
@@ -225,12 +145,12 @@ class Probe(TorchFunctionMode):
         else:
             name, axes, whole, all_rows = self._current, (columns % weight.dim(), rows % weight.dim()), True, True
         self._read("weight", name, x, axis, column_axis=axes[0], whole=whole)
-        addend = operands[_ADDEND.get(func.__name__, 2)] if len(operands) > 2 else None
+        addend = operands[ADDEND.get(func.__name__, 2)] if len(operands) > 2 else None
         bias = self._weights.attribute_of(name, addend) if isinstance(addend, Tensor) else None
         if name not in self.trace.producers:
             self.trace.producers[name] = self._producer(name, axes[1], all_rows, bias)
         self._product = None
-        leaf = self._leaf(name, "rows", _shape(func, args, kwargs), axis, x.device)
+        leaf = self._leaf(name, "rows", result_shape(func, args, kwargs), axis, x.device)
         return leaf + addend if isinstance(addend, Tensor) and bias is None and not computed else leaf
 
     def _producer(self, name: str, axis: int, usable: bool, bias: str | None) -> Producer:
@@ -271,7 +191,7 @@ class Probe(TorchFunctionMode):
             tensors = (*args, *(kwargs[k] for k in ("query", "key", "value") if k in kwargs))
             self.trace.keys.update(dict.fromkeys(self._makers(tensors[1])))
             self.trace.values.update(dict.fromkeys(self._makers(tensors[2])))
-        elif name in _PRODUCTS and len(operands := _operands(args, kwargs)) > (second := _PRODUCTS[name][0]):
+        elif name in PRODUCTS and len(operands := operands_of(args, kwargs)) > (second := PRODUCTS[name][0]):
             a, b = operands[second - 1 : second + 1]
             if self._scores is not None and self._scores <= {leaf.producer for leaf in self.leaves_of(a)}:
                 self.trace.values.update(dict.fromkeys(self._makers(b)))
@@ -285,7 +205,7 @@ class Probe(TorchFunctionMode):
                 self.trace.keys.update(dict.fromkeys(self._makers(b)))
                 self._scores = scores
             self._product = None
-        elif name in _CHOICES and args and (name != "max" or len(args) > 1 or "dim" in kwargs):
+        elif name in CHOICES and args and (name != "max" or len(args) > 1 or "dim" in kwargs):
             self.trace.choosers.update(dict.fromkeys(self._makers(args[0])))
 
     # ---- cuts -------------------------------------------------------------------------------------------------------
@@ -372,7 +292,7 @@ class Probe(TorchFunctionMode):
         with prepared(self._model), self._forwards():
             with self:
                 output = call(self._model)
-            for name, tensor in _outputs(output):
+            for name, tensor in outputs_of(output):
                 self._read("output", name, tensor, -1)
         return self.trace
 
@@ -425,66 +345,3 @@ class Probe(TorchFunctionMode):
                 real = torch.full(value.shape, value.dtype == torch.bool, dtype=value.dtype)
             self._real[key] = real
         return self._real[key]
-
-
-def _operands(args: Any, kwargs: Any) -> list[Any]:
-    """The tensors of an operation in order, given by position or by name."""
-    named = ("input", "batch1", "mat1", "other", "tensor2", "batch2", "mat2", "weight", "bias")
-    return [*args, *(kwargs[name] for name in named if name in kwargs)]
-
-
-def _flat(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among values and in lists of them."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _flat(value)
-
-
-def _mixed(func: Any, args: Any, kwargs: Any) -> Any:
-    """Call an operation; where it refuses float64 beside the model's own dtype, with everything in float64."""
-    try:
-        return func(*args, **kwargs)
-    except RuntimeError:
-        kinds = {v.dtype for v in _flat((args, *kwargs.values())) if v.is_floating_point()}
-        if len(kinds) < 2 or torch.float64 not in kinds:
-            raise
-
-    def wide(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(wide, value))
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return func(*map(wide, args), **{k: wide(v) for k, v in kwargs.items()})
-
-
-def _shape(func: Any, args: Any, kwargs: Any) -> torch.Size:
-    """The shape of an operation's result, computed without memory."""
-
-    def empty(value: Any) -> Any:
-        return torch.empty(value.shape, device="meta") if isinstance(value, Tensor) else value
-
-    return func(*map(empty, args), **{k: empty(v) for k, v in kwargs.items()}).shape
-
-
-def _outputs(output: Any) -> list[tuple[str, Tensor]]:
-    """What counts as the model's function: ``logits`` where there are any, else every tensor."""
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return [("logits", logits)]
-    found: list[tuple[str, Tensor]] = []
-
-    def collect(name: str, value: Any) -> None:
-        if isinstance(value, Tensor):
-            if value.is_floating_point():
-                found.append((name, value))
-        elif isinstance(value, dict) or hasattr(value, "items"):
-            for key, item in value.items():
-                collect(str(key), item)
-        elif isinstance(value, (list, tuple)):
-            for index, item in enumerate(value):
-                collect(f"{name}[{index}]", item)
-
-    collect("output", output)
-    return found

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from detent.structure.folds import TOLERANCE
-from detent.structure.probe import Producer, Reading, Trace
 from detent.structure.site import Norm, Reader, Site, Stream
+from detent.structure.trace import Producer, Reading, Trace
 from detent.structure.values import householder, reflect
 
 Change = dict[str, Callable[[Tensor, int], Tensor]]
