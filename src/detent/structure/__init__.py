@@ -4,6 +4,7 @@ from detent.structure.discovery import find_structure
 from detent.structure.shared_inputs import linears_sharing_input
 from detent.structure.site import (
     Fold,
+    Mixture,
     Norm,
     Reader,
     Site,
@@ -17,6 +18,7 @@ from detent.structure.site import (
 
 __all__ = [
     "Fold",
+    "Mixture",
     "Norm",
     "Reader",
     "Site",

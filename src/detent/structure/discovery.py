@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from detent.errors import DetentError
-from detent.structure.blocks import Chains
 from detent.structure.folds import (
     Group,
     Matcher,
@@ -25,9 +24,12 @@ from detent.structure.folds import (
 from detent.structure.inputs import Run, runs
 from detent.structure.overrides import FoldEntry, Overrides
 from detent.structure.probe import Probe
+from detent.structure.roles import Roles
 from detent.structure.site import Fold, Site, Structure
+from detent.structure.skeleton import Skeleton
 from detent.structure.stream import find_stream
 from detent.structure.trace import Trace
+from detent.structure.transfer import Transfer
 from detent.structure.values import factors, positive, spread
 from detent.structure.weights import Weights
 
@@ -59,37 +61,70 @@ def find_structure(
         DetentError: no inputs were given and none can be made; an override names what isn't there, or a fold that
             changes the model's function.
     """
-    return _Discovery(model, *runs(model, run_or_inputs), Overrides.read(overrides)).structure()
+    short, long = runs(model, run_or_inputs)
+    table = Overrides.read(overrides)
+    skeleton = Skeleton(model)
+    if not table.empty:  # what a table says may be about any one block
+        skeleton.keep()
+    names = {*(n for n, _ in model.named_modules()), *(n for n, _ in model.named_parameters(remove_duplicate=False))}
+    while True:
+        found = _Discovery(model, short, long, table, skeleton).structure()
+        transfer = Transfer(found.chains, skeleton.skipped)
+        # Blocks that look alike from outside and turn out not to be: all of them are run then.
+        unlike = {n for pair in skeleton.pairs() if not transfer.alike(found, *pair) for n in pair}
+        complete = transfer.completed(found)
+        unlike |= {s.block or "" for s in complete.sites if not _exists(s, names)} - {""}
+        if not unlike:
+            return complete
+        skeleton.keep(unlike)
+
+
+def _exists(site: Site, names: set[str]) -> bool:
+    return names.issuperset(site.weights) and (site.fold is None or site.fold.module in names)
 
 
 class _Discovery:
     """One discovery: the runs it makes and what they showed."""
 
-    def __init__(self, model: nn.Module, short: Run, long: Run, overrides: Overrides) -> None:
+    def __init__(self, model: nn.Module, short: Run, long: Run, overrides: Overrides, skeleton: Skeleton) -> None:
         self.model, self._short, self._long, self._overrides = model, short, long, overrides
+        self._skeleton = skeleton
         self.weights = Weights(model)
         self._discover()
 
     def probe(self, change: dict[str, Callable[[Tensor, int], Tensor]] | None = None, *, long: bool = True) -> Trace:
         """A run: with one token and positive numbers, or with several and numbers of all sizes."""
-        return Probe(self.model, spread if long else positive, change=change).run(self._long if long else self._short)
+        with self._skeleton.watching():
+            return Probe(self.model, spread if long else positive, change=change).run(
+                self._long if long else self._short
+            )
+
+    def _first_run(self) -> tuple[Trace, list[Rows]]:
+        """The run that shows the chains of blocks, and in which rows are matched."""
+        while True:
+            matcher = Matcher()
+            try:
+                with self._skeleton.watching():
+                    trace = Probe(self.model, positive, look=matcher.look).run(self._short)
+            except _MISTAKES as error:
+                if isinstance(error, (DetentError, torch.OutOfMemoryError)):
+                    raise
+                if self._skeleton.skipped:  # the model may not bear that
+                    self._skeleton.keep()
+                    continue
+                text = str(error).strip().partition("\n")[0] or "no message"
+                raise DetentError(
+                    f"{type(self.model).__name__} can't be run to find its structure ({type(error).__name__}: {text});"
+                    " pass example inputs that it takes, or a function that calls it"
+                ) from error
+            if self._skeleton.confirmed():
+                return trace, matcher.rows
 
     def _discover(self) -> None:
-        matcher, chains = Matcher(), Chains(self.model)
-        try:
-            with chains.watching():
-                self.trace = Probe(self.model, positive, look=matcher.look).run(self._short)
-        except _MISTAKES as error:
-            if isinstance(error, (DetentError, torch.OutOfMemoryError)):
-                raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-            raise DetentError(
-                f"{type(self.model).__name__} can't be run to find its structure ({type(error).__name__}: {reason});"
-                " pass example inputs that it takes, or a function that calls it"
-            ) from error
-        self.chains = chains.found()
+        self.trace, matched = self._first_run()
+        self.chains = self._skeleton.chains()
         self.producers, self._sizes = self.trace.producers, sizes(self.trace)
-        self.rows = self._completed(matcher.rows)
+        self.rows = self._completed(matched)
         self.reference = self.probe()
         self._reached = dependents(self.reference)
         self.groups = self._grouped()
@@ -166,48 +201,56 @@ class _Discovery:
         reached = dependents(self.trace)
         embeddings = {self.weights.tied(name): name for name in self.trace.embeddings}
         for group in self.groups:
-            readings = [self.trace.readings[i] for i in group.readings]
-            seen = [i for i in group.readings if self.trace.readings[i].rows]
-            found = [self.rows.get(i) for i in seen]
-            tied = next((embeddings[s] for r in readings if (s := self.weights.tied(r.name)) in embeddings), None)
-            used = next((r.name for r in readings if r.name in self.trace.used), None)
-            group.bound = tied is not None or used is not None or not all(r.whole for r in readings)
-            if tied is not None:
-                group.reason = f"its weight is also the embedding table {tied} (tied)"
-            elif used is not None:
-                group.reason = f"{used} is also used in other ways than multiplying with it"
-            elif not all(r.whole for r in readings):
-                group.reason = "a weight reads it with a part of its columns"
-            elif not found or any(f is None for f in found):
-                group.reason = self._why_unmatched(seen or group.readings)
-            elif len({f[0] for f in found if f}) > 1:
-                group.reason = "different calls read what different modules made: " + ", ".join(
-                    dict.fromkeys(f[0] for f in found if f)
-                )
-            elif any(not torch.equal(f[1], found[0][1]) for f in found if f and found[0]):
-                group.reason = "different calls read different channels"
-            if group.reason or not found or found[0] is None:
+            group.reason = self._bound(group, embeddings)
+            group.bound = bool(group.reason)
+            group.reason = group.reason or self._unmatched(group)
+            if group.reason:
                 continue
-            group.producer, group.rows = found[0]
+            group.producer, group.rows = next(self.rows[i] for i in group.readings if i in self.rows)
             producer = self.producers[group.producer]
             others = [self.trace.readings[i] for i in reached[group.producer] if i not in group.readings]
+            # Rows that nobody else reads may be scaled, such as the values of a fused qkv; the proof will tell which.
             covered = len(group.rows.unique()) == self._sizes[group.producer]
             if not producer.parameters:
                 group.reason = f"{group.producer} has no parameters that a scale can be folded into"
             elif others and covered:
                 names = list(dict.fromkeys(_described(r.kind, r.name) for r in others))
-                group.reason = f"{group.producer} also feeds {names[0]}"
-                if len(names) > 1:
-                    group.reason += f" and {names[1] if len(names) == 2 else f'{len(names) - 1} more'}"
+                more = {1: "", 2: f" and {names[-1]}"}.get(len(names), " and others")
+                group.reason = f"{group.producer} also feeds {names[0]}{more}"
+
+    def _bound(self, group: Group, embeddings: dict[Any, str]) -> str:
+        """Why the columns of a site's weights can't be scaled, whatever they read; "" if they can."""
+        for reading in (self.trace.readings[i] for i in group.readings):
+            storage = self.weights.tied(reading.name)
+            if storage in embeddings:
+                return f"its weight is also the embedding table {embeddings[storage]} (tied)"
+            if reading.name in self.trace.used:
+                return f"{reading.name} is also used in other ways than multiplying with it"
+            if not reading.whole:
+                return "a weight reads it with a part of its columns"
+        return ""
+
+    def _unmatched(self, group: Group) -> str:
+        """Why not every reading of a site is made of the same rows of one producer; "" if it is."""
+        seen = [i for i in group.readings if self.trace.readings[i].rows]  # experts without tokens say nothing
+        found = [self.rows[i] for i in seen if i in self.rows]
+        if not seen or len(found) < len(seen):
+            return self._why_unmatched(seen or group.readings)
+        makers = list(dict.fromkeys(name for name, _ in found))
+        if len(makers) > 1:
+            return f"different calls read what different modules made: {', '.join(makers)}"
+        if any(not torch.equal(rows, found[0][1]) for _, rows in found):
+            return "different calls read different channels"
+        return ""
 
     def _why_unmatched(self, indices: list[int]) -> str:
         makers = list(dict.fromkeys(leaf.producer for i in indices for leaf in self.trace.readings[i].leaves))
         if not makers:
             return "it is made of the model's inputs, not by a weight or a norm"
-        if len(makers) > _MOST_WAVES:
-            return f"it is a sum of {len(makers)} outputs"
         if all(self.producers[m].kind == "embedding" for m in makers):
             return f"it is looked up in {', '.join(makers)}"
+        if len(makers) > 2:
+            return "it is made of the outputs of several weights and norms together"
         return f"no rows of {', '.join(makers)} multiply its channels (not linear in them)"
 
     def _override(self) -> list[tuple[str, Group]]:
@@ -307,38 +350,43 @@ class _Discovery:
     def structure(self) -> Structure:
         """What was found."""
         blocks = self._overrides.chosen_blocks(self.model)
-        if blocks is None:
-            blocks = tuple(name for chain in self.chains for name in chain)
-        experts = self._experts(blocks)
-        sites = [self._site(group, blocks, experts) for group in self.groups]
-        routers = tuple(name for name in self.trace.choosers if self._chooses(name, experts, sites))
-        sites = [Site(**{**vars(s), "router": any(w in routers for w in s.weights)}) for s in sites]
+        chains = tuple(map(tuple, self.chains)) if blocks is None else (blocks,)
+        blocks = tuple(name for chain in chains for name in chain)
+        roles = Roles(self.model, self.trace, blocks)
+        sites = roles.complete([self._site(group, roles) for group in self.groups])
+        fused_groups, mixtures = roles.used(sites)
         notes = [] if blocks else ["no chain of repeated blocks was found: the model is treated as a whole"]
         found = find_stream(self.model, self.reference, self.probe, sites, blocks)
         if found.note:
             notes.append(found.note)
-        read = {self.weights.tied(r.name) for r in self.trace.readings if r.kind == "weight"}
-        read |= {self.weights.tied(name) for name in (*self.trace.embeddings, *self.trace.used)}
-        attributes = self.weights.attributes
-        matrices = [n for n, p in self.weights.parameters.items() if "weight" in attributes[n] or p.dim() == 3]
-        unread = tuple(name for name in matrices if self.weights.tied(name) not in read)
         return Structure(
             blocks,
             tuple(sites),
-            routers,
-            experts,
+            roles.routers,
+            tuple(name for mixture in mixtures for name in mixture.members or (mixture.module,)),
             tuple(self.trace.keys),
             tuple(self.trace.values),
             found.stream,
-            unread,
+            self._unread(sites),
             tuple(notes),
+            chains,
+            roles.gates,
+            mixtures,
+            fused_groups,
         )
 
-    def _site(self, group: Group, blocks: tuple[str, ...], experts: tuple[str, ...]) -> Site:
+    def _unread(self, sites: list[Site]) -> tuple[str, ...]:
+        """Matrices that no run reached, but for those in blocks that were left out."""
+        names = {name for site in sites for name in site.weights}
+        read = {self.weights.tied(name) for name in (*names, *self.trace.embeddings, *self.trace.used)}
+        attributes, skipped = self.weights.attributes, tuple(f"{name}." for name in self._skeleton.skipped)
+        matrices = [n for n, p in self.weights.parameters.items() if "weight" in attributes[n] or p.dim() == 3]
+        return tuple(n for n in matrices if self.weights.tied(n) not in read and not n.startswith(skipped))
+
+    def _site(self, group: Group, roles: Roles) -> Site:
         readings = [self.trace.readings[i] for i in group.readings]
         weights = {r.name: r.axis for r in readings}
         name = next(iter(weights))
-        width = readings[0].sums.shape[1]
         fold = None
         if group.producer is not None and group.rows is not None and not group.reason:
             producer = self.producers[group.producer]
@@ -347,45 +395,21 @@ class _Discovery:
             kind = producer.scaling.fold if producer.scaling is not None else "rows"
             channels = None if identity else rows
             fold = Fold(kind, producer.module, producer.parameters, channels, True, producer.axis)
-        fused = [self.trace.fused[w] for w in weights if w in self.trace.fused]
-        own_rows = fused and fold is not None and group.producer in self.trace.fused
+        of = {weight: mixture for mixture in roles.mixtures for weight in mixture.weights}
+        fused = [of[w] for w in weights if w in of and of[w].kind == "stacked"]
+        own_rows = fused and fold is not None and group.producer in of
         return Site(
             name=name,
             weights=tuple(weights),
-            block=next((b for b in blocks if name.startswith(f"{b}.")), None),
-            width=width,
+            block=roles.block_of(name),
+            width=readings[0].sums.shape[1],
             fold=fold,
             reason=group.reason,
             column_axes=tuple(weights.values()),
-            routed=tuple(w for w in weights if w in self.trace.fused or any(w.startswith(f"{e}.") for e in experts)),
-            experts=fused[0] if own_rows else 0,
+            routed=tuple(w for w in weights if w in of),
+            router=any(w in roles.routers for w in weights),
+            experts=fused[0].count if own_rows else 0,
         )
-
-    def _experts(self, blocks: tuple[str, ...]) -> tuple[str, ...]:
-        """Modules with fused experts, and members of lists near a weight whose output chooses."""
-        found = dict.fromkeys(name.rpartition(".")[0] for name in self.trace.fused)
-        lists = [
-            (name, module)
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) > 1
-        ]
-        for router in self.trace.choosers:
-            block = next((b for b in blocks if router.startswith(f"{b}.")), None)
-            scope = router.rpartition(".")[0]
-            for name, module in lists:
-                inside = name.startswith(f"{scope}.") and f"{name}.0" not in blocks
-                if inside and (block is None or name.startswith(f"{block}.")):
-                    found.update(dict.fromkeys(f"{name}.{i}" for i in range(len(module))))
-        return tuple(found)
-
-    def _chooses(self, name: str, experts: tuple[str, ...], sites: list[Site]) -> bool:
-        """Whether a weight whose output is ranked chooses experts: it reads what they read, or lies beside them."""
-        if any(name in site.weights and site.routed for site in sites):
-            return True
-        parent = name.rpartition(".")[0]
-        blocks = {site.block for site in sites}
-        scopes = {parent, parent.rpartition(".")[0]} - {"", *blocks}
-        return any(expert.startswith(f"{scope}.") for expert in experts for scope in scopes)
 
 
 def _described(kind: str, name: str) -> str:

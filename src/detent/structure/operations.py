@@ -46,12 +46,14 @@ def operands_of(args: Any, kwargs: Any) -> list[Any]:
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among values and in lists of them."""
+    """The tensors among values, and in lists and dictionaries of them."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (list, tuple)):
             yield from tensors_in(value)
+        elif isinstance(value, dict):
+            yield from tensors_in(value.values())
 
 
 def mixed(func: Any, args: Any, kwargs: Any) -> Any:

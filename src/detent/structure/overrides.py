@@ -69,6 +69,11 @@ class Overrides(BaseModel):
             field = ".".join(map(str, first["loc"])) or "the table"
             raise DetentError(f"{where}: {field}: {first['msg']}; it has the fields 'blocks' and 'sites'") from error
 
+    @property
+    def empty(self) -> bool:
+        """Whether the table says nothing."""
+        return self.blocks is None and not self.sites
+
     def match(self, site: str) -> tuple[str, FoldEntry | None] | None:
         """The first pattern that a site's name matches, and its entry."""
         return next(((p, entry) for p, entry in self.sites.items() if fnmatchcase(site, p)), None)

@@ -139,9 +139,12 @@ class Probe(TorchFunctionMode):
             axis = 1 - weight.dim()
         if name is not None:
             axes, whole, all_rows = self._weights.axes(name, weight, columns, rows)
+            parts = 0 if convolution else self._weights.parts(name, weight)
             if self._weights.parameters[name].dim() == 3 and not convolution:
-                self.trace.fused[name] = self._weights.parameters[name].shape[0]
+                self.trace.fused[name] = (self._weights.parameters[name].shape[0], False)
                 axes = (axes[0] - 3, axes[1] - 3)
+            elif parts > 1:
+                self.trace.fused[name] = (parts, True)
         else:
             name, axes, whole, all_rows = self._current, (columns % weight.dim(), rows % weight.dim()), True, True
         self._read("weight", name, x, axis, column_axis=axes[0], whole=whole)
@@ -206,7 +209,8 @@ class Probe(TorchFunctionMode):
                 self._scores = scores
             self._product = None
         elif name in CHOICES and args and (name != "max" or len(args) > 1 or "dim" in kwargs):
-            self.trace.choosers.update(dict.fromkeys(self._makers(args[0])))
+            sizes = {leaf.producer: leaf.size for leaf in self.leaves_of(args[0])}
+            self.trace.choosers.update({maker: sizes.get(maker, 0) for maker in self._makers(args[0])})
 
     # ---- cuts -------------------------------------------------------------------------------------------------------
 

@@ -143,6 +143,30 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts.
+
+    Attributes:
+        module: name of the module that holds the experts.
+        router: name of the weight whose output chooses among them; None if none was found.
+        count: number of experts.
+        kind: how they lie: "stacked" in tensors [experts, ., .], "joined" one after the other in matrices
+            [experts * n, .], or "list" where each is a module. In both kinds of tensors experts are parts along axis 0.
+        weights: names of all of their weights.
+        members: the experts' modules; () unless kind is "list".
+        shared: names of the weights of shared experts: they read what the experts read, for every token.
+    """
+
+    module: str
+    router: str | None
+    count: int
+    kind: str
+    weights: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Structure:
     """What was found in a model.
 
@@ -155,6 +179,14 @@ class Structure:
         stream: the residual stream; None where there is none or more than one (encoder-decoder).
         unread: names of modules with weight matrices that the probe never reached.
         notes: what a user should know: why no blocks were found, and the like.
+        chains: the blocks by chain, in the order in which they run: each reads what the one before it gave, all of one
+            shape. An encoder and a decoder are two chains.
+        gates: names of weights in blocks with one row, whose output multiplies all channels of others, such as what a
+            shared expert makes. They choose nothing, but every channel depends on each of their few weights.
+        mixtures: the mixtures of experts.
+        fused_groups: weights that engines join into one matrix: they lie in one module, read the same activation, and
+            their outputs meet (query, key and value; gate and up). They have to have the same format, and where a scale
+            covers a matrix the same scale. All weights of a `Mixture` have to have the same format too.
     """
 
     blocks: tuple[str, ...]
@@ -166,6 +198,27 @@ class Structure:
     stream: Stream | None = None
     unread: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    chains: tuple[tuple[str, ...], ...] = ()
+    gates: tuple[str, ...] = ()
+    mixtures: tuple[Mixture, ...] = ()
+    fused_groups: tuple[tuple[str, ...], ...] = ()
+
+    def block_of(self, name: str) -> str | None:
+        """The block that a module or weight lies in, or is; None outside the blocks."""
+        parts = name.split(".")
+        blocks = set(self.blocks)
+        return next((p for i in range(len(parts), 0, -1) if (p := ".".join(parts[:i])) in blocks), None)
+
+    def mixture_of(self, name: str) -> Mixture | None:
+        """The mixture that a weight is an expert's of, or None (for routers and shared experts)."""
+        return next((m for m in self.mixtures if name in m.weights), None)
+
+    def expert_of(self, name: str) -> str | None:
+        """The expert that a module or weight lies in: its module, or that of all experts where they are tensors."""
+        for mixture in self.mixtures:
+            if name == mixture.module or name.startswith(f"{mixture.module}."):
+                return next((m for m in mixture.members if name == m or name.startswith(f"{m}.")), mixture.module)
+        return None
 
     def site_of(self, weight: str) -> Site | None:
         """The site that a weight reads, or None."""

@@ -8,7 +8,7 @@ read.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ def find_stream(
     terms = {leaf.producer for leaf in main.leaves if leaf.size == width and leaf.producer not in trace.choosers}
     stream = _described(model, trace, width, terms, members, list(sites))
     reason = _unfit(trace, width, terms, members) or _moved(trace, probe, width, terms, members)
-    return Found(Stream(**{**vars(stream), "rotatable": not reason, "reason": reason}))
+    return Found(replace(stream, rotatable=not reason, reason=reason))
 
 
 def _described(

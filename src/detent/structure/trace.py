@@ -61,13 +61,24 @@ class Producer:
 
 @dataclass
 class Trace:
-    """What one run showed."""
+    """What one run showed.
+
+    Attributes:
+        readings: in the order of the run.
+        producers: by name.
+        keys, values: the weights that make attention's keys and values.
+        choosers: by weight whose output is ranked, its number of rows.
+        fused: by weight that is used in equal parts, one of them at a time, the number of parts; and whether they lie
+            one after the other in a matrix [parts * n, .] rather than in [parts, ., .].
+        embeddings: the tables in which something was looked up.
+        used: weights that had to do with anything but a product.
+    """
 
     readings: list[Reading] = field(default_factory=list)
     producers: dict[str, Producer] = field(default_factory=dict)
     keys: dict[str, None] = field(default_factory=dict)
     values: dict[str, None] = field(default_factory=dict)
-    choosers: dict[str, None] = field(default_factory=dict)
-    fused: dict[str, int] = field(default_factory=dict)
+    choosers: dict[str, int] = field(default_factory=dict)
+    fused: dict[str, tuple[int, bool]] = field(default_factory=dict)
     embeddings: dict[str, None] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)

@@ -74,6 +74,15 @@ class Weights:
         parameter = self.parameters.get(name)
         return name if parameter is None else memory(parameter)
 
+    def parts(self, name: str, view: Tensor) -> int:
+        """Of how many equal parts of a matrix, cut along axis 0, `view` is one; 0 if it isn't such a part."""
+        parameter = self.parameters[name]
+        if parameter.dim() != 2 or view.dim() != 2 or not 0 < view.numel() < parameter.numel():
+            return 0
+        rows, rest = divmod(view.numel(), parameter.shape[1])
+        place = (view.storage_offset() - parameter.storage_offset()) % view.numel()
+        return 0 if rest or place or parameter.shape[0] % rows else parameter.shape[0] // rows
+
     def axes(self, name: str, view: Tensor, columns: int, rows: int) -> tuple[tuple[int, int], bool, bool]:
         """The axes of the parameter that are `columns` and `rows` of `view`, and whether it covers all of each."""
         parameter = self.parameters[name]
