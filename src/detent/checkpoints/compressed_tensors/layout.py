@@ -67,7 +67,8 @@ class CompressedTensorsLayout:
         """The tensors of one layer, by their full names."""
         tensors = {}
         if layer.weight is not None:
-            layout = ct.layout_of(layer.weight.format, bool(layer.input or layer.output))
+            formats = layer.formats
+            layout = ct.layout_of(formats.weight, formats.input, formats.output)
             tensors = _weight_tensors(layer.weight, layout)
         for side, activation in (("input", layer.input), ("output", layer.output)):
             if activation is not None and activation.scales is not None:
@@ -95,9 +96,12 @@ class CompressedTensorsLayout:
         for name, layer in formats.layers.items():
             scheme = _scheme(layer)
             group = groups.setdefault(json.dumps(scheme), scheme | {"targets": []})
-            group["targets"].append(name)
+            group["targets"].append(_target(name))
         if len(groups) == 1:
-            next(iter(groups.values()))["targets"] = ["Linear"]
+            # "Linear" is part of the names of vLLM's classes too, but not of that of its output embedding, which is
+            # looked up by its module's name. It and whatever else lies outside the numbered blocks are named as well.
+            outside = [_target(name) for name in formats.layers if not any(map(str.isdigit, name.split(".")))]
+            next(iter(groups.values()))["targets"] = ["Linear", *outside]
         layouts = {group["format"] for group in groups.values()} - {ct.DENSE}
         config = {
             "quant_method": self.name,
@@ -113,6 +117,12 @@ class CompressedTensorsLayout:
         return config
 
 
+def _target(name: str) -> str:
+    """What names a module in "targets". Engines put a prefix before modules at the top of a model that is part of a
+    larger one (``language_model.lm_head``), and translate dotted names alone."""
+    return name if "." in name else rf"re:(.*\.)?{re.escape(name)}$"
+
+
 def _scheme(layer: LayerFormats) -> dict[str, Any]:
     """A layer's entry in config_groups, targets aside. Raises NotHeld."""
     if layer.kind != "Linear":  # compressed-tensors knows Embedding too, but transformers fails to load one
@@ -124,7 +134,7 @@ def _scheme(layer: LayerFormats) -> dict[str, Any]:
         "weights": None if layer.weight is None else ct.weight_args(layer.weight, layer.shape),
         "input_activations": None if layer.input is None else ct.activation_args(layer.input, in_features),
         "output_activations": None if layer.output is None else ct.activation_args(layer.output, out_features),
-        "format": ct.layout_of(layer.weight, bool(layer.input or layer.output)),
+        "format": ct.layout_of(layer.weight, layer.input, layer.output),
     }
 
 

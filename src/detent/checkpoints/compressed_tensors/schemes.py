@@ -102,8 +102,8 @@ def kv_cache_args(fmt: Format) -> Args:
     return activation_args(fmt, 1)
 
 
-def layout_of(weight: Format | None, has_activations: bool) -> str:
-    """The name of the on-disk format of a layer; the rules of compressed-tensors' own writer."""
+def layout_of(weight: Format | None, input: Format | None = None, output: Format | None = None) -> str:
+    """The name of the on-disk format of a layer: what its readers take, and where they take several, the smallest."""
     if weight is None:
         return DENSE
     if _is_nvfp4(weight):
@@ -112,7 +112,19 @@ def layout_of(weight: Format | None, has_activations: bool) -> str:
         return _MX_LAYOUTS[weight.element]  # type: ignore[index]
     if weight.element == E4M3:
         return FLOAT
-    return INT if has_activations else PACK
+    return PACK if (input is None and output is None) or _computes_packed(weight, input, output) else INT
+
+
+def _computes_packed(weight: Format, input: Format | None, output: Format | None) -> bool:
+    """Whether vLLM multiplies packed integers with the layer's integer inputs: where those are symmetric and scaled
+    anew for each token or group. It has the same as bytes for 8-bit weights with one scale per channel or tensor alone.
+    """
+    if input is None or output is not None or not isinstance(input.element, Integer):
+        return False
+    scaled_in_rows = input.granularity.kind == "per_token" or input.granularity.group_size is not None
+    takes_input = input.dynamic and input.symmetric and scaled_in_rows and input.element.bits in (4, 8)
+    in_groups = weight.granularity.group_size is not None
+    return takes_input and (in_groups or (weight.bits < 8 and weight.granularity.kind == "per_channel"))
 
 
 def _is_mx(fmt: Format) -> bool:
