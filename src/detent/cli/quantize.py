@@ -66,6 +66,10 @@ def quantize(
         list[str] | None,
         _of_quantizing("exclude_layers", "NAMES (wildcards) of layers that stay; none given: exclude nothing."),
     ] = None,
+    structure_overrides: Annotated[
+        str | None,
+        _of_quantizing("structure_overrides", "JSON file of what to use in place of the structure that is found."),
+    ] = None,
     quant_algo: Annotated[
         str | None,
         _of_quantizing("quant_algo", "What improves the weights: awq, gptq, best, ... (several: with commas)."),
@@ -200,6 +204,7 @@ def quantize(
             kv_cache_dtype,
             min_kv_scale,
             None if exclude_layers is None else [name for name in exclude_layers if name != NOTHING],
+            structure_overrides,
         )
         calibration = CalibrationOptions(dataset, seq_len, num_calib_data, batch_size)
         algorithms = AlgorithmOptions(

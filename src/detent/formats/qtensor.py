@@ -84,6 +84,28 @@ class QTensor:
     def to(self, device: torch.device | str) -> QTensor:
         return QTensor(self.format, self.shape, **{n: t.to(device) for n, t in self.tensors().items()})
 
+    def rows(self, start: int, stop: int) -> QTensor:
+        """Some indices of the first axis, as views; both bounds lie between blocks that share a scale.
+
+        Example:
+            >>> q = encode(torch.randn(8, 64), df.integer(4, df.per_group(32)))
+            >>> torch.equal(decode(q.rows(2, 4)), decode(q)[2:4])
+            True
+        """
+        stop = min(stop, self.shape[0])
+        grid = self.format.granularity
+        tall = 1 if grid.kind == "per_tensor" else grid.lengths(self.shape)[0]
+        if start % tall or (stop % tall and stop != self.shape[0]):
+            raise DetentError(f"rows {start} to {stop}: {tall} rows share a scale, so they can't be taken apart")
+        shape = (stop - start, *self.shape[1:])
+
+        def cut(name: str, x: Tensor) -> Tensor:
+            if name in ("codes", "micro"):
+                return x[start:stop]
+            return x[start // tall : -(-stop // tall)] if x.dim() == len(self.shape) else x
+
+        return QTensor(self.format, shape, **{name: cut(name, x) for name, x in self.tensors().items()})
+
 
 def _bits(x: Tensor) -> Tensor:
     """A tensor's bit patterns: unlike values, they tell 0 from -0 and find NaN equal to itself."""

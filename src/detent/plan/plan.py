@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +16,16 @@ from torch import nn
 
 from detent.checkpoints import LayerFormats, ModelFormats, Source, choose
 from detent.checkpoints.records import exported_format
-from detent.config import QuantCfg, Scheme, parse_algorithm, quant_cfg_for
+from detent.config import QuantCfg, QuantizeAlgorithmConfig, Scheme, quant_cfg_for
+from detent.config.algorithm import MaxCalibConfig, MseCalibConfig
+from detent.config.transforms import HQQConfig
 from detent.errors import DetentError
 from detent.formats import Format, Integer
+from detent.formats.stored import has_outer
 from detent.model.conversion import replace_quant_module, set_quantizer_by_cfg
 from detent.nn import QuantWeightBase, TensorQuantizer
 from detent.plan.kept import check_attention, check_pattern, exclusions, overlooked, reason_kept, why_nothing
+from detent.structure import Structure, find_structure
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,13 @@ class Plan:
         parameters: {tensor name: number of elements} of the quantized weights.
         layout: the name of the on-disk format.
         layout_notes: why a preferred on-disk format can't be used.
+        skeleton: the model on the meta device, its quantizers set as they will be.
+        structure: what was found in the model; None where nothing needs it and it can't be found.
+        notes: what the user should know before anything runs.
         overlooked: {tensor name: number of elements} of the matrices that stay although nothing asked for that: no
             embedding, no output embedding, not excluded by the user. Their modules are of kinds that aren't quantized.
         unties: whether the output embedding is quantized, and so no longer the same as the input embedding.
-        algorithms: what runs on the weights, in order; plain rounding where there is none.
+        algorithms: what runs on the weights, in order; round-to-nearest where there is none.
     """
 
     scheme: Scheme
@@ -47,10 +55,13 @@ class Plan:
     kept: dict[str, str]
     parameters: dict[str, int]
     layout: str
+    skeleton: nn.Module
+    structure: Structure | None = None
     layout_notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     overlooked: dict[str, int] = field(default_factory=dict)
     unties: bool = False
-    algorithms: list[dict[str, Any]] = field(default_factory=list)
+    algorithms: list[QuantizeAlgorithmConfig] = field(default_factory=list)
 
     @property
     def overlooked_share(self) -> float:
@@ -61,12 +72,25 @@ class Plan:
     @property
     def needs_data(self) -> bool:
         """Whether calibration data is needed: some activation, key or value has a calibrated scale, or an algorithm
-        learns
-        from data."""
-        if any(step.needs_data for step in parse_algorithm(self.algorithms)):
+        learns from data."""
+        if any(step.needs_data for step in self.algorithms):
             return True
         sides = [fmt for layer in self.formats.layers.values() for fmt in (layer.input, layer.output)]
         return any(fmt is not None and not fmt.dynamic for fmt in [*sides, self.formats.kv_cache])
+
+    @property
+    def groups_with_common_scale(self) -> list[list[str]]:
+        """Quantized layers that engines fuse where a scale covers a whole matrix (NVFP4): it has to be common."""
+        groups = () if self.structure is None else self.structure.fused_groups
+        formats = {name: layer.weight for name, layer in self.formats.layers.items()}
+        chosen = [[n for n in group if (fmt := formats.get(n)) is not None and has_outer(fmt)] for group in groups]
+        return [group for group in chosen if len(group) > 1]
+
+    @property
+    def streams(self) -> bool:
+        """Whether each weight can be quantized by itself: without data, and without a change to any other."""
+        alone = (MaxCalibConfig, MseCalibConfig, HQQConfig)
+        return not self.needs_data and all(isinstance(step, alone) for step in self.algorithms)
 
 
 def make_plan(
@@ -77,7 +101,8 @@ def make_plan(
     kv_cache: Format | None = None,
     exclude: list[str] | None = None,
     per_layer: Mapping[str, Scheme] | None = None,
-    algorithms: list[dict[str, Any]] | None = None,
+    algorithms: list[QuantizeAlgorithmConfig] | None = None,
+    overrides: str | Path | None = None,
 ) -> Plan:
     """Plan the quantization of a checkpoint.
 
@@ -88,12 +113,14 @@ def make_plan(
         kv_cache: the format of keys and values, or None.
         exclude: wildcards on module names that stay; None for the output embedding, routers and vision parts.
         per_layer: {wildcard on module names: the scheme for these}; later ones win, exclusions win over all.
-        algorithms: what runs on the weights, as `parse_algorithm` takes it.
+        algorithms: what runs on the weights, from `parse_algorithm`.
+        overrides: a JSON file of what to use in place of the structure that is found: see `find_structure`.
 
     Raises:
         DetentError: a pattern of `exclude` matches nothing; nothing is left to quantize; a weight of the model isn't in
             the checkpoint; a group size that leaves no format to store it in.
     """
+    structure, notes = _structure(model, bool(algorithms or overrides), overrides)
     replace_quant_module(model)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     patterns, why = exclusions(model, linears, exclude)
@@ -119,7 +146,7 @@ def make_plan(
     )
     weights = _weight_tensors(source, model, formats)
     kept = {name: reason_kept(name, model, why) for name in source.tensors if name not in weights}
-    layout, notes = choose(formats)
+    layout, layout_notes = choose(formats)
     return Plan(
         scheme,
         quant_cfg,
@@ -127,11 +154,24 @@ def make_plan(
         kept,
         weights,
         layout.name,
+        model,
+        structure,
+        layout_notes,
         notes,
         overlooked={} if scheme.weight is None else overlooked(source, model, kept, why),
         unties=any(_is_tied(model, name) for name, layer in layers.items() if layer.weight is not None),
         algorithms=list(algorithms or []),
     )
+
+
+def _structure(model: nn.Module, needed: bool, overrides: str | Path | None) -> tuple[Structure | None, list[str]]:
+    """The model's structure, or None with a note where it can't be found and no algorithm needs it."""
+    try:
+        return find_structure(model, overrides=overrides), []
+    except DetentError as error:
+        if needed:
+            raise
+        return None, [f"no structure was found, so the formats of layers that engines fuse were not compared: {error}"]
 
 
 def with_scale_dtype(scheme: Scheme, dtype: torch.dtype) -> Scheme:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from detent.nn.attention import attention_modules, route_attention
 from detent.pretrained.loading import load_config, load_model, model_dtype, read_weights
 from detent.progress import track
 from detent.runs.online import attach_online
-from detent.runs.simulate import _log
+
+_log = logging.getLogger(__name__)
 
 
 def load_quantized(

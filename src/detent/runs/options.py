@@ -71,6 +71,7 @@ class SchemeOptions:
         group_size: None where the user gave none.
         group_size_per_layer: (wildcard on module names, group size) pairs; the last match wins.
         exclude: wildcards on module names; None for the usual ones.
+        overrides: a JSON file of what to use in place of the model's structure as it is found; see `find_structure`.
     """
 
     name: str | None = None
@@ -81,11 +82,12 @@ class SchemeOptions:
     kv_cache: str | None = None
     min_kv_scale: float = 0.0
     exclude: list[str] | None = None
+    overrides: str | None = None
 
 
 @dataclass(frozen=True)
 class AlgorithmOptions:
-    """What runs on the weights beside plain rounding; see `detent.config.algorithm_names.named_algorithms`.
+    """What runs on the weights besides round-to-nearest; see `detent.config.algorithm_names.named_algorithms`.
 
     Attributes:
         before: names of algorithms that prepare the model.

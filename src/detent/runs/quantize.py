@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from detent.checkpoints import Source
-from detent.config import Scheme, kv_cache_format, parse_scheme
-from detent.config.algorithm import parse_algorithm
+from detent.config import QuantizeAlgorithmConfig, Scheme, kv_cache_format, parse_algorithm, parse_scheme
 from detent.config.algorithm_names import named_algorithms
 from detent.data import check_source, load_texts
 from detent.data.batches import CalibrationBatches, check_vocabulary, token_batches
@@ -71,7 +70,7 @@ def quantize_checkpoint(
     scheme, kv_cache = _formats(scheme_options, builtin)
     steps = _algorithms(algorithms or AlgorithmOptions(), run)
     calibrates = scheme.needs_data or (kv_cache is not None and not kv_cache.dynamic)
-    calibrates |= any(step.needs_data for step in parse_algorithm(steps))
+    calibrates |= any(step.needs_data for step in steps)
     if not builtin:
         run.tell_about_texts(calibration if calibrates else None, evaluation)
     for notice in check_target(output, source=folder, overwrite=overwrite):
@@ -133,6 +132,8 @@ def quantize_checkpoint(
 
 def _tell_about(plan: Plan, run: Run) -> None:
     """What a user might not expect of the plan."""
+    for note in plan.notes:
+        run.notify(note)
     for note in plan.layout_notes:
         run.notify(f"Written in Detent's own layout, which other engines don't read: {note}")
     if plan.overlooked_share > OVERLOOKED_SHARE:
@@ -176,7 +177,7 @@ def _plan(
     scheme: Scheme,
     kv_cache: Format | None,
     dtype: torch.dtype,
-    algorithms: list[dict[str, Any]],
+    algorithms: list[QuantizeAlgorithmConfig],
 ) -> Plan:
     model = model_on_meta(config, trust_remote_code=model_options.trust_remote_code)
     groups = {
@@ -187,15 +188,22 @@ def _plan(
         for pattern, size in options.group_size_per_layer
     }
     return make_plan(
-        source, model, scheme, kv_cache=kv_cache, exclude=options.exclude, per_layer=groups, algorithms=algorithms
+        source,
+        model,
+        scheme,
+        kv_cache=kv_cache,
+        exclude=options.exclude,
+        per_layer=groups,
+        algorithms=algorithms,
+        overrides=options.overrides,
     )
 
 
-def _algorithms(options: AlgorithmOptions, run: Run) -> list[dict[str, Any]]:
+def _algorithms(options: AlgorithmOptions, run: Run) -> list[QuantizeAlgorithmConfig]:
     steps, notices = named_algorithms(options.before, options.algorithm, options.before_file, options.file)
     for notice in notices:
         run.notify(notice)
-    return steps
+    return parse_algorithm(steps)
 
 
 def _kept_plain(simulation: Simulation) -> list[str]:

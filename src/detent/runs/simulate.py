@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,16 +18,16 @@ from detent.checkpoints import (
 )
 from detent.checkpoints.records import exported_format
 from detent.engine.quantization import quantize
-from detent.formats import FloatScale, decode
+from detent.formats import QTensor, decode
 from detent.model.kv_cache import stored_scales
 from detent.nn import QuantWeightBase, TensorQuantizer
 from detent.plan.plan import Plan
 from detent.progress import track
 from detent.runs.online import with_online
-from detent.structure import find_structure, linears_sharing_input
 from detent.transforms.folding import Folding
 
-_log = logging.getLogger(__name__)
+#: Elements of a weight whose error is measured at once.
+PIECE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,10 @@ def simulate(model: nn.Module, plan: Plan, forward_loop: ForwardLoop | None) -> 
         DetentError: NaN or infinity in a weight or an activation; data is needed and missing; an algorithm can't serve
             a format.
     """
-    groups = _groups_with_common_scale(model, plan)
-    folding = Folding(model, find_structure(model)) if plan.algorithms else None
+    folding = Folding(model, plan.structure) if plan.algorithms and plan.structure is not None else None
     config = {"quant_cfg": plan.quant_cfg, "algorithm": plan.algorithms or "max"}
     quantize(model, config, forward_loop, folding=folding)
-    for names in groups:
+    for names in plan.groups_with_common_scale:
         _share_outer_scale(model, names)
     layers = {}
     for name in track(plan.formats.layers, "Quantizing weights", len(plan.formats.layers)):
@@ -82,20 +81,6 @@ def simulate(model: nn.Module, plan: Plan, forward_loop: ForwardLoop | None) -> 
         assert isinstance(module, QuantWeightBase)
         layers[name] = _simulate_layer(name, module, plan)
     return Simulation(layers, set() if folding is None else folding.changed)
-
-
-def _groups_with_common_scale(model: nn.Module, plan: Plan) -> list[list[str]]:
-    """Layers that engines fuse, where a scale covers a whole matrix (NVFP4) and so has to be common."""
-    if not any(f.weight is not None and _has_outer(f.weight) for f in plan.formats.layers.values()):
-        return []
-    device = next(model.parameters()).device
-    ids = torch.ones(1, 2, dtype=torch.long, device=device)
-    groups = linears_sharing_input(model, lambda m: m(input_ids=ids))
-    return [[n for n in names if n in plan.formats.layers] for names in groups]
-
-
-def _has_outer(fmt: Any) -> bool:
-    return isinstance(fmt.scale, FloatScale) and fmt.scale.outer
 
 
 def _share_outer_scale(model: nn.Module, names: list[str]) -> None:
@@ -109,19 +94,24 @@ def _share_outer_scale(model: nn.Module, names: list[str]) -> None:
 
 @torch.no_grad()
 def _simulate_layer(name: str, module: QuantWeightBase, plan: Plan) -> SimulatedLayer:
+    if plan.formats.layers[name].weight is None:
+        return layer_as_quantized(name, module, plan, None)
+    weight = module.weight.detach()
+    simulated = layer_as_quantized(name, module, plan, weight)
+    assert simulated.record.weight is not None
+    _fold(module, decode(simulated.record.weight, weight.dtype).to(weight.device))
+    return simulated
+
+
+def layer_as_quantized(name: str, module: QuantWeightBase, plan: Plan, weight: Tensor | None) -> SimulatedLayer:
+    """A layer as its calibrated quantizers have it; `weight`: what its weight quantizer rounds, if it does."""
     formats = plan.formats.layers[name]
     packed, error = None, None
-    if formats.weight is not None:
+    if weight is not None:
         quantizer = module.weight_quantizer
         assert isinstance(quantizer, TensorQuantizer)
-        weight = module.weight.detach()
-        if bool((weight == 0).all()):
-            packed, error = quantizer.quantize_to_codes(weight), 0.0
-        else:
-            packed = quantizer.quantize_to_codes(weight)
-            difference = decode(packed).sub_(weight.float())
-            error = float(difference.double().norm() / weight.double().norm())
-        _fold(module, decode(packed, weight.dtype))
+        packed = quantizer.quantize_to_codes(weight)
+        error = relative_error(packed, weight)
     record = LayerCheckpoint(
         name=name,
         shape=formats.shape,
@@ -131,6 +121,21 @@ def _simulate_layer(name: str, module: QuantWeightBase, plan: Plan) -> Simulated
         kind=formats.kind,
     )
     return SimulatedLayer(with_online(record, module), error, list(outcomes(module)))
+
+
+def relative_error(packed: QTensor, weight: Tensor) -> float:
+    """``norm(W - W^) / norm(W)`` in the Frobenius norm; 0 for a weight of zeros.
+
+    A few rows at a time, so that what they take stays in the processor's cache.
+    """
+    tall = packed.format.granularity.lengths(packed.shape)[0] if packed.format.granularity.kind != "per_tensor" else 1
+    step = tall * max(1, PIECE * len(weight) // max(1, weight.numel() * tall))
+    wrong = total = 0.0
+    for start in range(0, len(weight), step):
+        rows = weight[start : start + step].float()
+        total += float(rows.square().sum(dtype=torch.float64))
+        wrong += float(decode(packed.rows(start, start + step)).sub_(rows).square_().sum(dtype=torch.float64))
+    return math.sqrt(wrong / total) if total else 0.0
 
 
 def _fold(module: QuantWeightBase, values: Tensor) -> None:
