@@ -194,6 +194,7 @@ def test_version_is_told_once() -> None:
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
     """Code and data alike: the sample model and the built-in texts must work from an installed package."""
     pytest.importorskip("hatchling", reason="the build backend is not installed (it is among the dev extras)")

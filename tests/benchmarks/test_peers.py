@@ -159,6 +159,7 @@ def test_the_page_has_a_place_for_the_tables() -> None:
 # ------------------------------------------------------------------------------------------------------------ session
 
 
+@pytest.mark.slow
 def test_a_failing_tool_is_a_result_with_its_reason(tmp_path: Path) -> None:
     missing = inputs.Input("missing", tmp_path / "nowhere", tmp_path / "a", None, 256, 32, "")
     store = tmp_path / "results.json"

@@ -20,7 +20,15 @@ def outcomes(place: Workplace) -> dict[str, list[dict[str, object]]]:
 
 
 @pytest.mark.parametrize(
-    "algorithm", ["awq", "gptq", "mse", "hqq", "awq_lite,gptq", "local_hessian", "best", "autoround"]
+    "algorithm",
+    [
+        "awq",
+        "gptq",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("mse", "hqq", "awq_lite,gptq", "local_hessian", "best", "autoround")
+        ),
+    ],
 )
 def test_algorithms_write_what_they_simulated(algorithm: str, place: Workplace) -> None:
     settings = place.out.parent / "settings.json"
@@ -50,6 +58,7 @@ def test_awq_folds_its_scales_and_transformers_reads_the_result(algorithm: str, 
     torch.testing.assert_close(logits(theirs), logits(load_quantized(place.out)), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [("rotation",), ("quarot",), ("rotation", "smoothquant")])
 def test_rotations_reload_as_they_were_simulated(before: tuple[str, ...], place: Workplace) -> None:
     flags = [flag for name in before for flag in ("--pre_quantization_optimization", name)]

@@ -140,6 +140,7 @@ def test_commands() -> None:
     assert detent("inspect").code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["--help", "schemes --json"])
 def test_light_commands_leave_transformers_alone(command: str) -> None:
     code = (

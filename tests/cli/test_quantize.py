@@ -230,6 +230,7 @@ class TestOutput:
         sharded.quantize()
         assert sharded.evaluate()["perplexity"]["after"] == sharded.report["perplexity"]["after"]
 
+    @pytest.mark.slow
     def test_sample_model_without_arguments(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         succeed("quantize", "--num_eval_data", 1, "--device", "cpu")

@@ -150,6 +150,7 @@ def test_perplexity_means_something(windows, baseline, config):
     assert perplexity(load(), shuffled) > 5 * baseline
 
 
+@pytest.mark.slow
 def test_eight_bits_are_free_and_three_are_not(windows, baseline):
     eight, four, three = (perplexity(rounded_model(bits), windows) for bits in (8, 4, 3))
     assert [eight, four, three] == pytest.approx(card_row()[1:], rel=2e-3)

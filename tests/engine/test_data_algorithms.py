@@ -525,6 +525,7 @@ def test_registering_is_checked() -> None:
 # ---- algorithms that learn by gradients -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "algorithm",
     [
@@ -546,6 +547,7 @@ def test_learned_weights_are_on_the_grid_and_nearer_to_the_float_model(algorithm
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_block_ap_lowers_the_error_of_blocks_that_gptq_rounded() -> None:
     rough = {**W4_ONLY, "*weight_quantizer": {"num_bits": 3, "block_sizes": {-1: 16}}}
     model = quantized(["gptq", {"method": "block_ap", "steps": 40}], rough)
@@ -590,6 +592,7 @@ def test_sequences_are_put_together_and_cut_for_a_step() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_distillation_alone_starts_from_plain_rounding() -> None:
     reference, rough = make_model(), {**W4_ONLY, "*weight_quantizer": {"num_bits": 3, "block_sizes": {-1: 16}}}
     model = quantized({"method": "distill", "steps": 40}, rough)
@@ -618,6 +621,7 @@ def test_float_predictions_are_taken_from_the_first_run_of_the_loop() -> None:
         assert all(not lesson.call.kwargs for lesson in lessons)
 
 
+@pytest.mark.slow
 def test_best_leaves_distillation_out_where_there_is_too_little_data() -> None:
     rough = {**W4_ONLY, "*weight_quantizer": {"num_bits": 3, "block_sizes": {-1: 16}}}
     made: dict[int, dict[str, Any]] = {}
@@ -633,6 +637,7 @@ def test_best_leaves_distillation_out_where_there_is_too_little_data() -> None:
     assert made[5] == {"gptq": None, "block_ap": 40, "distill": 26}
 
 
+@pytest.mark.slow
 def test_best_leaves_distillation_out_where_predictions_take_too_much_room(monkeypatch: pytest.MonkeyPatch) -> None:
     from detent.engine import learn_model
 

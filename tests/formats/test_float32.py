@@ -67,6 +67,7 @@ def test_a_scale_that_underflows_gives_zeros() -> None:
     assert got.view(torch.int32).tolist() == torch.tensor([[0.0, -0.0, 0.0, -0.0]]).view(torch.int32).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", [df.micro_exponent(6), df.integer(8, df.per_channel(0))], ids=str)
 def test_compiled_kernels_take_given_scales_of_any_number(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     if not kernels._compiler_found("cpu"):
@@ -80,6 +81,7 @@ def test_compiled_kernels_take_given_scales_of_any_number(fmt: Format, monkeypat
         assert torch.equal(df.fake_quantize(x * 1.1, fmt, given), want)
 
 
+@pytest.mark.slow
 def test_compiled_kernels_work_in_every_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     if not kernels._compiler_found("cpu"):
         pytest.skip("no C++ compiler")

@@ -44,6 +44,7 @@ def test_pieces_are_seamless(case: Case, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setenv("DETENT_COMPILE", "0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_bits_are_the_plain_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not kernels._compiler_found("cpu"):
