@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import tempfile
+from collections import defaultdict
 from typing import Any
 
 import hypothesis
@@ -36,17 +37,34 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("suite")
 
+#: Cases of one test that `make quick` runs at most.
+_CASES = 6
+
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(_HF_HOME, ignore_errors=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _thin_out(items)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _thin_out(items: list[pytest.Item]) -> None:
+    """Of a test with many cases (every scheme, every architecture), `make quick` runs an even sample."""
+    families: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        families[item.nodeid.partition("[")[0]].append(item)
+    for family in families.values():
+        step = -(-len(family) // _CASES)
+        for index, item in enumerate(family):
+            if index % step:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

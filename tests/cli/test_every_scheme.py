@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
-
 import pytest
 
 from cli.runner import Workplace
@@ -24,26 +21,9 @@ NEIGHBOURS = (
     "w_int4_per_group_a_fp8_per_tensor",
 )
 SCHEMES = [name for name in dict.fromkeys((*all_schemes(neighbours=False), *NEIGHBOURS)) if name != "no_quant"]
-#: One of each kind for `make quick`; the others are alike.
-QUICK = (
-    "w_int4_per_group_sym",
-    "w_uint4_per_group_asym",
-    "w_int8_a_int8_per_tensor_sym",
-    "w_fp8_per_channel_static_a_fp8_per_token_dynamic",
-    "w_fp4_a_fp4_scale_fp8",
-    "w_mxfp4_a_mxfp8",
-    "w_mx6",
-    "w_int4_on_fp8",
-)
-QUICK_CACHES = ("fp8", "int8_per_tensor_static")
 
 
-def slow_but(names: Iterable[str], quick: Sequence[str]) -> list[Any]:
-    assert set(quick) <= set(names)
-    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
-
-
-@pytest.mark.parametrize("scheme", slow_but(SCHEMES, QUICK))
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_evaluates_as_it_was_simulated(scheme: str, place: Workplace) -> None:
     place.quantize(scheme=scheme)
     report = place.report
@@ -54,7 +34,7 @@ def test_evaluates_as_it_was_simulated(scheme: str, place: Workplace) -> None:
     assert place.evaluate()["perplexity"] == {"before": None, "after": report["perplexity"]["after"]}
 
 
-@pytest.mark.parametrize("kv_cache", slow_but(kv_cache_types(), QUICK_CACHES))
+@pytest.mark.parametrize("kv_cache", kv_cache_types())
 def test_every_key_value_cache_type(kv_cache: str, place: Workplace) -> None:
     place.quantize("--kv_cache_dtype", kv_cache, scheme="w_int8_per_tensor_sym")
     assert place.evaluate()["perplexity"]["after"] == place.report["perplexity"]["after"]
