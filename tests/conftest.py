@@ -7,6 +7,7 @@ import shutil
 import socket
 import tempfile
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -56,10 +57,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _thin_out(items: list[pytest.Item]) -> None:
-    """Of a test with many cases (every scheme, every architecture), `make quick` runs an even sample."""
+    """Of a test with many cases (every scheme, every architecture), `make quick` runs an even sample.
+
+    Those of the repository itself, directly below tests/, are quick, and each case is a file of its own.
+    """
     families: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        families[item.nodeid.partition("[")[0]].append(item)
+        if item.path.parent != Path(__file__).parent:
+            families[item.nodeid.partition("[")[0]].append(item)
     for family in families.values():
         step = -(-len(family) // _CASES)
         for index, item in enumerate(family):
