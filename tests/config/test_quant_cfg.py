@@ -201,6 +201,8 @@ def test_attributes_of_an_entry_that_only_switches_are_live() -> None:
         ([{"quantizer_name": "*", "enable": 1}], "enable is True or False, not 1"),
         ([{"quantizer_name": "*", "parent_class": 3, "cfg": INT4}], "parent_class is a class or its name"),
         (["*"], "an entry is a dictionary"),
+        ({0: INT4}, "a pattern is a wildcard or a callable, not 0"),
+        ({"*": INT8, -1: INT4}, "a pattern is a wildcard or a callable, not -1"),
     ],
 )
 def test_refusals(quant_cfg: Any, message: str) -> None:

@@ -120,7 +120,7 @@ class TestJson:
     @pytest.mark.parametrize("content", [b"{", b"{}", b"\xff"])
     def test_unreadable(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / REPORT_NAME).write_bytes(content)
-        with pytest.raises(DetentError, match="is not a report"):
+        with pytest.raises(DetentError, match=REPORT_NAME):
             RunReport.read(tmp_path)
 
     def test_missing(self, tmp_path: Path) -> None:

@@ -7,14 +7,13 @@ user is told that they have no effect.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from detent.config.algorithm import ALGORITHMS, parse_algorithm
 from detent.config.base import nearest
 from detent.errors import DetentError
+from detent.external.files import read_json, status, user_path
 
 #: Name on the command line -> the algorithm, with what sets it apart.
 _NAMES: dict[str, dict[str, Any]] = {
@@ -114,13 +113,10 @@ def _named(name: str, flag: str) -> dict[str, Any]:
 
 
 def _read(file: str, flag: str) -> dict[str, Any]:
-    path = Path(file)
-    if not path.is_file():
+    path = user_path(file)
+    if status(path) is None:
         raise DetentError(f"--{flag}: there is no file {file}")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DetentError(f"--{flag} {file}: not JSON ({error})") from None
+    settings = read_json(path)
     if not isinstance(settings, dict):
         raise DetentError(f"--{flag} {file}: a JSON object of settings is wanted, not a {type(settings).__name__}")
     return settings

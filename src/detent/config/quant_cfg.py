@@ -152,6 +152,8 @@ class QuantCfg(list[dict[str, Any]]):
         """From a dictionary: sets each pattern. From a list or another `QuantCfg`: adds its entries at the end."""
         if isinstance(other, Mapping):
             for key, value in other.items():
+                if isinstance(key, int | slice):  # as an index it would replace an entry by its number
+                    raise DetentError(f"quant_cfg: a pattern is a wildcard or a callable, not {key!r}")
                 self[key] = value
         else:
             self.extend(other)

@@ -20,6 +20,7 @@ from torch import Tensor
 from detent.data.documents import Document, is_blank, render
 from detent.data.text import TextSource
 from detent.errors import DetentError
+from detent.external.mistakes import as_detent_error, first_line
 from detent.padding import current_token_mask, drop_padding, token_mask
 from detent.progress import report, track
 
@@ -185,8 +186,9 @@ def encode(text: str, tokenizer: Any, special_tokens: bool = True) -> Tensor:
     """The token ids of a text, int64 [tokens], whole, whatever length the tokenizer thinks that the model takes."""
     # verbose=False: no warning about that length. Cutting is left to the caller, because a fast tokenizer that was told
     # to truncate keeps that as a setting and would save it with the model.
-    ids = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    with as_detent_error(lambda error: f"The tokenizer fails on a text: {first_line(error)}; check its files"):
+        ids = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
 
 
 def _encode_document(document: Document, tokenizer: Any) -> Tensor:

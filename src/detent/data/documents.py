@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from detent.errors import DetentError
+from detent.external.mistakes import as_detent_error, first_line
 
 #: Fields of a record that hold its text, the most specific name first.
 TEXT_FIELDS = ("text", "content", "prompt")
@@ -98,28 +99,24 @@ def render(document: Document, tokenizer: Any) -> tuple[str, bool]:
     if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
         return "\n".join(content for _, content in document.messages), True
     messages = [{"role": role, "content": content} for role, content in document.messages]
-    try:
-        with _bounded_template():
-            return str(tokenizer.apply_chat_template(messages, tokenize=False)), False
-    except _template_errors() as error:
-        roles = ", ".join(role for role, _ in document.messages)
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DetentError(
-            f"The tokenizer's chat template fails on a conversation with the roles {roles}: {reason[0]}. "
-            "Mend the template, or give the data as plain text."
-        ) from error
+    from jinja2 import TemplateError
+
+    roles = ", ".join(role for role, _ in document.messages)
+    with (
+        as_detent_error(
+            lambda error: (
+                f"The tokenizer's chat template fails on a conversation with the roles {roles}: {first_line(error)}. "
+                "Mend the template, or give the data as plain text."
+            ),
+            more=(TemplateError, _Endless, MemoryError),
+        ),
+        _bounded_template(),
+    ):
+        return str(tokenizer.apply_chat_template(messages, tokenize=False)), False
 
 
 class _Endless(Exception):
     """A chat template that runs on and on."""
-
-
-def _template_errors() -> tuple[type[Exception], ...]:
-    """What a template, which is a small program that comes with the tokenizer, can raise."""
-    from jinja2 import TemplateError
-
-    python = (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError)
-    return (TemplateError, ImportError, _Endless, *python)
 
 
 @contextmanager

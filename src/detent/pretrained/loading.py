@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from detent.checkpoints import Source
 from detent.errors import DetentError
-from detent.external.model_folder import local_folder
+from detent.external.files import is_file, read_as
+from detent.external.mistakes import as_detent_error, first_line
+from detent.external.model_folder import CONFIG_NAME, check_folder, local_folder, read_config
+from detent.external.schemas import TokenizerConfig, hub_kernels
 from detent.formats.qtensor import all_finite
 from detent.progress import track
 
@@ -21,8 +24,6 @@ _log = logging.getLogger(__name__)
 
 #: What `--data_type` takes beside ``auto``.
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-#: What transformers raises over files and values that it cannot use.
-_MISTAKES = (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError, ArithmeticError)
 _COMPUTED = (*DTYPES.values(), torch.float64)
 
 #: What a checkpoint on the hub is downloaded with: everything but weights in formats that Detent doesn't read.
@@ -52,15 +53,23 @@ def resolve_folder(model_dir: str, revision: str | None = None) -> Path:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Transformers' progress bars and load reports are left out: Detent reports what matters itself."""
+def _transformers(start: str, trusted: bool = False) -> Iterator[None]:
+    """Call transformers: its progress bars and load reports are left out, since Detent reports what matters itself, and
+    what it raises over files and values that it cannot use becomes one DetentError, its text after `start`."""
+    from huggingface_hub import errors
     from transformers.utils import logging as hf_logging
 
+    kind = getattr(errors, "StrictDataclassError", None)  # about a value of the wrong type in a configuration
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
-        yield
+        with as_detent_error(
+            lambda error: f"{start}: {_told(error, trusted)}",
+            more=() if kind is None else (kind,),
+            but=(torch.OutOfMemoryError,),
+        ):
+            yield
     finally:
         hf_logging.set_verbosity(level)
         if bars:
@@ -71,25 +80,23 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, values: dict[s
     """The transformers configuration of a folder, or of `values` (the content of a config.json).
 
     Raises:
-        DetentError: transformers doesn't know the architecture, or the model needs code of its own that isn't trusted.
+        DetentError: transformers doesn't know the architecture; the model needs code of its own, or its attention is
+            code on the hub, that isn't trusted.
     """
     from transformers import AutoConfig
 
-    try:
-        with _quiet():
-            if values is None or "auto_map" in values:
-                return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-            return AutoConfig.for_model(**values)
-    except _config_mistakes() as error:
-        raise DetentError(f"{folder / 'config.json'}: {_first_line(error, trust_remote_code)}") from error
-
-
-def _config_mistakes() -> tuple[type[Exception], ...]:
-    """`_MISTAKES`, and what configurations raise about a value of the wrong type."""
-    from huggingface_hub import errors
-
-    kind = getattr(errors, "StrictDataclassError", None)
-    return _MISTAKES if kind is None else (*_MISTAKES, kind)
+    check_folder(folder)
+    content = read_config(folder) if values is None else values
+    if not trust_remote_code and (kernels := hub_kernels(content)):
+        place, value = kernels[0]
+        raise DetentError(
+            f"{folder / CONFIG_NAME}: {place} is {value!r}, code on the hub that transformers would download and run;"
+            " pass --trust_remote_code if you trust it, or take the entry out"
+        )
+    with _transformers(str(folder / CONFIG_NAME), trust_remote_code):
+        if values is None or "auto_map" in values:
+            return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        return AutoConfig.for_model(**values)
 
 
 def model_on_meta(config: Any, *, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
@@ -100,16 +107,14 @@ def model_on_meta(config: Any, *, trust_remote_code: bool = False, dtype: torch.
     """
     from transformers import AutoModelForCausalLM
 
-    try:
-        with torch.device("meta"), _quiet():
-            return AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code, dtype=dtype or torch.float32
-            )
-    except (*_MISTAKES, RuntimeError) as error:
-        raise DetentError(
-            f"cannot build a {getattr(config, 'model_type', '?')} language model from its config.json:"
-            f" {_first_line(error, trust_remote_code)}"
-        ) from error
+    kind = getattr(config, "model_type", "?")
+    with (
+        torch.device("meta"),
+        _transformers(f"cannot build a {kind} language model from its config.json", trust_remote_code),
+    ):
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code, dtype=dtype or torch.float32
+        )
 
 
 def model_dtype(data_type: str, config: Any, source: Source) -> torch.dtype:
@@ -128,7 +133,7 @@ def model_dtype(data_type: str, config: Any, source: Source) -> torch.dtype:
         return DTYPES[data_type]
     dtype = getattr(config, "dtype", None)
     if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, dtype)
+        dtype = {str(known).removeprefix("torch."): known for known in _COMPUTED}.get(dtype, dtype)
     if dtype is None:
         stored = [info.dtype for info in source.tensors.values() if info.dtype in _COMPUTED]
         return stored[0] if stored else torch.float32
@@ -189,21 +194,16 @@ def load_model(
     state = read_weights(source, source) if state_dict is None else state_dict
     _check_floating(source.path, expected, state)
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-    try:
-        with _quiet():
-            model, info = kind.from_pretrained(
-                None,
-                config=config,
-                state_dict=state,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **options,
-            )
-    except torch.OutOfMemoryError:
-        raise
-    except (*_MISTAKES, RuntimeError) as error:
-        raise DetentError(f"{source.path}: {_first_line(error, trust_remote_code)}") from error
+    with _transformers(str(source.path), trust_remote_code):
+        model, info = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
     _check_complete(source.path, info)
     unused = sorted(info.get("unexpected_keys") or [])
     if unused:
@@ -229,15 +229,13 @@ def _check_floating(folder: Path, expected: nn.Module, state: dict[str, Tensor])
 def _check_runs(folder: Path, model: Any) -> None:
     """A config.json with wrong numbers may build a model that takes all weights and yet cannot run."""
     ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
-    try:
+    with as_detent_error(
+        lambda error: (
+            f"{folder}: the model cannot run ({type(error).__name__}: {_told(error, True)}); check its config.json"
+        ),
+        but=(torch.OutOfMemoryError,),
+    ):
         model(input_ids=ids, use_cache=False)
-    except (*_MISTAKES, IndexError, AssertionError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise DetentError(
-            f"{folder}: the model cannot run ({type(error).__name__}: {_first_line(error, True)}); check its"
-            " config.json"
-        ) from error
 
 
 def _check_complete(folder: Path, info: dict[str, Any]) -> None:
@@ -261,19 +259,16 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a checkpoint folder. Raises DetentError where there is none."""
     from transformers import AutoTokenizer
 
-    try:
-        with _quiet():
-            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except _MISTAKES as error:
-        raise DetentError(
-            f"{folder}: no usable tokenizer, which calibration and evaluation need:"
-            f" {_first_line(error, trust_remote_code)}"
-        ) from error
+    if is_file(folder / "tokenizer_config.json"):
+        read_as(TokenizerConfig, folder / "tokenizer_config.json")
+    start = f"{folder}: no usable tokenizer, which calibration and evaluation need"
+    with _transformers(start, trust_remote_code):
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
 
 
-def _first_line(error: BaseException, trusted: bool) -> str:
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+def _told(error: BaseException, trusted: bool) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else first_line(error)
     if isinstance(error, KeyError):
         text = f"unknown value or missing key {text}"
     if "trust_remote_code" in str(error) and not trusted:

@@ -52,7 +52,7 @@ def contents(folder: str | Path) -> dict[str, Any]:
 def _check_shapes(checkpoint: QuantizedCheckpoint) -> None:
     """Compare the shapes that a file of another tool amounts to with those that its config.json asks for. Nothing is
     compared where the architecture is known to code of its own alone."""
-    from detent.engine.models import load_config, model_on_meta
+    from detent.pretrained.loading import load_config, model_on_meta
 
     try:
         model = model_on_meta(load_config(checkpoint.path, values=checkpoint.config))

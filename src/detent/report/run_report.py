@@ -9,9 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from detent.errors import DetentError
+from detent.external.files import check_as, is_folder, read_json, status
 
 #: The file's name, in the output folder.
 REPORT_NAME = "detent_report.json"
@@ -138,10 +139,7 @@ class RunReport(_Part):
         Raises:
             DetentError: there is none, or it is not a report.
         """
-        path = path / REPORT_NAME if path.is_dir() else path
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise DetentError(f"There is no report at {path}.") from error
-        except (ValidationError, UnicodeDecodeError) as error:
-            raise DetentError(f"{path} is not a report of this version of Detent: {error}") from error
+        path = path / REPORT_NAME if is_folder(path) else path
+        if status(path) is None:
+            raise DetentError(f"There is no report at {path}.")
+        return check_as(cls, read_json(path), str(path))

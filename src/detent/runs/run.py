@@ -36,13 +36,9 @@ class Run:
 
     def tell_about_texts(self, calibration: CalibrationOptions | None, evaluation: EvaluationOptions) -> None:
         """At the start: that the default texts of what will be done need a package that isn't installed."""
-        if (
-            calibration is not None
-            and calibration.dataset is None
-            and (notice := missing_package_notice("calibration"))
-        ):
+        if calibration and not calibration.dataset and (notice := missing_package_notice("calibration")):
             self.notify(notice)
-        if not evaluation.skip and evaluation.dataset is None and (notice := missing_package_notice("evaluation")):
+        if not evaluation.skip and not evaluation.dataset and (notice := missing_package_notice("evaluation")):
             self.notify(notice)
 
     def report(self, **parts: Any) -> RunReport:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from detent.errors import DetentError
+from detent.external.mistakes import as_detent_error, first_line
 from detent.pretrained.loading import load_config, model_on_meta, resolve_folder
 from detent.structure import Structure, find_structure
 
@@ -28,8 +28,6 @@ def structure_of_folder(
             only its user knows.
     """
     path = resolve_folder(folder)
-    if not (path / "config.json").is_file():
-        raise DetentError(f"{path}: no config.json; pass the folder of a model in Hugging Face layout")
     config = load_config(path, trust_remote_code=trust_remote_code)
     model = _model(config, trust_remote_code)
     return type(model).__name__, find_structure(model, overrides=overrides)
@@ -43,10 +41,9 @@ def _model(config: Any, trust_remote_code: bool) -> nn.Module:
     kind: Any = getattr(transformers, name, None)
     if kind is None or not hasattr(kind, "_from_config"):
         return model_on_meta(config, trust_remote_code=trust_remote_code).eval()
-    try:
-        with torch.device("meta"):
-            model: nn.Module = kind._from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DetentError(f"cannot build a {name} from its config.json: {reason}") from error
+    with (
+        torch.device("meta"),
+        as_detent_error(lambda error: f"cannot build a {name} from its config.json: {first_line(error)}"),
+    ):
+        model: nn.Module = kind._from_config(config)
     return model.eval()

@@ -17,7 +17,6 @@ if there is one), ``channels`` (default: channel i is row i). A fold of the tabl
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from detent.errors import DetentError
+from detent.external.files import read_json, user_path
 
 
 class FoldEntry(BaseModel):
@@ -58,12 +58,9 @@ class Overrides(BaseModel):
         where = "overrides"
         if isinstance(table, (str, Path)):
             where = str(table)
-            try:
-                table = json.loads(Path(table).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise DetentError(f"{where}: cannot be read as a JSON file of structure overrides: {error}") from error
+            table = read_json(user_path(table))
         try:
-            return Overrides.model_validate(table or {})
+            return Overrides.model_validate({} if table is None else table)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "the table"
