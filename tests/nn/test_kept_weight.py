@@ -170,7 +170,7 @@ def test_switching_and_new_attributes_are_seen() -> None:
         assert torch.equal(model(X), nn.functional.linear(X, layer.weight, layer.bias))
         detent.enable_quantizer(model, "*weight_quantizer")
         assert torch.equal(model(X), before)
-        detent.set_quantizer_attribute(model, "*weight_quantizer", {"num_bits": 2})
+        detent.set_quantizer_attribute(model, "*weight_quantizer", {"num_bits": 2, "axis": None})
         weight = plain_quant.integers(layer.weight, layer.weight.abs().amax(), 2)
         assert torch.equal(model(X), nn.functional.linear(X, weight, layer.bias))
 

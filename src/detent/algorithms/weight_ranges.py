@@ -74,15 +74,26 @@ def _improve(quantizer: TensorQuantizer, weight: Tensor, config: QuantizeAlgorit
 
 
 def quantized_weights(model: nn.Module) -> Iterator[tuple[str, Quantizer, Tensor]]:
-    """(name, quantizer, weight with output channels first) for each enabled ``X_quantizer`` beside a weight ``X``."""
+    """(name, quantizer, weight with output channels first) for each enabled ``X_quantizer`` beside a weight ``X``.
+
+    Raises:
+        DetentError: a weight without values (meta device, offloaded).
+    """
     for module_name, module in model.named_modules():
         for child_name, child in quantizers_of(module):
             attribute = child_name.removesuffix("_quantizer")
             if not child.is_enabled or attribute == child_name:
                 continue
             weight = _weight_of(module, attribute)
-            if weight is not None:
-                yield f"{module_name}.{attribute}".removeprefix("."), child, weight.detach()
+            if weight is None:
+                continue
+            name = f"{module_name}.{attribute}".removeprefix(".")
+            if weight.is_meta:
+                raise DetentError(
+                    f"{name}: the weight has no values (meta device), so there is nothing to calibrate on; load the"
+                    " model, without offloading, before quantizing it"
+                )
+            yield name, child, weight.detach()
 
 
 def _weight_of(module: nn.Module, attribute: str) -> Tensor | None:

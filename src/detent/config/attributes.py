@@ -291,6 +291,24 @@ def parse_attributes(value: Any) -> Attributes:
     )
 
 
+def merged(current: QuantizerAttributeConfig, given: Any) -> QuantizerAttributeConfig:
+    """`current` with what `given` says.
+
+    Args:
+        current: the attributes now.
+        given: a mapping, which changes the attributes that it names, or a `QuantizerAttributeConfig`, which says all.
+
+    Raises:
+        DetentError: not a mapping, or the result isn't valid.
+    """
+    if isinstance(given, QuantizerAttributeConfig):
+        return given
+    if not isinstance(given, Mapping):
+        raise DetentError(f"attributes are a dictionary such as {{'num_bits': 8}}, not {given!r}")
+    said = {name: getattr(current, name) for name in current.model_fields_set}
+    return QuantizerAttributeConfig(**{**said, **{str(name): value for name, value in given.items()}})
+
+
 def _channels(axis: int | tuple[int, ...] | None, ndim: int | None) -> Granularity:
     if axis is None:
         return per_tensor()

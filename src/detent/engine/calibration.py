@@ -61,16 +61,11 @@ def calibrate(
             reaches a quantizer or layer that needs data; NaN or infinity is met; an algorithm can't serve a format.
             Weights, ranges and train flags are then as they were.
     """
-    if forward_loop is not None and not callable(forward_loop):
-        raise DetentError(
-            "forward_loop: a function that calls the model it is given on calibration data, not a"
-            f" {type(forward_loop).__name__}; for a data loader write: lambda model: [model(x) for x in loader]"
-        )
+    loop = forward_loop if isinstance(forward_loop, DataLoop) else DataLoop(forward_loop)
     steps = [step for step in parse_algorithm(algorithm) if step.method is not None]
     if not steps:
         _warn_uncalibrated(model)
         return model
-    loop = DataLoop(forward_loop)
     if isinstance(steps[-1], RotationConfig):
         steps.append(MaxCalibConfig())
     steps = [part for step in steps for part in (step.parts() if isinstance(step, BestCalibConfig) else [step])]

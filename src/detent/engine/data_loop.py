@@ -24,6 +24,10 @@ from detent.pretrained.facts import input_device
 from detent.progress import track
 
 
+class _FirstCallDone(BaseException):
+    """Leaves the user's loop after its first call; no handler of ordinary errors takes it for one."""
+
+
 class DataLoop:
     """A source of calibration data: call it with the model.
 
@@ -33,6 +37,11 @@ class DataLoop:
     """
 
     def __init__(self, forward_loop: ForwardLoop | None) -> None:
+        if forward_loop is not None and not callable(forward_loop):
+            raise DetentError(
+                "forward_loop: a function that calls the model it is given on calibration data, not a"
+                f" {type(forward_loop).__name__}; for a data loader write: lambda model: [model(x) for x in loader]"
+            )
         self.forward_loop = forward_loop
         self.calls = 0
         self._remembered: list[Call] = []
@@ -62,14 +71,46 @@ class DataLoop:
         hook = model.register_forward_pre_hook(remember, with_kwargs=True)
         try:
             with _mask_from_arguments(model):
-                if _takes_an_argument(self.forward_loop):
-                    self.forward_loop(model)
-                else:
-                    self.forward_loop()  # type: ignore[call-arg]
+                self._run(model)
         finally:
             hook.remove()
         self.calls = len(remembered)
         self._remembered = remembered
+
+    def first(self, model: nn.Module) -> None:
+        """Run the model, or the part of it that the loop calls, once: on the first of the data."""
+        if self._remembered:
+            call = self._remembered[0]
+            model(*call.args, **call.kwargs)
+            return
+        depth = 0
+
+        def enter(*_: Any) -> None:
+            nonlocal depth
+            depth += 1
+
+        def leave(*_: Any) -> None:
+            nonlocal depth
+            depth -= 1
+            if depth == 0:
+                raise _FirstCallDone
+
+        hooks = [module.register_forward_pre_hook(enter) for module in model.modules()]
+        hooks += [module.register_forward_hook(leave) for module in model.modules()]
+        try:
+            self._run(model)
+        except _FirstCallDone:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _run(self, model: nn.Module) -> None:
+        assert self.forward_loop is not None
+        if _takes_an_argument(self.forward_loop):
+            self.forward_loop(model)
+        else:
+            self.forward_loop()  # type: ignore[call-arg]
 
     def limited(self, model: nn.Module, rows: int | None) -> DataLoop:
         """The first calls of the same data that together have `rows` vectors of input (tokens, where input is ids)."""

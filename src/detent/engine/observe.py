@@ -167,7 +167,7 @@ def _alike(a: Layer, b: Layer) -> bool:
     if (scales[0] is None) != (scales[1] is None):
         return False
     equal = scales[0] is None or scales[1] is None or torch.equal(scales[0], scales[1])
-    return same and equal and first._rotation == second._rotation
+    return same and equal and first.rotation == second.rotation
 
 
 def _transformed(layer: Layer, x: Tensor) -> Tensor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from torch import nn
 
 from detent.algorithms.modes import ForwardLoop
 from detent.config import QuantizeConfig, parse_algorithm
 from detent.engine.calibration import calibrate
+from detent.engine.data_loop import DataLoop
 from detent.model.conversion import (
     check_something_enabled,
     named_quantizers,
@@ -17,6 +19,8 @@ from detent.model.conversion import (
     set_quantizer_by_cfg,
 )
 from detent.model.rollback import unchanged_on_failure
+from detent.model.scopes import evaluating
+from detent.model.usage import quantizer_usage
 from detent.model.weights import check_packable, pack_module
 from detent.nn import QuantWeightBase
 from detent.nn.sequential import members_of
@@ -61,15 +65,25 @@ def quantize(
     """
     config = QuantizeConfig.of(config)
     parse_algorithm(config.algorithm)  # before anything changes
+    loop = DataLoop(forward_loop)
     with unchanged_on_failure(model):
         replace_quant_module(model)
         set_quantizer_by_cfg(model, config.quant_cfg, strict=strict)
         check_something_enabled(model, config.quant_cfg, strict=strict)
-        calibrate(model, config.algorithm, forward_loop, folding=folding)
+        calibrate(model, config.algorithm, loop, folding=folding)
+        if loop:
+            _check_used(model, loop)
         _hold_codes(model)
     on = sum(quantizer.is_enabled for _, quantizer in named_quantizers(model))
     _log.info("%d quantizers are on", on)
     return model
+
+
+def _check_used(model: nn.Module, loop: DataLoop) -> None:
+    """The model has to compute with every quantizer that is on: seen on one call of the user's data."""
+    with evaluating(model), torch.no_grad(), quantizer_usage(model) as usage:
+        loop.first(model)
+    usage.check()
 
 
 def _hold_codes(model: nn.Module) -> None:

@@ -306,7 +306,7 @@ class _AtWork:
     def _cannot_scale(self) -> str:
         """Why the site takes no channel scale; "" if it does."""
         for layer in self._site.layers:
-            if layer.input_quantizer is not None and layer.input_quantizer._rotation is not None:
+            if layer.input_quantizer is not None and layer.input_quantizer.rotation is not None:
                 return "its input is rotated"
             refuse_scale_after_branch(layer, "a channel scale")
         if self._solver.folding is not None:
@@ -531,7 +531,7 @@ class _AtWork:
 def follows_channels(layer: Layer) -> bool:
     """Whether the range of the layer's input follows from the ranges of its channels: static, one for the tensor."""
     quantizer = layer.input_quantizer
-    if quantizer is None or not quantizer.is_enabled or quantizer.attributes.bias or quantizer._rotation is not None:
+    if quantizer is None or not quantizer.is_enabled or quantizer.attributes.bias or quantizer.rotation is not None:
         return False
     fmt = quantizer.format
     plain = isinstance(fmt.scale, FloatScale) and not fmt.scale.outer and not fmt.dynamic

@@ -6,7 +6,7 @@ Invariant: a conversion that fails leaves the model as it was.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,13 +15,20 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from detent.config import QuantizerAttributeConfig
-from detent.config.attributes import Attributes, SequentialConfig, parse_attributes
+from detent.config.attributes import Attributes, SequentialConfig, merged, parse_attributes
 from detent.config.matching import check_matches, match
-from detent.config.quant_cfg import Rule, normalize
+from detent.config.quant_cfg import Rule, class_name, normalize
 from detent.errors import DetentError
 from detent.model.rollback import remember, unchanged_on_failure
-from detent.nn import QuantModuleRegistry, QuantWeightBase, SequentialQuantizer, TensorQuantizer
+from detent.nn import (
+    QuantModuleRegistry,
+    QuantWeightBase,
+    SequentialQuantizer,
+    TensorQuantizer,
+    quantizers_of,
+)
 from detent.nn.attention import add_attention_quantizers, route_attention
+from detent.nn.instance_forward import float_forward
 from detent.nn.sequential import Quantizer, members_of
 from detent.nn.torch_transformer import leave_fast_path, weight_used_from_outside
 
@@ -141,7 +148,7 @@ def set_quantizer_by_cfg(model: nn.Module, quant_cfg: Any, *, strict: bool = Tru
     with unchanged_on_failure(model):
         for name, parents in names.items():
             _apply(model, rules, name, parents)
-    route_attention(model)
+        _settle(model)
     for warning in warnings:
         _log.warning("%s", warning)
     return warnings
@@ -169,11 +176,11 @@ def _apply(model: nn.Module, rules: list[Rule], name: str, parents: set[str]) ->
 
 
 def _attributes(quantizer: nn.Module) -> Attributes:
-    """What a quantizer is set to now, on or off included."""
+    """What a quantizer is set to now."""
     if isinstance(quantizer, SequentialQuantizer):
         return SequentialConfig([_attributes(q) for q in quantizer])
     assert isinstance(quantizer, TensorQuantizer)
-    return quantizer.attributes.model_copy(update={"enable": quantizer.is_enabled})
+    return quantizer.attributes
 
 
 def _parent_classes(model: nn.Module, quantizer_name: str) -> set[str]:
@@ -230,12 +237,23 @@ def set_quantizer_by_cfg_context(model: nn.Module, quant_cfg: Any) -> Iterator[N
         route_attention(model)
 
 
-def _matching(model: nn.Module, wildcard_or_filter: str | Callable[[str], bool]) -> list[str]:
+def _matching(
+    model: nn.Module,
+    wildcard_or_filter: str | Callable[[str], bool],
+    parent_class: str | type[nn.Module] | None = None,
+) -> list[str]:
     """Names of the quantizers that a wildcard or function chooses. Raises DetentError for none."""
     if callable(wildcard_or_filter):
         chosen = [name for name, _ in named_quantizers(model) if wildcard_or_filter(name)]
-    else:
+    elif isinstance(wildcard_or_filter, str):
         chosen = [name for name, _ in named_quantizers(model) if fnmatchcase(name, wildcard_or_filter)]
+    else:
+        raise DetentError(
+            f"quantizers are chosen by a wildcard on their names or a function of it, not {wildcard_or_filter!r}"
+        )
+    if parent_class is not None:
+        kind = class_name(parent_class) if isinstance(parent_class, type) else parent_class
+        chosen = [name for name in chosen if kind in _parent_classes(model, name)]
     if not chosen:
         some = ", ".join(name for name, _ in list(named_quantizers(model))[:3]) or "none: call quantize() first"
         raise DetentError(f"no quantizer matches {wildcard_or_filter!r}; quantizers are called, for instance, {some}")
@@ -243,13 +261,14 @@ def _matching(model: nn.Module, wildcard_or_filter: str | Callable[[str], bool])
 
 
 def _switch(model: nn.Module, wildcard_or_filter: str | Callable[[str], bool], on: bool) -> None:
-    for name in _matching(model, wildcard_or_filter):
-        quantizer: Any = model.get_submodule(name)
-        if on:
-            quantizer.enable()
-        else:
-            quantizer.disable()
-    route_attention(model)
+    with unchanged_on_failure(model):
+        for name in _matching(model, wildcard_or_filter):
+            quantizer: Any = model.get_submodule(name)
+            if on:
+                quantizer.enable()
+            else:
+                quantizer.disable()
+        _settle(model)
 
 
 def enable_quantizer(model: nn.Module, wildcard_or_filter_func: str | Callable[[str], bool]) -> None:
@@ -273,15 +292,92 @@ def disable_quantizer(model: nn.Module, wildcard_or_filter_func: str | Callable[
 def set_quantizer_attribute(
     model: nn.Module,
     wildcard_or_filter_func: str | Callable[[str], bool],
-    attribute: QuantizerAttributeConfig | dict[str, Any] | list[Any],
+    attribute: QuantizerAttributeConfig | Mapping[str, Any] | Sequence[Any],
+    parent_class: str | type[nn.Module] | None = None,
 ) -> None:
-    """Replace the attributes of all quantizers whose full name matches.
+    """Change attributes of all quantizers whose full name matches; those that aren't named stay as they are.
+
+    Args:
+        model: a model with quantizers.
+        wildcard_or_filter_func: a wildcard on the full name, or a function of it.
+        attribute: a dictionary of what changes: ``{"num_bits": 4}`` keeps a weight's axis and leaves a quantizer that
+            is off switched off. A list of dictionaries, one for each quantizer in sequence; where a single quantizer
+            becomes a sequence, and for a `QuantizerAttributeConfig`, all attributes are replaced.
+        parent_class: only quantizers of modules of this class, such as ``"nn.Linear"``.
 
     Raises:
-        DetentError: no quantizer matches, or the attributes are not valid.
+        DetentError: no quantizer matches, or the result isn't valid. The model is then as it was.
+
+    Example:
+        >>> import torch, detent
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> model = detent.quantize(model, {"quant_cfg": {"*weight_quantizer": {"num_bits": 8, "axis": 0}}})
+        >>> detent.set_quantizer_attribute(model, "*", {"num_bits": 4})
+        >>> model[0].weight_quantizer.num_bits, model[0].weight_quantizer.axis, model[0].output_quantizer.is_enabled
+        (4, 0, False)
     """
-    attributes = parse_attributes(attribute)
     with unchanged_on_failure(model):
-        for name in _matching(model, wildcard_or_filter_func):
-            _set(model, name, attributes)
+        for name in _matching(model, wildcard_or_filter_func, parent_class):
+            _set(model, name, _merged(name, _attributes(model.get_submodule(name)), attribute))
+        _settle(model)
+
+
+def set_quantizer_attributes_full(
+    model: nn.Module,
+    wildcard_or_filter_func: str | Callable[[str], bool],
+    attributes: QuantizerAttributeConfig | Mapping[str, Any] | Sequence[Any],
+    parent_class: str | type[nn.Module] | None = None,
+) -> None:
+    """Replace all attributes of the quantizers whose full name matches: what isn't named gets its default.
+
+    The arguments are those of `set_quantizer_attribute`, which changes what is named alone.
+
+    Raises:
+        DetentError: no quantizer matches, or the attributes aren't valid. The model is then as it was.
+
+    Example:
+        >>> import torch, detent
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> model = detent.quantize(model, {"quant_cfg": {"*weight_quantizer": {"num_bits": 8, "axis": 0}}})
+        >>> detent.set_quantizer_attributes_full(model, "*weight_quantizer", {"num_bits": 4})
+        >>> print(model[0].weight_quantizer.axis)
+        None
+    """
+    parsed = parse_attributes(attributes)
+    with unchanged_on_failure(model):
+        for name in _matching(model, wildcard_or_filter_func, parent_class):
+            _set(model, name, parsed)
+        _settle(model)
+
+
+#: What ModelOpt calls the two.
+set_quantizer_attributes_partial = set_quantizer_attribute
+
+
+def _merged(name: str, current: Attributes, given: Any) -> Attributes:
+    """What a quantizer, or a sequence of them, is set to when some attributes change."""
+    if isinstance(given, list | tuple):
+        if isinstance(current, SequentialConfig) and len(current) == len(given):
+            return SequentialConfig(merged(now, step) for now, step in zip(current, given, strict=True))
+        return parse_attributes(given)
+    if not isinstance(current, SequentialConfig):
+        return merged(current, given)
+    if isinstance(given, Mapping) and set(given) == {"enable"}:
+        return SequentialConfig(merged(now, given) for now in current)
+    if isinstance(given, QuantizerAttributeConfig):
+        return given
+    raise DetentError(f"{name}: {len(current)} quantizers in sequence take a list of {len(current)} dictionaries")
+
+
+def _settle(model: nn.Module) -> None:
+    """What has to follow every change of which quantizers are on."""
+    for name, module in model.named_modules():
+        front = float_forward(module)
+        on = [child for child, quantizer in quantizers_of(module) if quantizer.is_enabled] if front else []
+        if on:
+            raise DetentError(
+                f"{name}: its forward was replaced on the instance (by {front}) and would go on computing in float, so"
+                f" {on[0]} can't be on; quantize before replacing it, make a class of it (see detent.register()), or"
+                " switch the module's quantizers off"
+            )
     route_attention(model)

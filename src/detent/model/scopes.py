@@ -17,7 +17,7 @@ def quantizers_off(quantizers: Sequence[TensorQuantizer]) -> Iterator[None]:
     """No quantizer of these rounds anything inside the block; their scales and rotations still work."""
     with ExitStack() as stack:
         for quantizer in quantizers:
-            if quantizer._if_quant:
+            if quantizer.is_quantizing:
                 quantizer.disable_quant()
                 stack.callback(quantizer.enable_quant)
         yield

@@ -65,7 +65,7 @@ def _describe(quantizer: TensorQuantizer) -> dict[str, Any]:
     return {
         "attributes": quantizer.attributes.to_dict(),
         "enabled": quantizer.is_enabled,
-        "quant": quantizer._if_quant,
+        "quant": quantizer.is_quantizing,
         "buffers": [n for n in TensorQuantizer._STATE if getattr(quantizer, n) is not None],
     }
 

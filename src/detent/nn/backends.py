@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from detent.errors import DetentError
 
-if TYPE_CHECKING:
-    from detent.nn.tensor_quantizer import TensorQuantizer
 
-Backend = Callable[[Tensor, "TensorQuantizer"], Tensor]
+class BackendUser(Protocol):
+    """What a backend is called by, and is handed: a `TensorQuantizer`."""
 
-_backends: dict[str, Backend] = {}
+    name: str
+
+    @property
+    def backend_extra_args(self) -> dict[str, Any]:
+        """The user's arguments for the backend; {} for none."""
+
+
+Backend = Callable[..., Tensor]
+
+#: Name -> (function, its signature where it takes the user's arguments by keyword).
+_backends: dict[str, tuple[Backend, inspect.Signature | None]] = {}
 
 
 def register_quant_backend(name: str, function: Backend) -> None:
@@ -22,10 +32,24 @@ def register_quant_backend(name: str, function: Backend) -> None:
 
     Args:
         name: what the attribute ``backend`` will say; a name that is there already is replaced.
-        function: takes the tensor, after the pre-quantization scale and the rotation, and the quantizer (its attribute
-            ``attributes.backend_extra_args`` holds the user's arguments); returns a tensor of the same shape and dtype.
+        function: takes the tensor, after the pre-quantization scale and the rotation, and the quantizer; returns a
+            tensor of the same shape and dtype. The user's ``backend_extra_args`` are `quantizer.backend_extra_args`;
+            a function with further parameters, or with ``**kwargs``, gets them by keyword as well.
+
+    Raises:
+        DetentError: the name isn't text, or the function can't be called.
+
+    Example:
+        >>> import torch, detent
+        >>> detent.register_quant_backend("steps", lambda x, quantizer, step=1.0: (x / step).round() * step)
+        >>> quantizer = detent.TensorQuantizer({"backend": "steps", "backend_extra_args": {"step": 0.5}})
+        >>> quantizer(torch.tensor([0.3, 1.1]))
+        tensor([0.5000, 1.0000])
+        >>> detent.unregister_quant_backend("steps")
     """
-    _backends[name] = function
+    if not isinstance(name, str) or not callable(function):
+        raise DetentError("register_quant_backend takes a name and a function of a tensor and its quantizer")
+    _backends[name] = (function, _with_keywords(function))
 
 
 def unregister_quant_backend(name: str) -> None:
@@ -38,12 +62,43 @@ def is_registered_quant_backend(name: str) -> bool:
     return name in _backends
 
 
-def quant_backend(name: str, quantizer_name: str) -> Backend:
-    """The function called `name`. Raises DetentError, naming the quantizer, where there is none."""
+def run_backend(name: str, x: Tensor, quantizer: BackendUser) -> Tensor:
+    """What the backend called `name` makes of `x`.
+
+    Raises:
+        DetentError: there is no such backend; it doesn't take the user's arguments, or needs others; it returns
+            something other than a tensor of the same shape.
+    """
     if name not in _backends:
         known = ", ".join(sorted(_backends)) or "none"
         raise DetentError(
-            f"{quantizer_name}: backend {name!r} is not registered (registered: {known}); see"
+            f"{quantizer.name}: backend {name!r} is not registered (registered: {known}); see"
             " detent.register_quant_backend()"
         )
-    return _backends[name]
+    function, keywords = _backends[name]
+    given = {} if keywords is None else quantizer.backend_extra_args
+    if keywords is not None:
+        try:
+            keywords.bind(x, quantizer, **given)
+        except TypeError as error:
+            raise DetentError(
+                f"{quantizer.name}: backend {name!r} doesn't go with backend_extra_args {given!r}: {error}"
+            ) from None
+    y = function(x, quantizer, **given)
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise DetentError(
+            f"{quantizer.name}: backend {name!r} has to return a tensor of shape {tuple(x.shape)}, not {got}"
+        )
+    return y
+
+
+def _with_keywords(function: Backend) -> inspect.Signature | None:
+    """The signature of a function that takes more than a tensor and its quantizer, else None."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a function of C without a signature
+        return None
+    kinds = [p.kind for p in signature.parameters.values()]
+    more = len([kind for kind in kinds if kind is not inspect.Parameter.VAR_POSITIONAL]) > 2
+    return signature if more or inspect.Parameter.VAR_KEYWORD in kinds else None

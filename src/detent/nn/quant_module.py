@@ -56,6 +56,8 @@ class QuantWeightBase(QuantModule):
     """
 
     weight_quantizer: Quantizer
+    #: Whether the float parameter was asked for from outside since its quantized value was last made or used.
+    weight_handed_out = False
     #: Buffers of a packed weight, by the field of `QTensor` that they hold.
     _PACKED = "_packed_"
 
@@ -76,7 +78,7 @@ class QuantWeightBase(QuantModule):
         """The float weight: the parameter, or the values of the packed codes, or what PyTorch computes."""
         parameter = self._parameters.get("weight")
         if parameter is not None:
-            self.__dict__["_weight_handed_out"] = True
+            self.__dict__["weight_handed_out"] = True
             return parameter
         packed = self.packed_weight
         if packed is not None:
@@ -153,7 +155,7 @@ class QuantWeightBase(QuantModule):
         may_change = self.training or (torch.is_grad_enabled() and parameter.requires_grad)
         if may_change or torch.compiler.is_compiling() or _is_observing(quantizer):
             return self.quantize_weight(parameter)
-        handed_out = self.__dict__.pop("_weight_handed_out", False)
+        handed_out, self.__dict__["weight_handed_out"] = self.weight_handed_out, False
         kept: KeptWeight | None = self.__dict__.get("_kept_weight")
         if kept is None or not kept.is_current(parameter, quantizer, handed_out):
             # A tensor made in inference mode could not take part in a later backward pass.
@@ -201,7 +203,7 @@ class QuantWeightBase(QuantModule):
 
 
 def _is_observing(quantizer: Quantizer) -> bool:
-    return any(isinstance(q, TensorQuantizer) and q._if_calib for q in quantizer.modules())
+    return any(isinstance(q, TensorQuantizer) and q.is_observing for q in quantizer.modules())
 
 
 class QuantLinearConvBase(QuantWeightBase):

@@ -9,6 +9,7 @@ from torch import nn
 
 from detent.distributed import ParallelState
 from detent.errors import DetentError
+from detent.nn.instance_forward import rebind_forward
 from detent.nn.quant_module import QuantModule
 
 Q = TypeVar("Q", bound=type[nn.Module])
@@ -107,8 +108,9 @@ class _Registry:
         quantized = self.get(type(module))
         if quantized is None:
             raise DetentError(f"{type(module).__name__} is not registered; see register()")
-        children = set(module._modules)
+        children, forward = set(module._modules), type(module).forward
         module.__class__ = quantized
+        rebind_forward(module, forward)
         if not hasattr(module, "parallel_state"):
             module.parallel_state = ParallelState()  # type: ignore[assignment]
         module._setup()  # type: ignore[operator]

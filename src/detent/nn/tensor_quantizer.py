@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detent.config.attributes import QuantizerAttributeConfig, RotateConfig
+from detent.config.attributes import QuantizerAttributeConfig, RotateConfig, merged
 from detent.errors import DetentError
 from detent.formats import FloatScale, Format, QTensor, encode, fake_quantize, per_tensor
-from detent.nn.backends import quant_backend
+from detent.nn.backends import run_backend
 from detent.nn.bias import BiasObserver, bias_of, is_static
 from detent.nn.calibrated_state import CalibratedState
 from detent.nn.hadamard import hadamard_transform
@@ -38,6 +38,13 @@ class TensorQuantizer(CalibratedState):
 
     Raises:
         DetentError: NaN or infinity in the tensor; a range whose shape doesn't fit the tensor.
+
+    Example:
+        >>> import torch
+        >>> from detent import TensorQuantizer
+        >>> quantizer = TensorQuantizer({"num_bits": 4}, amax=7.0)
+        >>> quantizer(torch.tensor([0.4, 2.6, 9.0]))
+        tensor([0., 3., 7.])
     """
 
     #: The axis of tokens, where it isn't axis 1: observers then leave padding out along it.
@@ -64,18 +71,27 @@ class TensorQuantizer(CalibratedState):
     # ---- attributes -------------------------------------------------------------------------------------------------
 
     def set_from_attribute_config(self, attributes: QuantizerAttributeConfig | Mapping[str, Any]) -> None:
-        """Replace all attributes. A calibrated range stays only if the format, and so the range's shape, stays.
+        """Set attributes. A calibrated range stays only if the format, and so the range's shape, stays.
+
+        Args:
+            attributes: a dictionary sets what it names and leaves the other attributes as they are; a
+                `QuantizerAttributeConfig` replaces all of them.
 
         Raises:
             DetentError: attributes that aren't valid; the quantizer is then as it was.
+
+        Example:
+            >>> from detent import TensorQuantizer
+            >>> quantizer = TensorQuantizer({"num_bits": 8, "axis": 0})
+            >>> quantizer.set_from_attribute_config({"num_bits": 4})
+            >>> quantizer.num_bits, quantizer.axis
+            (4, 0)
         """
-        if not isinstance(attributes, QuantizerAttributeConfig):
-            attributes = QuantizerAttributeConfig(**attributes)
         before = (self._format, self.attributes.bias) if hasattr(self, "_format") else None
+        attributes = merged(self.attributes if before else QuantizerAttributeConfig(), attributes)
         fmt = attributes.to_format()
         self.attributes = attributes
         self._format = fmt.as_dynamic() if attributes.dynamic_blocks else fmt
-        self._enabled = attributes.enable
         if before is not None and before != (self._format, attributes.bias):
             self.reset_amax()
         self._changed()
@@ -89,7 +105,7 @@ class TensorQuantizer(CalibratedState):
     def format(self, fmt: Format) -> None:
         keep = ("fake_quant", "calibrator", "rotate", "pass_through_bwd", "backend", "backend_extra_args", "bias")
         portable = {name: getattr(self.attributes, name) for name in keep}
-        self.set_from_attribute_config(QuantizerAttributeConfig(**portable, format=fmt, enable=self._enabled))
+        self.set_from_attribute_config(QuantizerAttributeConfig(**portable, format=fmt, enable=self.is_enabled))
 
     @property
     def num_bits(self) -> int | tuple[int, int] | str:
@@ -108,11 +124,21 @@ class TensorQuantizer(CalibratedState):
         return self.attributes.fake_quant
 
     @property
+    def backend(self) -> str | None:
+        return self.attributes.backend
+
+    @property
+    def backend_extra_args(self) -> dict[str, Any]:
+        """The user's arguments for the backend; {} for none."""
+        return self.attributes.backend_extra_args or {}
+
+    @property
     def is_static(self) -> bool:
         return not self._format.dynamic
 
     @property
-    def _rotation(self) -> RotateConfig | None:
+    def rotation(self) -> RotateConfig | None:
+        """How a tensor is rotated before it is rounded, on or off; None if it isn't."""
         fused = self.fused_rotation
         if fused is not None:
             return RotateConfig(block_size=fused or None)
@@ -124,22 +150,34 @@ class TensorQuantizer(CalibratedState):
     @property
     def transforms(self) -> bool:
         """Whether calling this quantizer can change a tensor: also off, it scales and rotates."""
-        at_work = self._enabled and (self._if_quant or self._if_calib)
-        return at_work or self._pre_quant_scale is not None or self._rotation is not None
+        at_work = self.is_enabled and (self._if_quant or self._if_calib)
+        return at_work or self._pre_quant_scale is not None or self.rotation is not None
 
     def enable(self) -> None:
         """Switch on."""
-        self._enabled = True
-        self._changed()
+        self._switch(True)
 
     def disable(self) -> None:
         """Switch off: tensors pass through, scaled and rotated where that is set."""
-        self._enabled = False
+        self._switch(False)
+
+    def _switch(self, on: bool) -> None:
+        self.attributes = self.attributes.model_copy(update={"enable": on})
         self._changed()
 
     @property
     def is_enabled(self) -> bool:
-        return self._enabled
+        return self.attributes.enable
+
+    @property
+    def is_quantizing(self) -> bool:
+        """Whether tensors are rounded when it is on: what `enable_quant` and `disable_quant` switch."""
+        return self._if_quant
+
+    @property
+    def is_observing(self) -> bool:
+        """Whether tensors are observed when it is on: what `enable_calib` and `disable_calib` switch."""
+        return self._if_calib
 
     def enable_quant(self) -> None:
         self._if_quant = True
@@ -154,7 +192,7 @@ class TensorQuantizer(CalibratedState):
     @property
     def needs_calibration(self) -> bool:
         """Whether a range has to be found from data before this quantizer is complete."""
-        if not self._enabled or self._format.base is not None or self._constant_amax() is not None:
+        if not self.is_enabled or self._format.base is not None or self._constant_amax() is not None:
             return False
         if self.attributes.backend is not None or not isinstance(self._format.scale, FloatScale):
             return False
@@ -165,7 +203,7 @@ class TensorQuantizer(CalibratedState):
     @property
     def needs_bias(self) -> bool:
         """Whether a bias has to be found from data."""
-        return self._enabled and is_static(self.attributes.bias)
+        return self.is_enabled and is_static(self.attributes.bias)
 
     def enable_calib(self) -> None:
         """Start observing, from nothing.
@@ -242,6 +280,11 @@ class TensorQuantizer(CalibratedState):
         if self._bias_observer is None:
             self._bias_observer = self._new_bias_observer()
         seen = self._without_padding(x.detach())
+        if seen.is_meta:
+            raise DetentError(
+                f"{self.name}: the tensor has no values (meta device), so there is nothing to calibrate on; load the"
+                " model, without offloading, before quantizing it"
+            )
         if seen.numel() == 0 or (self._observer is None and self._bias_observer is None):
             return
         low, high = torch.aminmax(seen)
@@ -268,12 +311,12 @@ class TensorQuantizer(CalibratedState):
         if x.numel() == 0:
             return x
         x = self.transform(x)
-        if not self._enabled:
+        if not self.is_enabled:
             return x
         if self._if_calib:
             self._observe(x)
         y = self._quantize(x) if self._if_quant else x
-        rotation = self._rotation
+        rotation = self.rotation
         if rotation is not None and rotation.mode == "rotate_back" and isinstance(y, Tensor):
             return self._rotate(y, rotation, inverse=True)
         return y
@@ -289,7 +332,7 @@ class TensorQuantizer(CalibratedState):
                     f" {tuple(x.shape)}"
                 )
             x = x * scale.to(x.device, x.dtype)
-        rotation = self._rotation
+        rotation = self.rotation
         if rotation is not None:
             x = self._rotate(x, rotation)
         return x
@@ -308,7 +351,7 @@ class TensorQuantizer(CalibratedState):
     def _quantize(self, x: Tensor) -> Tensor | QTensor:
         attributes = self.attributes
         if attributes.backend is not None:
-            return quant_backend(attributes.backend, self.name)(x, self)
+            return run_backend(attributes.backend, x, self)
         if not attributes.fake_quant:
             if attributes.bias:
                 raise DetentError(f"{self.name}: codes cannot hold a bias; use fake_quant=True")
@@ -341,13 +384,13 @@ class TensorQuantizer(CalibratedState):
     # ---- show -------------------------------------------------------------------------------------------------------
 
     def extra_repr(self) -> str:
-        if not self._enabled:
+        if not self.is_enabled:
             return "disabled"
         parts = [str(self._format), f"amax={self._range_text()}"]
         if self._pre_quant_scale is not None:
             low, high = torch.aminmax(self._pre_quant_scale.float())
             parts.append(f"pre_quant_scale=[{low:.2e}, {high:.2e}]({self._pre_quant_scale.numel()})")
-        if self._rotation is not None:
+        if self.rotation is not None:
             parts.append("rotated")
         if self.attributes.bias:
             parts.append("bias")

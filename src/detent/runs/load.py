@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from detent.checkpoints import Activation, LayerCheckpoint, QuantizedCheckpoint, open_quantized
+from detent.config import QuantizerAttributeConfig
 from detent.formats import Scales, decode
 from detent.model.conversion import replace_quant_module, set_quantizer_attribute
 from detent.nn import TensorQuantizer
@@ -86,9 +87,8 @@ def _attach(model: nn.Module, checkpoint: QuantizedCheckpoint, records: dict[str
 def _set_activation(model: nn.Module, quantizer_name: str, activation: Activation) -> None:
     fmt = activation.format
     blocks_anew = activation.scales is not None and activation.scales.scale.numel() == 0
-    set_quantizer_attribute(
-        model, lambda name: name == quantizer_name, {"format": fmt.as_dynamic() if blocks_anew else fmt}
-    )
+    attributes = QuantizerAttributeConfig(format=fmt.as_dynamic() if blocks_anew else fmt)
+    set_quantizer_attribute(model, lambda name: name == quantizer_name, attributes)
     quantizer = model.get_submodule(quantizer_name)
     assert isinstance(quantizer, TensorQuantizer)
     if activation.scales is not None:

@@ -50,10 +50,10 @@ def attach_online(model: nn.Module, formats: ModelFormats, records: Iterable[Lay
 
 def _input_block(module: nn.Module, width: int) -> int:
     quantizer: Any = getattr(module, "input_quantizer", None)
-    rotation = None if quantizer is None else members_of(quantizer)[0]._rotation
+    rotation = None if quantizer is None else members_of(quantizer)[0].rotation
     return 0 if rotation is None else rotation_block(width, rotation.block_size)
 
 
 def _keys_rotated(model: nn.Module) -> bool:
     quantizers = [getattr(module, "k_bmm_quantizer", None) for _, module in attention_modules(model)]
-    return any(q is not None and members_of(q)[0]._rotation is not None for q in quantizers)
+    return any(q is not None and members_of(q)[0].rotation is not None for q in quantizers)

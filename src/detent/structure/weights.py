@@ -101,13 +101,12 @@ class Weights:
 def prepared(model: nn.Module) -> Iterator[None]:
     """A model in evaluation mode, its quantizers off, in PyTorch's own operations; afterwards as it was."""
     training = [module for module in model.modules() if module.training]
-    quantizers = [m for m in model.modules() if isinstance(m, TensorQuantizer)]
-    states = [(m._enabled, m._if_calib) for m in quantizers]
+    quantizers = [m for m in model.modules() if isinstance(m, TensorQuantizer) and m.is_enabled]
     changed: list[tuple[Any, str, Any]] = []
     try:
         model.eval()
         for quantizer in quantizers:
-            quantizer._enabled, quantizer._if_calib = False, False
+            quantizer.disable()
         for config, attribute, plain in _implementations(model):
             changed.append((config, attribute, getattr(config, attribute)))
             setattr(config, attribute, plain)
@@ -116,8 +115,8 @@ def prepared(model: nn.Module) -> Iterator[None]:
     finally:
         for config, attribute, value in changed:
             setattr(config, attribute, value)
-        for quantizer, (enabled, calib) in zip(quantizers, states, strict=True):
-            quantizer._enabled, quantizer._if_calib = enabled, calib
+        for quantizer in quantizers:
+            quantizer.enable()
         for module in training:
             module.training = True
 
