@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from detent.runs.options import EvaluationOptions, ModelOptions, SchemeOptions
-from detent.runs.quantize import quantize_checkpoint
+from detent import EvaluationOptions, ModelOptions, SchemeOptions, quantize_checkpoint
 
 model_dir = sys.argv[1] if len(sys.argv) > 1 else None  # None: the sample model
 output_dir = sys.argv[2] if len(sys.argv) > 2 else "quantized"

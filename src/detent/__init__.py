@@ -62,6 +62,13 @@ _HOMES = {
     "restore_from_detent_state": "detent.model.state",
     "restore_from_modelopt_state": "detent.model.state",
     "use_reporter": "detent.progress",
+    "quantize_checkpoint": "detent.runs.quantize",
+    "evaluate_checkpoint": "detent.runs.evaluate",
+    "AlgorithmOptions": "detent.runs.options",
+    "CalibrationOptions": "detent.runs.options",
+    "EvaluationOptions": "detent.runs.options",
+    "ModelOptions": "detent.runs.options",
+    "SchemeOptions": "detent.runs.options",
 }
 _SUBMODULES = {
     "algorithms",
@@ -129,6 +136,15 @@ if TYPE_CHECKING:
         unregister_quant_backend,
     )
     from detent.progress import use_reporter
+    from detent.runs.evaluate import evaluate_checkpoint
+    from detent.runs.options import (
+        AlgorithmOptions,
+        CalibrationOptions,
+        EvaluationOptions,
+        ModelOptions,
+        SchemeOptions,
+    )
+    from detent.runs.quantize import quantize_checkpoint
     from detent.structure import find_structure
 
 

@@ -1,7 +1,7 @@
 """Names and shapes in a checkpoint file, and those of the model class that reads it: from one to the other and back.
 
-transformers renames, merges, splits and transposes tensors while it loads them, by rules that it keeps for each model
-class. `CheckpointNames` applies the same rules to the names of one checkpoint, and their reverse to changed values. What
+transformers renames, merges, splits and transposes tensors while it loads them, by rules of each model class.
+`CheckpointNames` applies the same rules to the names of one checkpoint, and their reverse to changed values. What
 it says holds for that checkpoint: each tensor belongs to exactly one group, each parameter to at most one.
 """
 
