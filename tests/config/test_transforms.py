@@ -13,7 +13,7 @@ from detent.errors import DetentError
 
 def test_defaults() -> None:
     rotation = RotationConfig()
-    assert (rotation.method, rotation.r1, rotation.r2, rotation.r3, rotation.r4) == ("rotation", True, True, None, None)
+    assert (rotation.method, rotation.r1, rotation.r2, rotation.r3, rotation.r4) == ("rotation", None, True, None, None)
     assert (rotation.random, rotation.rotation_size, rotation.needs_data) == (False, None, False)
     assert (SVDQuantConfig().lowrank, SVDQuantConfig().needs_data) == (32, True)
     assert (HQQConfig().lp_norm, HQQConfig().needs_data) == (1.0, False)

@@ -236,14 +236,44 @@ def assert_same(model: nn.Module, before: dict[str, Any]) -> None:
     assert (before["attributes"], before["tied"]) == (after["attributes"], after["tied"])
 
 
-def test_post_norm_blocks_are_refused() -> None:
-    model = quantized(model_of("olmo2"))
-    before = snapshot(model)
-    with pytest.raises(DetentError, match=r"R1: the residual stream can't be rotated: .*layernorm.*; set r1=False"):
-        rotate_model(model, find_structure(model))
+#: What can be rotated where a norm stands between a block and the stream, or more than one reads it.
+WITHOUT_R1: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "olmo2": ({}, {"R2", "R3", "R4"}),
+    "gemma2": ({"head_dim": 8}, {"R2", "R3", "R4"}),
+    "gemma3_text": ({"head_dim": 8}, {"R2", "R3", "R4"}),
+    "glm4": ({"head_dim": 8}, {"R2", "R3", "R4"}),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_R1)
+def test_where_the_stream_cannot_be_rotated_the_rest_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detent.transforms.rotation._objective", lambda *_: None)
+    changes, expected = WITHOUT_R1[name]
+    model = model_of(name, **changes)
+    right = logits(model)
+    model = quantized(model, KV4)
+    before, structure = snapshot(model), find_structure(model)
+    with pytest.raises(DetentError, match=r"R1: the residual stream can't be rotated: .*norm.*; set r1=False"):
+        rotate_model(model, structure, RotationConfig(r1=True))
     assert_same(model, before)
-    report = rotate_model(model, find_structure(model), RotationConfig(r1=False))
-    assert {p.name for p in report.parts} == {"R2", "R3", "R4"}
+    report = rotate_model(model, structure)
+    r1, *rest = report.parts
+    assert str(r1).startswith("R1: not done (the residual stream can't be rotated: ")
+    assert {part.name for part in rest if part.where} == expected
+    torch.testing.assert_close(logits(model, rounding=False), right, rtol=0, atol=2e-5 * float(right.abs().max()))
+
+
+def test_what_was_not_rotated_is_told_to_the_user(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("detent.transforms.rotation._objective", lambda *_: None)
+    model = model_of("olmo2")
+    detent.quantize(model, {"quant_cfg": W4A4, "algorithm": ["rotation", "max"]}, strict=False)
+    assert any("R1: not done (the residual stream can't be rotated" in r.getMessage() for r in caplog.records)
+    with pytest.raises(DetentError, match="R1: the residual stream can't be rotated"):
+        detent.quantize(
+            model_of("olmo2"), {"quant_cfg": W4A4, "algorithm": {"method": "rotation", "r1": True}}, strict=False
+        )
 
 
 @pytest.mark.parametrize("part", ["writers", "readers", "embeddings"])
@@ -252,10 +282,14 @@ def test_a_structure_that_misses_something_is_noticed(part: str) -> None:
     structure = find_structure(model)
     stream = replace(structure.stream, **{part: getattr(structure.stream, part)[1:]})
     before = snapshot(model)
-    with pytest.raises(DetentError, match="R1 would change the model's outputs by"):
-        rotate_model(model, replace(structure, stream=stream))
+    with pytest.raises(DetentError, match="R1: it would change the model's outputs by"):
+        rotate_model(model, replace(structure, stream=stream), RotationConfig(r1=True))
     assert_same(model, before)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    report = rotate_model(model, replace(structure, stream=stream), RotationConfig(r2=False, r4=True))
+    assert "it would change the model's outputs by" in report.parts[0].reason
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, before["tensors"]["lm_head.weight"])
 
 
 def test_heads_that_would_change_the_function_are_left() -> None:
@@ -336,7 +370,7 @@ def test_any_model_with_a_probe_of_its_own() -> None:
     structure = find_structure(model)
     if structure.stream is None or not structure.stream.rotatable:  # its output is a norm of the stream
         with pytest.raises(DetentError, match="R1"):
-            rotate_model(model, structure, run=lambda m: m(input_ids=ids))
+            rotate_model(model, structure, RotationConfig(r1=True), lambda m: m(input_ids=ids))
     report = rotate_model(model, structure, RotationConfig(r1=False), lambda m: m(input_ids=ids))
     assert report.change < 1e-5
     with pytest.raises(DetentError, match="has to return a tensor"):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from detent.algorithms.outcome import Outcome
 from detent.errors import DetentError
 from detent.formats import Format, Scales
+from detent.model import edit
 from detent.nn import QuantWeightBase, TensorQuantizer
 from detent.nn.sequential import members_of
 
@@ -75,12 +76,8 @@ class Layer:
         return self.module.weight.detach().to(torch.float32).reshape(-1, self.width)
 
     def set_matrix(self, matrix: Tensor) -> None:
-        """Replace the weight's values. The tensor that held them before is left alone, for whoever has to go back."""
-        weight = self.module.weight_parameter
-        if weight is None:
-            raise DetentError(f"{self.name}: the weight is computed or packed, so no algorithm can change it")
-        weight.data = matrix.reshape(weight.shape).to(weight.dtype).contiguous()
-        self.module.refresh_weight()
+        """Replace the weight's values. Raises DetentError for one that is computed or packed."""
+        edit.put(self.module, "weight", matrix.reshape(self.module.weight.shape), self.name)
 
     def rows(self, x: Tensor) -> Tensor:
         """The input [..., channels], or of a convolution [batch, channels, ...], as rows [tokens, width]."""

@@ -16,7 +16,8 @@ class RotationConfig(QuantizeAlgorithmConfig):
     """Hadamard rotations (QuaRot): the function stays, outliers are spread over all channels.
 
     Attributes:
-        r1: rotate the residual stream, inside the weights. Norms are fused into the weights that read them.
+        r1: rotate the residual stream, inside the weights. Norms are fused into the weights that read them. None: where
+            the model's structure lets it be rotated; True: an error where it doesn't.
         r2: rotate each head between value and output projection, inside the weights.
         r3: rotate queries and keys after the rotary embedding, at run time; None: where keys are quantized.
         r4: rotate the input of the MLP's last projection at run time, its weight turned back; None: where that input is
@@ -31,7 +32,7 @@ class RotationConfig(QuantizeAlgorithmConfig):
     """
 
     method: Literal["rotation"] = ConfigField("rotation")
-    r1: bool = ConfigField(True)
+    r1: bool | None = ConfigField(None)
     r2: bool = ConfigField(True)
     r3: bool | None = ConfigField(None)
     r4: bool | None = ConfigField(None)
@@ -67,7 +68,7 @@ class RotationConfig(QuantizeAlgorithmConfig):
                 raise DetentError(
                     f"rotation: {name} isn't supported: rotations are Hadamard matrices, R1 and R2 in weights"
                 )
-        if not (self.r1 or self.r2 or self.r3 is not False or self.r4 is not False):
+        if not (self.r1 is not False or self.r2 or self.r3 is not False or self.r4 is not False):
             raise DetentError("rotation: r1, r2, r3 and r4 are all off, so there is nothing to rotate")
 
     @property

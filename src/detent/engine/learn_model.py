@@ -19,6 +19,7 @@ from detent.engine.data_loop import DataLoop
 from detent.engine.learn_block import _learned_weights
 from detent.engine.learning import _adopt, _products, coarse, computing_with, only_these_learn, trainable
 from detent.errors import DetentError
+from detent.model.edit import Weights
 from detent.model.scopes import quantizers_off, without_cache
 from detent.nn import QuantWeightBase, TensorQuantizer
 from detent.notices import notify
@@ -126,8 +127,9 @@ def distill_model(
         return set()
     weights = _learned_weights(layers, latents)
     others = _norm_parameters(model) if config.train_norms else {}
-    for parameter in others.values():
-        parameter.data = parameter.data.clone()
+    weights_of = Weights(model)
+    for name, parameter in others.items():
+        weights_of.put(name, parameter)  # learned in memory of its own
     held = _held_out(config, len(lessons))
     chosen = lessons[-held:] if held else lessons
     steps = _steps(config, len(lessons))

@@ -1,19 +1,22 @@
 """Leaving a model as it was when something fails half way.
 
-What is remembered: the class of every module, its attributes, which parameters, buffers and submodules it has, and the
-tensor that each parameter holds. Not the values inside those tensors: whoever changes a weight gives its parameter
-another tensor (``parameter.data = ...``), or does it last, after everything that can fail.
+What is remembered: the class of every module, its attributes, which parameters, buffers and submodules it has, the
+tensor that each parameter holds, and whether the configuration ties embeddings. Not the values inside those tensors:
+`detent.model.edit` gives a parameter another tensor, and nothing else changes one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
 
+from detent.model.edit import configs_of
 from detent.nn.attention import route_attention
+from detent.nn.quant_module import check_module
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
@@ -46,14 +49,51 @@ def remember(modules: Iterable[nn.Module]) -> list[ModuleMemory]:
     return [ModuleMemory(module) for module in modules]
 
 
+class ModelMemory:
+    """A model as it is now; what is remembered stays in memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = check_module(model)
+        self._modules = remember(model.modules())
+        self._ties = [(c, c.tie_word_embeddings) for c in configs_of(model) if hasattr(c, "tie_word_embeddings")]
+
+    def restore(self) -> None:
+        for module in self._modules:
+            module.restore()
+        for config, tied in self._ties:
+            config.tie_word_embeddings = tied
+        route_attention(self._model)
+
+
+#: Ids of the modules that an enclosing block remembers already, or for which nobody will go back.
+_covered: ContextVar[frozenset[int]] = ContextVar("detent_rollback_covered", default=frozenset())
+
+
 @contextmanager
 def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
-    """If the block raises, `model` is afterwards as it was before the block."""
-    before = remember(model.modules())
+    """If the block raises, `model` is afterwards as it was before the outermost block of this kind.
+
+    Raises:
+        DetentError: `model` isn't a module.
+    """
+    if id(check_module(model)) in _covered.get():
+        yield
+        return
+    before = ModelMemory(model)
+    try:
+        with without_rollback(model):
+            yield
+    except BaseException:
+        before.restore()
+        raise
+
+
+@contextmanager
+def without_rollback(model: nn.Module) -> Iterator[None]:
+    """Nothing is remembered inside the block: for runs that throw a model away when they fail, so that float weights
+    are freed as soon as they are replaced."""
+    token = _covered.set(_covered.get() | {id(module) for module in model.modules()})
     try:
         yield
-    except BaseException:
-        for memory in before:
-            memory.restore()
-        route_attention(model)
-        raise
+    finally:
+        _covered.reset(token)

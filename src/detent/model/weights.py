@@ -14,6 +14,7 @@ from torch import nn
 
 from detent.config import RotateConfig
 from detent.errors import DetentError
+from detent.model import edit
 from detent.model.conversion import named_quantizers
 from detent.nn import QuantWeightBase, TensorQuantizer, quantizers_of
 from detent.nn.sequential import Quantizer, members_of
@@ -73,12 +74,7 @@ def fold_weight(model: nn.Module, keep_attrs: bool = False) -> None:
         for module, name, quantizer, p in foldable
     ]
     for (module, name, quantizer, parameter), value in zip(foldable, values, strict=True):
-        if uses[id(parameter)] > 1:
-            module._parameters[name] = nn.Parameter(value.detach().clone(), requires_grad=parameter.requires_grad)
-        else:
-            parameter.copy_(value)
-        if isinstance(module, QuantWeightBase):
-            module.refresh_weight()
+        edit.put(module, name, value, untie=uses[id(parameter)] > 1)
         _retire(quantizer, keep_attrs)
 
 

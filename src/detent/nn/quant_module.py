@@ -221,3 +221,11 @@ def quantizers_of(module: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     for name, child in module.named_children():
         if isinstance(child, (TensorQuantizer, SequentialQuantizer)):
             yield name, child
+
+
+def check_module(model: Any) -> nn.Module:
+    """`model`, which has to be a module. Raises DetentError with what it is instead."""
+    if isinstance(model, nn.Module):
+        return model
+    what = f"the class {model.__name__}; make an instance of it" if isinstance(model, type) else type(model).__name__
+    raise DetentError(f"model: a torch.nn.Module, not {what}")

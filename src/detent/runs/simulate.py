@@ -19,6 +19,7 @@ from detent.checkpoints import (
 from detent.checkpoints.records import exported_format
 from detent.engine.quantization import quantize
 from detent.formats import QTensor, decode
+from detent.model import edit
 from detent.model.kv_cache import stored_scales
 from detent.nn import QuantWeightBase, TensorQuantizer
 from detent.plan.plan import Plan
@@ -99,7 +100,9 @@ def _simulate_layer(name: str, module: QuantWeightBase, plan: Plan) -> Simulated
     weight = module.weight.detach()
     simulated = layer_as_quantized(name, module, plan, weight)
     assert simulated.record.weight is not None
-    _fold(module, decode(simulated.record.weight, weight.dtype).to(weight.device))
+    # A tied weight gets memory of its own: its twin stays as it is.
+    edit.put(module, "weight", decode(simulated.record.weight, weight.dtype).to(weight.device), name, untie=True)
+    module.weight_quantizer.disable()
     return simulated
 
 
@@ -136,13 +139,6 @@ def relative_error(packed: QTensor, weight: Tensor) -> float:
         total += float(rows.square().sum(dtype=torch.float64))
         wrong += float(decode(packed.rows(start, start + step)).sub_(rows).square_().sum(dtype=torch.float64))
     return math.sqrt(wrong / total) if total else 0.0
-
-
-def _fold(module: QuantWeightBase, values: Tensor) -> None:
-    """Put the simulated values in the weight's place. A tied weight gets memory of its own: its twin stays as it is."""
-    module.refresh_weight()
-    module._parameters["weight"] = nn.Parameter(values, requires_grad=False)
-    module.weight_quantizer.disable()
 
 
 def _activation(module: nn.Module, side: str) -> Activation | None:

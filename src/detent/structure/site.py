@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from detent.errors import DetentError
+from detent.model import edit
 
 
 @dataclass(frozen=True)
@@ -235,13 +236,7 @@ def weight_parameter(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     Raises:
         DetentError: there is no such module or parameter.
     """
-    parent, _, attribute = name.rpartition(".")
-    modules = dict(model.named_modules())
-    if name in modules:
-        return modules[name], "weight"
-    if parent in modules and hasattr(modules[parent], attribute):
-        return modules[parent], attribute
-    raise DetentError(f"{name}: the model has no module or parameter of this name")
+    return edit.place(dict(model.named_modules()), name)
 
 
 def tie_scale(fold: Fold, scale: Tensor) -> Tensor:
@@ -259,7 +254,7 @@ def tie_scale(fold: Fold, scale: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fold_scale(model: nn.Module, fold: Fold, scale: Tensor) -> None:
-    """Divide the producer's rows by `scale`, in place; computed in float32 at least.
+    """Divide the producer's rows by `scale`; computed in float32 at least.
 
     Args:
         model: the model.
@@ -270,20 +265,20 @@ def fold_scale(model: nn.Module, fold: Fold, scale: Tensor) -> None:
         DetentError: channels that share a row have different scales (see `tie_scale`); the producer's weight is packed.
     """
     module = model.get_submodule(fold.module)
-    tensors = [_parameter(module, fold.module, name) for name in fold.parameters]
-    rows = tensors[0].shape[fold.axis]
-    divisor = _per_row(fold, scale, rows)
-    for tensor, axis in zip(tensors, [fold.axis] + [-1] * len(tensors), strict=False):
+    tensors = {name: edit.get(module, name, fold.module) for name in fold.parameters}
+    weight = tensors[fold.parameters[0]]
+    divisor = _per_row(fold, scale, weight.shape[fold.axis])
+    for (name, tensor), axis in zip(tensors.items(), [fold.axis] + [-1] * len(tensors), strict=False):
         by = _along(divisor.to(tensor.device), tensor, axis)
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         # A norm that multiplies with 1 + w: (1 + w') = (1 + w) / s. Its bias is divided like any other.
-        offset = 1.0 if fold.kind == "offset_norm" and tensor is tensors[0] else 0.0
-        tensor.copy_((wide + offset) / by - offset)
+        offset = 1.0 if fold.kind == "offset_norm" and tensor is weight else 0.0
+        edit.put(module, name, (wide + offset) / by - offset, fold.module)
 
 
 @torch.no_grad()
 def scale_columns(model: nn.Module, site: Site, scale: Tensor, weights: Sequence[str] | None = None) -> None:
-    """Multiply the columns of a site's weights by `scale`, in place: the counterpart of `fold_scale`.
+    """Multiply the columns of a site's weights by `scale`: the counterpart of `fold_scale`.
 
     Args:
         model: the model.
@@ -295,7 +290,7 @@ def scale_columns(model: nn.Module, site: Site, scale: Tensor, weights: Sequence
         if weights is not None and name not in weights:
             continue
         module, attribute = weight_parameter(model, name)
-        tensor = _parameter(module, name, attribute)
+        tensor = edit.get(module, attribute, name)
         factor = scale.to(tensor.device)
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         groups = getattr(module, "groups", 1)
@@ -304,9 +299,9 @@ def scale_columns(model: nn.Module, site: Site, scale: Tensor, weights: Sequence
         ):  # a grouped convolution [out, in / groups, ...] whose outputs read their group alone
             grouped = wide.unflatten(0, (groups, -1))
             factor = factor.reshape(groups, 1, -1, *(1 for _ in wide.shape[2:]))
-            tensor.copy_((grouped * factor).flatten(0, 1))
+            edit.put(module, attribute, (grouped * factor).flatten(0, 1), name)
         else:
-            tensor.copy_(wide * _along(factor, tensor, axis))
+            edit.put(module, attribute, wide * _along(factor, tensor, axis), name)
 
 
 def _per_row(fold: Fold, scale: Tensor, rows: int) -> Tensor:
@@ -336,12 +331,3 @@ def _along(factor: Tensor, tensor: Tensor, axis: int) -> Tensor:
     if factor.dim() == 2:
         shape[0] = factor.shape[0]
     return factor.reshape(shape)
-
-
-def _parameter(module: nn.Module, where: str, name: str) -> Tensor:
-    tensor = module._parameters.get(name)
-    if tensor is None:
-        raise DetentError(
-            f"{where}: {name} is no parameter of {type(module).__name__} (packed weights can't be scaled)"
-        )
-    return tensor

@@ -49,37 +49,18 @@ class Folding:
             Names of the modules whose parameters have changed.
         """
         site, fold = self._fold(layers)
-        self._take_copies(fold.module, fold.parameters)
         fold_scale(self._model, fold, scale)
         self.changed |= {f"{fold.module}.{name}" for name in fold.parameters}
         self.rows = self.rows or fold.kind == "rows"
         others = [name for name in site.weights if name not in layers]
         for name in others:
-            module, attribute = weight_parameter(self._model, name)
+            _, attribute = weight_parameter(self._model, name)
             owner = name if attribute == "weight" else name.rpartition(".")[0]
-            self._take_copies(owner, (attribute,))
             self.changed.add(f"{owner}.{attribute}")
-            refresh(module)
         scale_columns(self._model, site, scale, others)
-        refresh(self._model.get_submodule(fold.module))
         return [fold.module, *others]
 
     def _fold(self, layers: list[str]) -> tuple[Site, Fold]:
         site = self._sites[layers[0]]
         assert site.fold is not None
         return site, site.fold
-
-    def _take_copies(self, module_name: str, parameters: tuple[str, ...]) -> None:
-        """Work on copies, so that whoever remembers the tensors can go back."""
-        module = self._model.get_submodule(module_name)
-        for name in parameters:
-            parameter = module._parameters[name]
-            assert parameter is not None
-            parameter.data = parameter.data.clone()
-
-
-def refresh(module: nn.Module) -> None:
-    """Have a quantized module quantize its weight anew."""
-    forget = getattr(module, "refresh_weight", None)
-    if callable(forget):
-        forget()

@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from detent.config.transforms import RotationConfig
 from detent.errors import DetentError
 from detent.model.conversion import named_members
-from detent.model.rollback import remember
+from detent.model.rollback import ModelMemory, unchanged_on_failure
 from detent.model.scopes import evaluating, quantizers_off
 from detent.nn import TensorQuantizer
-from detent.nn.attention import route_attention
 from detent.pretrained.facts import input_device, max_sequence_length, vocabulary_size
 from detent.structure.site import Structure
-from detent.transforms.rotation_parts import RotationPart, Rotator, configs_of
+from detent.transforms.rotation_parts import CannotRotate, RotationPart, Rotator
 
 _log = logging.getLogger(__name__)
 
@@ -75,33 +74,30 @@ def rotate_model(
         What was done, and what wasn't and why.
 
     Raises:
-        DetentError: R1 is asked for and the residual stream can't be rotated; `rotation_size` doesn't fit; R3 or R4 is
-            asked for and there is nothing to rotate; a rotation would change the function. The model is then as it was.
+        DetentError: R1, R3 or R4 is asked for and can't be done, or would change the function; `rotation_size` doesn't
+            fit; nothing can be rotated. The model is then as it was.
     """
     config = config or RotationConfig()
     run = run or random_tokens(model)
-    before_all = _Memory(model)
-    try:
-        with evaluating(model), torch.no_grad():
-            reference = _float_output(model, run)
-            before = _objective(model, run, reference)
-            parts, change = _Proof(model, structure, config, run, reference).rotate()
-            after = _objective(model, run, reference)
-    except BaseException:
-        before_all.restore()
-        raise
-    notice = ""
+    before_all = ModelMemory(model)
+    with unchanged_on_failure(model), evaluating(model), torch.no_grad():
+        reference = _float_output(model, run)
+        before = _objective(model, run, reference)
+        proof = _Proof(model, structure, config, run, reference)
+        parts, change = proof.rotate()
+        after = _objective(model, run, reference)
+    notice, changed = "", proof.rotator.weights.changed
     if before is not None and after is not None and after > before:
         before_all.restore()
+        changed = set()
         notice = (
             f"rotation: taken back, since it raised the error of the probe's outputs from {before:.4g} to {after:.4g}"
         )
         after = before
-        parts = tuple(RotationPart(p.name, (), p.size, "taken back") for p in parts)
-        _log.warning("%s", notice)
+        parts = tuple(RotationPart(p.name, (), p.size, "taken back") if p.where else p for p in parts)
     for part in parts:
         _log.info("rotation: %s", part)
-    return RotationReport(parts, change, before, after, before_all.changed(), notice)
+    return RotationReport(parts, change, before, after, tuple(sorted(changed)), notice)
 
 
 def random_tokens(model: nn.Module, tokens: int = 32) -> Run:
@@ -136,8 +132,10 @@ class _Proof:
         config, parts = self.config, []
         if config.r1:
             parts.append(self._proved(self.rotator.stream, "set r1=False"))
+        elif config.r1 is None:
+            parts.append(self._optional("R1", self.rotator.stream))
         if config.r2:
-            parts.append(self._optional(self.rotator.heads))
+            parts.append(self._optional("R2", self.rotator.heads))
         if config.r3 is not False:
             parts.append(self._proved(self.rotator.keys, "set r3=False"))
         if config.r4 is not False:
@@ -150,21 +148,27 @@ class _Proof:
         return tuple(parts), self._change()
 
     def _proved(self, rotate: Callable[[], RotationPart], way_out: str) -> RotationPart:
-        part = rotate()
-        if part.where and (change := self._change()) > self._tolerance:
-            raise DetentError(
-                f"rotation: {part.name} would change the model's outputs by {change:.2g} of their length, so something"
-                f" reads or writes what it rotates without having been found; {way_out}"
-            )
-        return part
+        """A rotation that was asked for: what keeps it from being done is an error."""
+        try:
+            return self._checked(rotate())
+        except CannotRotate as error:
+            raise DetentError(f"rotation: {error}; {way_out}") from None
 
-    def _optional(self, rotate: Callable[[], RotationPart]) -> RotationPart:
-        memory = _Memory(self.model)
-        part = rotate()
-        if part.where and (change := self._change()) > self._tolerance:
+    def _optional(self, name: str, rotate: Callable[[], RotationPart]) -> RotationPart:
+        """A rotation where it can be: what keeps it from being done is taken back and said."""
+        memory, changed = ModelMemory(self.model), set(self.rotator.weights.changed)
+        try:
+            return self._checked(rotate())
+        except CannotRotate as error:
             memory.restore()
-            return RotationPart(
-                part.name, (), part.size, f"it would change the outputs by {change:.2g} of their length"
+            self.rotator.weights.changed = changed
+            return RotationPart(name, (), "", str(error).removeprefix(f"{name}: "))
+
+    def _checked(self, part: RotationPart) -> RotationPart:
+        if part.where and (change := self._change()) > self._tolerance:
+            raise CannotRotate(
+                f"{part.name}: it would change the model's outputs by {change:.2g} of their length, so some layer that"
+                " reads or writes what it rotates was not discovered"
             )
         return part
 
@@ -176,28 +180,6 @@ class _Proof:
     def _tolerance(self) -> float:
         dtypes = {p.dtype for p in self.model.parameters() if p.dtype in _TOLERANCE}
         return max((_TOLERANCE[dtype] for dtype in dtypes), default=1e-3)
-
-
-class _Memory:
-    """A model as it is now, what its configuration says about tied embeddings included."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._modules = remember(model.modules())
-        self._data = {name: p.data for name, p in model.named_parameters(remove_duplicate=False)}
-        self._ties = [(c, c.tie_word_embeddings) for c in configs_of(model) if hasattr(c, "tie_word_embeddings")]
-
-    def changed(self) -> tuple[str, ...]:
-        """Names of the parameters that hold another tensor by now."""
-        now = self._model.named_parameters(remove_duplicate=False)
-        return tuple(name for name, p in now if p.data_ptr() != self._data[name].data_ptr())
-
-    def restore(self) -> None:
-        for module in self._modules:
-            module.restore()
-        for part, tied in self._ties:
-            part.tie_word_embeddings = tied
-        route_attention(self._model)
 
 
 # ---- what the model computes ----------------------------------------------------------------------------------------

@@ -16,14 +16,19 @@ from torch import Tensor, nn
 from detent.algorithms.rotation import Rotation, make_rotation, offset_through, turn_reader, turn_rows, turn_writer
 from detent.config.transforms import RotationConfig
 from detent.errors import DetentError
-from detent.nn import QuantWeightBase, TensorQuantizer
+from detent.model.edit import Weights, configs_of
+from detent.nn import TensorQuantizer
 from detent.nn.attention import attention_modules, route_attention
 from detent.nn.hadamard import rotation_block
 from detent.nn.sequential import members_of
-from detent.structure.site import Norm, Site, Stream, Structure
+from detent.structure.site import Norm, Site, Structure
 
 #: A norm's bias is divided by its weight only where no weight is smaller than this share of the largest.
 _LEAST_GAIN = 0.01
+
+
+class CannotRotate(DetentError):
+    """The model's structure has no place for a rotation; the others may still have theirs."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Rotator:
 
     def __init__(self, model: nn.Module, structure: Structure, config: RotationConfig) -> None:
         self.model, self.structure, self.config = model, structure, config
-        self.modules = dict(model.named_modules())
+        self.modules, self.weights = dict(model.named_modules()), Weights(model)
         self.sites = {site.name: site for site in structure.sites}
 
     # ---- R1 ---------------------------------------------------------------------------------------------------------
@@ -62,7 +67,7 @@ class Rotator:
         stream = self.structure.stream
         if stream is None or not stream.rotatable:
             reason = "no single residual stream was found" if stream is None else stream.reason
-            raise DetentError(f"rotation: R1: the residual stream can't be rotated: {reason}; set r1=False")
+            raise CannotRotate(f"R1: the residual stream can't be rotated: {reason}")
         rotation = make_rotation(
             stream.width,
             block_size=self.config.rotation_size,
@@ -73,35 +78,23 @@ class Rotator:
         names = [reader.site for reader in stream.readers]
         if len(names) != len(set(names)):
             twice = next(name for name in names if names.count(name) > 1)
-            raise DetentError(
-                f"rotation: R1: {twice} reads the residual stream through more than one norm; set r1=False"
-            )
-        self._untie(stream)
+            raise CannotRotate(f"R1: {twice} reads the residual stream through more than one norm")
+        if stream.head is not None and stream.tied:  # the norm before it goes into the head, not into the embedding
+            self.weights.untie(stream.head)
         gains = {norm.name: self._release(norm, rotation) for norm in stream.norms}
         for reader in stream.readers:
             gain = None if reader.norm is None else gains[reader.norm.name]
             for name, axis in self._weights_at(reader.site):
                 self._check_unscaled(name)
-                self._set(name, turn_reader(self._get(name), rotation, axis, gain))
+                self.weights.put(name, turn_reader(self.weights.get(name), rotation, axis, gain))
         for name in stream.embeddings:
-            self._set(name, turn_writer(self._get(name), rotation, -1))
+            self.weights.put(name, turn_writer(self.weights.get(name), rotation, -1))
         for name in stream.writers:
-            self._set(name, turn_writer(self._get(name), rotation, self._row_axis(name)))
-            bias = self._bias(name)
+            self.weights.put(name, turn_writer(self.weights.get(name), rotation, self._row_axis(name)))
+            bias = self.weights.bias_of(name)
             if bias is not None:
-                self._store(bias, turn_writer(bias, rotation, -1))
+                self.weights.put(bias, turn_writer(self.weights.get(bias), rotation, -1))
         return RotationPart("R1", (*stream.embeddings, *stream.writers), str(rotation), "")
-
-    def _untie(self, stream: Stream) -> None:
-        """Give the head a weight of its own: the norm before it goes into the head, not into the embedding."""
-        if stream.head is None or not stream.tied:
-            return
-        module, attribute = self._owner(stream.head)
-        shared = self._get(stream.head)
-        module._parameters[attribute] = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
-        for part in configs_of(self.model):
-            if getattr(part, "tie_word_embeddings", False):
-                part.tie_word_embeddings = False
 
     def _weights_at(self, site: str) -> list[tuple[str, int]]:
         """(name, axis of its columns) of the weights that read a site."""
@@ -109,38 +102,36 @@ class Rotator:
 
     def _release(self, norm: Norm, rotation: Rotation) -> Tensor | None:
         """What a norm multiplies with, float64, which is now up to its readers; its bias goes into theirs."""
-        module = self.modules[norm.name]
         gain = None
         if norm.fold:
-            weight = module._parameters["weight"]
-            assert weight is not None
+            weight = self.weights.get(norm.name)
             ones = 1.0 if norm.fold == "offset_norm" else 0.0
             gain = weight.detach().double() + ones
-            self._store(weight, torch.full_like(gain, 1.0 - ones))
-        offset = module._parameters.get("bias") if "bias" in norm.parameters else None
-        if offset is not None and bool(offset.any()):
-            self._move_bias(norm, offset, gain, rotation)
+            self.weights.put(norm.name, torch.full_like(gain, 1.0 - ones))
+        bias = self.weights.bias_of(norm.name) if "bias" in norm.parameters else None
+        if bias is not None and bool(self.weights.get(bias).any()):
+            self._move_bias(norm, bias, gain, rotation)
         return gain
 
-    def _move_bias(self, norm: Norm, offset: nn.Parameter, gain: Tensor | None, rotation: Rotation) -> None:
-        stream = self.structure.stream
+    def _move_bias(self, norm: Norm, name: str, gain: Tensor | None, rotation: Rotation) -> None:
+        stream, offset = self.structure.stream, self.weights.get(name)
         assert stream is not None
         readers = [pair for r in stream.readers if r.norm == norm for pair in self._weights_at(r.site)]
-        biases = [self._bias(name) for name, _ in readers]
-        if all(bias is not None for bias in biases):
-            for (name, axis), bias in zip(readers, biases, strict=True):
-                assert bias is not None
-                self._store(bias, bias.detach().double() + offset_through(self._get(name), offset, axis))
-            self._store(offset, torch.zeros_like(offset))
+        biases = [bias for reader, _ in readers if (bias := self.weights.bias_of(reader)) is not None]
+        if len(biases) == len(readers):
+            for (reader, axis), bias in zip(readers, biases, strict=True):
+                moved = offset_through(self.weights.get(reader), offset, axis)
+                self.weights.put(bias, self.weights.get(bias).detach().double() + moved)
+            self.weights.put(name, torch.zeros_like(offset))
             return
         # W (g n + b) = W diag(g) (n + b / g): the bias can stay at the norm, divided and turned.
         gain = torch.ones_like(offset, dtype=torch.float64) if gain is None else gain
         if float(gain.abs().min()) < _LEAST_GAIN * float(gain.abs().max()):
-            raise DetentError(
-                f"rotation: R1: {norm.name} has a bias that can't be moved: a layer that reads it has no bias, and some"
-                " of the norm's weights are too small to divide by; set r1=False"
+            raise CannotRotate(
+                f"R1: {norm.name} has a bias that can't be moved: a layer that reads it has no bias, and some of the"
+                " norm's weights are too small to divide by"
             )
-        self._store(offset, rotation.turn(offset.detach().double() / gain))
+        self.weights.put(name, rotation.turn(offset.detach().double() / gain))
 
     # ---- R2 ---------------------------------------------------------------------------------------------------------
 
@@ -161,15 +152,15 @@ class Rotator:
                 continue
             size = str(rotation)
             if rows is None:
-                rows = torch.arange(self._get(fold.module).shape[fold.axis])
-            producer = self._get(fold.module)
-            self._set(fold.module, turn_rows(producer, rotation, rows, fold.axis))
-            bias = self._bias(fold.module)
+                rows = torch.arange(self.weights.get(fold.module).shape[fold.axis])
+            producer = self.weights.get(fold.module)
+            self.weights.put(fold.module, turn_rows(producer, rotation, rows, fold.axis))
+            bias = self.weights.bias_of(fold.module)
             if bias is not None:
-                self._store(bias, turn_rows(bias, rotation, rows, -1))
+                self.weights.put(bias, turn_rows(self.weights.get(bias), rotation, rows, -1))
             for name, axis in zip(site.weights, site.column_axes, strict=True):
                 self._check_unscaled(name)
-                self._set(name, turn_reader(self._get(name), rotation, axis))
+                self.weights.put(name, turn_reader(self.weights.get(name), rotation, axis))
             where.append(site.name)
         if not where and not reasons:
             reasons = ["no value projection was found whose rows an output projection reads unchanged"]
@@ -237,7 +228,7 @@ class Rotator:
         done, reasons = [], []
         for name in chosen:
             self._check_unscaled(name)
-            weight, axis = self._get(name), self._column_axis(name)
+            weight, axis = self.weights.get(name), self._column_axis(name)
             try:
                 rotation = make_rotation(weight.shape[axis], block_size=self.config.rotation_size)
             except DetentError as error:
@@ -245,7 +236,7 @@ class Rotator:
                     raise DetentError(f"rotation: R4: {name}: {error}") from None
                 reasons.append(f"{name}: {error}")
                 continue
-            self._set(name, turn_reader(weight, rotation, axis))
+            self.weights.put(name, turn_reader(weight, rotation, axis))
             rotate_in(self.modules[name].input_quantizer, self.config.rotation_size)
             done.append(name)
             sizes[str(rotation)] = None
@@ -267,35 +258,6 @@ class Rotator:
         return isinstance(module, nn.Linear) and quantizer is not None and (asked or quantizer.is_enabled)
 
     # ---- weights ----------------------------------------------------------------------------------------------------
-
-    def _owner(self, name: str) -> tuple[nn.Module, str]:
-        """The module and the attribute of a weight, which is named by its module or by its parameter."""
-        if name in self.modules:
-            return self.modules[name], "weight"
-        parent, _, attribute = name.rpartition(".")
-        return self.modules[parent], attribute
-
-    def _get(self, name: str) -> nn.Parameter:
-        module, attribute = self._owner(name)
-        parameter = module._parameters.get(attribute)
-        if parameter is None:
-            raise DetentError(f"rotation: {name}: the weight is packed or computed from others, so it can't be rotated")
-        return parameter
-
-    def _bias(self, name: str) -> nn.Parameter | None:
-        module, attribute = self._owner(name)
-        return module._parameters.get("bias" if attribute == "weight" else f"{attribute}_bias")
-
-    def _set(self, name: str, value: Tensor) -> None:
-        self._store(self._get(name), value)
-        module = self._owner(name)[0]
-        if isinstance(module, QuantWeightBase):
-            module.refresh_weight()
-
-    @staticmethod
-    def _store(parameter: nn.Parameter, value: Tensor) -> None:
-        """Give a parameter new values; the tensor that held the old ones is left alone, for whoever has to go back."""
-        parameter.data = value.to(parameter.device, parameter.dtype).contiguous()
 
     def _column_axis(self, name: str) -> int:
         site = self.structure.site_of(name)
@@ -341,15 +303,8 @@ def _key_quantizer(module: nn.Module) -> Any:
     return getattr(module, "k_bmm_quantizer", None)
 
 
-def configs_of(model: nn.Module) -> list[Any]:
-    """The configurations of a transformers model: its own, and that of its language model."""
-    config: Any = getattr(model, "config", None)
-    return [part for part in (config, getattr(config, "text_config", None)) if part is not None]
-
-
 def _head_width_of(model: nn.Module) -> int | None:
-    config: Any = getattr(model, "config", None)
-    config = getattr(config, "text_config", None) or config
+    config = (configs_of(model) or [None])[-1]
     width = getattr(config, "head_dim", None)
     if isinstance(width, int):
         return width
