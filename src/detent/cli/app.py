@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 
 import typer
 
@@ -14,6 +15,7 @@ from detent.cli.evaluate import evaluate
 from detent.cli.inspect import inspect
 from detent.cli.quantize import epilog, quantize
 from detent.cli.schemes import schemes
+from detent.cli.startup import Invocation
 from detent.cli.structure import structure
 from detent.errors import DetentError
 from detent.external.interrupts import one_command
@@ -56,6 +58,7 @@ def run(arguments: list[str]) -> int:
     Misspelled flags are the parser library's to explain, with code 2 too, as is Ctrl-C, with code 130. SIGTERM cleans
     up like Ctrl-C, with code 143.
     """
+    started = time.monotonic()
     # What library code warns of is in the plan, which the report tells in the user's words.
     logger = logging.getLogger("detent")
     level = logger.level
@@ -63,7 +66,7 @@ def run(arguments: list[str]) -> int:
     bars = console.Bars()
     try:
         with one_command(), use_reporter(bars):
-            app(normalize(arguments), prog_name="detent", obj=["detent", *arguments])
+            app(normalize(arguments), prog_name="detent", obj=Invocation(["detent", *arguments], started))
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     except DetentError as error:

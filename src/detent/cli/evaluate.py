@@ -52,7 +52,9 @@ def evaluate(
         model_dir, data_type, choose_device(device), model_attn_implementation, trust_remote_code, revision
     )
     options = EvaluationOptions(False, eval_dataset, windows(num_eval_data), batch_size_of(eval_batch_size))
-    report = evaluate_checkpoint(model, options, run=Run(context.obj, console.notice))
+    report = evaluate_checkpoint(
+        model, options, run=Run(context.obj.command, console.notice, started=context.obj.started)
+    )
     if as_json:
         sys.stdout.write(report.to_json())
     else:

@@ -189,7 +189,7 @@ def quantize(
     evaluation = EvaluationOptions(
         skip_evaluation, eval_dataset, windows(num_eval_data), batch_size_of(eval_batch_size), max_eval_batch_size
     )
-    run = Run(context.obj, console.notice)
+    run = Run(context.obj.command, console.notice, started=context.obj.started)
     for notice in notices:
         run.notify(notice)
     if only_evaluate:

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import importlib
 import re
+from dataclasses import dataclass
 
 from detent.cli.imports import nothing_to_clean_up
 from detent.errors import DetentError
 from detent.progress import track
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What was typed, and when, by the monotonic clock: a report counts the seconds from there."""
+
+    command: list[str]
+    started: float
+
 
 #: Most of the time before anything happens goes into these.
 _LIBRARIES = ("torch", "transformers", "transformers.modeling_utils", "detent.runs.quantize")
