@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises."""
+"""The exceptions that a user's mistake raises."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class DetentError(ValueError):
 
     The command line prints the message alone and exits with code 2; it never shows a traceback for this class.
     """
+
+
+class NothingObserved(DetentError):
+    """A range or bias is asked of an observer that no data has reached."""

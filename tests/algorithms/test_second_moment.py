@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from detent.algorithms import smooth
+from detent.algorithms import awq
+from detent.algorithms.awq import Clipping, awq_scale
 from detent.algorithms.gptq import Job, factorise, gptq
 from detent.algorithms.objective import output_error, plainly_rounded, requantize
 from detent.algorithms.scale_search import weighing_of, weighted_range
-from detent.algorithms.smooth import Clipping, awq_scale, smoothquant_scale
+from detent.algorithms.smoothquant import smoothquant_scale
 from detent.errors import DetentError
 from detent.formats import (
     Format,
@@ -251,7 +252,7 @@ def test_awq_from_a_sample(rows: int) -> None:
 
 
 def test_objectives_measured_on_some_rows_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smooth, "_MEASURED", 1 << 14)
+    monkeypatch.setattr(awq, "_MEASURED", 1 << 14)
     x, fmt = tokens(), integer(4, per_group(16))
     w = weight(2000)  # more than are measured
     choice = awq_scale(statistics_of(x), [w], [fmt])

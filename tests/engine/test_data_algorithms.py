@@ -11,8 +11,11 @@ import torch
 from torch import nn
 
 import detent
-from detent.algorithms.layer import layers_of, outcomes
+from detent.algorithms.layer import layers_of
+from detent.algorithms.outcome import Outcome
 from detent.algorithms.site import Wanted
+from detent.config import QuantizeConfig
+from detent.engine import quantization
 from detent.engine.blocks import BlockChain, NoChain, record_chain
 from detent.engine.observe import SiteObserver
 from detent.errors import DetentError
@@ -37,6 +40,15 @@ def loop(model: nn.Module) -> None:
 def quantized(algorithm: Any, config: dict[str, Any] = W4_ONLY, model: Any = None, feed: Any = loop) -> Any:
     model = make_model() if model is None else model
     return detent.quantize(model, {"quant_cfg": config, "algorithm": algorithm}, feed)
+
+
+def solved(
+    algorithm: Any, config: dict[str, Any] = W4_ONLY, model: Any = None, feed: Any = loop
+) -> tuple[Any, dict[str, list[Outcome]]]:
+    """The model, and what algorithms did to its layers."""
+    model = make_model() if model is None else model
+    done = quantization.run(model, QuantizeConfig.of({"quant_cfg": config, "algorithm": algorithm}), feed)
+    return model, done.outcomes
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -146,8 +158,8 @@ def test_a_layer_that_is_called_twice_is_observed_twice() -> None:
 
     first = copy.deepcopy(model[0])
     config = {"*weight_quantizer": {"num_bits": 3, "axis": 0}, "*input_quantizer": {"enable": False}}
-    result = quantized("gptq", config, model, feed)
-    outcome = outcomes(result[0].first)[0]
+    result, outcomes = solved("gptq", config, model, feed)
+    outcome = outcomes["0.first"][0]
     x = torch.cat([b.reshape(-1, 16) for b in batches])
     with torch.no_grad():
         again = torch.tanh(first.last(torch.tanh(first.first(x))))
@@ -197,9 +209,9 @@ def test_a_model_without_blocks_is_taken_as_a_whole_and_says_so() -> None:
     model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16))
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
     with collected_notices() as notices:
-        quantized("gptq", {"*weight_quantizer": {"num_bits": 4, "axis": 0}}, model, lambda m: m(x))
-    assert any("as a whole" in text and "no chain of repeated blocks" in text for text in notices)
-    assert outcomes(model[0])[0].after < outcomes(model[0])[0].before
+        _, outcomes = solved("gptq", {"*weight_quantizer": {"num_bits": 4, "axis": 0}}, model, lambda m: m(x))
+    assert any("whole model at once" in text and "no chain of repeated blocks" in text for text in notices)
+    assert outcomes["0"][0].after < outcomes["0"][0].before
 
 
 class Tangled(nn.Module):
@@ -248,10 +260,10 @@ def test_outputs_come_nearer_to_the_float_models_than_with_plain_rounding(method
 
 @pytest.mark.parametrize("method", ["gptq", "awq_lite", "awq_clip", "awq_full", "local_hessian"])
 def test_objectives_never_rise_and_are_those_of_the_weights(method: str) -> None:
-    model = quantized(method)
-    for name, module in linears(model).items():
-        for outcome in outcomes(module):
-            assert outcome.after <= outcome.before, name
+    _, outcomes = solved(method)
+    assert len(outcomes) == 14
+    for name, done in outcomes.items():
+        assert all(outcome.after <= outcome.before for outcome in done), name
 
 
 def test_gptq_leaves_weights_on_the_grid_of_the_scales() -> None:
@@ -287,8 +299,8 @@ def test_smoothquant_scales_and_ranges() -> None:
 
 
 def test_searched_alpha_is_at_least_as_good_on_its_sample() -> None:
-    model = quantized("autosmoothquant", W8A8)
-    found = [o for m in linears(model).values() for o in outcomes(m)]
+    _, outcomes = solved("autosmoothquant", W8A8)
+    found = [o for done in outcomes.values() for o in done]
     assert found
     assert all(o.after <= o.before for o in found)
 
@@ -308,15 +320,15 @@ def test_what_algorithms_decide_is_saved(preset: str, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("preset", ["NVFP4_DEFAULT_CFG", "MXFP4_DEFAULT_CFG", "FP8_DEFAULT_CFG", "NVFP4_AWQ_LITE_CFG"])
 def test_gptq_rounds_small_floats(preset: str) -> None:
-    model = detent.quantize(make_model(), {**getattr(detent, preset), "algorithm": "gptq"}, loop)
-    found = [o for m in linears(model).values() for o in outcomes(m) if o.algorithm == "gptq"]
+    _, outcomes = solved("gptq", getattr(detent, preset)["quant_cfg"])
+    found = [o for done in outcomes.values() for o in done if o.algorithm == "gptq"]
     assert len(found) == 14
     assert sum(o.after for o in found) < 0.8 * sum(o.before for o in found)
 
 
 def test_composition_runs_in_order() -> None:
-    model = quantized(["awq_lite", "gptq"])
-    names = [o.algorithm for o in outcomes(model.model.layers[1].mlp.down_proj)]
+    _, outcomes = solved(["awq_lite", "gptq"])
+    names = [o.algorithm for o in outcomes["model.layers.1.mlp.down_proj"]]
     assert names == ["awq_lite", "gptq"]
 
 
@@ -407,11 +419,11 @@ EXPERTS = {"*weight_quantizer": {"num_bits": 4, "axis": 0}, "*gate*": {"enable":
 def test_experts_without_tokens_are_named_and_rounded_without_data(layerwise: bool) -> None:
     x = torch.randn(400, 16, generator=torch.Generator().manual_seed(2))
     with collected_notices() as notices:
-        model = quantized({"method": "gptq", "layerwise": layerwise}, EXPERTS, Mixture(), lambda m: m(x))
+        model, outcomes = solved({"method": "gptq", "layerwise": layerwise}, EXPERTS, Mixture(), lambda m: m(x))
     lost = [text for text in notices if "experts.3." in text]
     assert len(lost) == 4  # two layers in each block
     assert all("only 0 tokens" in text for text in lost)
-    found = outcomes(model.blocks[0].experts[0][0])
+    found = outcomes["blocks.0.experts.0.0"]
     assert found[0].algorithm == "gptq"
     assert model.blocks[0].experts[3][0].weight_quantizer.is_calibrated
 
@@ -460,10 +472,36 @@ def test_nan_is_named_and_half_done_work_undone(method: str) -> None:
     assert all(torch.equal(a, before[name]) for name, a in model.state_dict().items())
 
 
-def test_a_format_that_cannot_be_served_is_named() -> None:
+def never(_: nn.Module) -> None:
+    raise AssertionError("the loop ran")
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "awq_clip", "awq_full", "local_hessian", "autoround", "best", "distill"])
+def test_a_format_that_cannot_be_served_is_refused_before_the_loop_runs(algorithm: str) -> None:
     micro = {"*weight_quantizer": {"format": detent.parse_scheme("w_mx6").weight}, "*lm_head*": {"enable": False}}
-    with pytest.raises(DetentError, match=r"q_proj: gptq: .* chooses codes together"):
-        quantized("gptq", micro)
+    with pytest.raises(DetentError, match=r": model.layers.0.self_attn.q_proj: .* chooses codes together.*\(14 layers"):
+        quantized(algorithm, micro, feed=never)
+
+
+def test_steps_that_contradict_each_other_are_refused_before_the_loop_runs() -> None:
+    steps = [{"method": "awq_lite", "layerwise": False}, {"method": "gptq", "layerwise": True}]
+    with pytest.raises(DetentError, match="layerwise: awq_lite asks for False and gptq for True"):
+        quantized(steps, feed=never)
+    apart = [{"method": "awq_lite", "inputs": "float"}, {"method": "gptq"}]
+    assert difference(quantized(apart), quantized([{"method": "awq_lite"}, {"method": "gptq", "inputs": "float"}])) == 0
+
+
+def test_outcomes_and_float_weights_are_not_kept() -> None:
+    """Nothing of a call is left on modules; a run without a public door holds no float weight once it is replaced."""
+    import weakref
+
+    model = make_model()
+    before = weakref.ref(model.model.layers[0].mlp.up_proj.weight.data.untyped_storage())
+    refs = [weakref.ref(p) for p in model.parameters()]
+    solved("gptq", model=model)
+    assert not any(name.startswith("_outcomes") for module in model.modules() for name in module.__dict__)
+    assert refs
+    assert before() is None
 
 
 # ---- algorithms of one's own ----------------------------------------------------------------------------------------
@@ -538,10 +576,10 @@ def test_registering_is_checked() -> None:
 )
 def test_learned_weights_are_on_the_grid_and_nearer_to_the_float_model(algorithm: Any) -> None:
     reference, rough = make_model(), {**W4_ONLY, "*weight_quantizer": {"num_bits": 3, "block_sizes": {-1: 16}}}
-    model = quantized(algorithm, rough)
+    model, outcomes = solved(algorithm, rough)
     assert difference(model, reference) < 0.9 * difference(quantized("max", rough), reference)
     for name, module in linears(model).items():
-        assert all(outcome.after <= outcome.before for outcome in outcomes(module))
+        assert all(outcome.after <= outcome.before for outcome in outcomes.get(name, []))
         if name != "lm_head":
             assert torch.equal(module.quantized_weight(), module.weight), name  # type: ignore[operator]
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -550,8 +588,9 @@ def test_learned_weights_are_on_the_grid_and_nearer_to_the_float_model(algorithm
 @pytest.mark.slow
 def test_block_ap_lowers_the_error_of_blocks_that_gptq_rounded() -> None:
     rough = {**W4_ONLY, "*weight_quantizer": {"num_bits": 3, "block_sizes": {-1: 16}}}
-    model = quantized(["gptq", {"method": "block_ap", "steps": 40}], rough)
-    last = [outcomes(module)[-1] for name, module in linears(model).items() if name != "lm_head"]
+    _, outcomes = solved(["gptq", {"method": "block_ap", "steps": 40}], rough)
+    last = [done[-1] for done in outcomes.values()]
+    assert len(last) == 14
     assert {outcome.algorithm for outcome in last} == {"block_ap"}
     assert all(outcome.after < 0.95 * outcome.before for outcome in last)
 
@@ -560,7 +599,7 @@ def test_block_ap_lowers_the_error_of_blocks_that_gptq_rounded() -> None:
 def test_learning_by_blocks_says_so_where_there_are_none(method: str) -> None:
     with collected_notices() as notices:
         quantized({"method": method, "layerwise": False})
-    assert any(f"{method} learns block by block, so it did nothing" in text for text in notices)
+    assert any(f"{method} needs block-by-block processing and was skipped" in text for text in notices)
 
 
 @pytest.mark.parametrize("method", ["mse", "hqq"])
@@ -627,11 +666,9 @@ def test_best_leaves_distillation_out_where_there_is_too_little_data() -> None:
     made: dict[int, dict[str, Any]] = {}
     for times in (1, 5):
         with collected_notices() as notices:
-            model = quantized("best", rough, feed=lambda m, n=times: [loop(m) for _ in range(n)])
-        made[times] = {
-            o.algorithm: o.decided.get("steps") for o in outcomes(linears(model)["model.layers.0.mlp.up_proj"])
-        }
-        told = "distill: left out: the data are enough for 5 steps, fewer than 24" in notices
+            _, outcomes = solved("best", rough, feed=lambda m, n=times: [loop(m) for _ in range(n)])
+        made[times] = {o.algorithm: o.decided.get("steps") for o in outcomes["model.layers.0.mlp.up_proj"]}
+        told = "distill skipped: the calibration data allow 5 steps; at least 24 are needed" in notices
         assert told is (times == 1)
     assert made[1] == {"gptq": None, "block_ap": 80}
     assert made[5] == {"gptq": None, "block_ap": 40, "distill": 26}
@@ -644,7 +681,7 @@ def test_best_leaves_distillation_out_where_predictions_take_too_much_room(monke
     monkeypatch.setattr(learn_model, "PREDICTION_BYTES", 4 * 48 * 64 * 4)  # of three to four calls: 48 tokens, 63 words
     with collected_notices() as notices:
         quantized("best", feed=lambda m: [loop(m) for _ in range(5)])
-    assert any("the data and the room for predictions are enough for" in notice for notice in notices)
+    assert any("the calibration data and the memory for predictions allow" in notice for notice in notices)
 
 
 def test_token_ids_beyond_the_vocabulary_are_named() -> None:

@@ -10,7 +10,9 @@ from torch import nn
 
 import detent
 from detent.algorithms.layer import Layer
-from detent.algorithms.low_rank import refuse_scale_after_branch, split_layer
+from detent.algorithms.registry import LayerFacts, refusals
+from detent.algorithms.svdquant import split_layer
+from detent.config import parse_algorithm
 from detent.config.transforms import SVDQuantConfig
 from detent.errors import DetentError
 from detent.nn.low_rank import low_rank_of
@@ -55,14 +57,22 @@ def test_layers_that_get_none() -> None:
     before = model[0].weight.clone()
     assert "skip_layers" in split_layer(layer, None, SVDQuantConfig(skip_layers=["0*"])).notice
     layer.set_matrix(torch.zeros(32, 48))
-    assert "plain rounding is kept" in split_layer(layer, None, SVDQuantConfig()).notice
+    outcome = split_layer(layer, None, SVDQuantConfig())
+    assert outcome.kept_plain
+    assert outcome.noteworthy
+    assert "keeping round-to-nearest" in outcome.notice
     assert low_rank_of(model[0]) is None
     assert not torch.equal(model[0].weight, before)
 
 
 def test_scales_come_before_branches() -> None:
-    _, layer, _ = layer_and_inputs()
-    refuse_scale_after_branch(layer, "awq_lite")
+    model, layer, x = layer_and_inputs()
+    wrong = ["svdquant", "awq_lite"]
+    message = "awq_lite: 0: it has a low-rank branch; name awq_lite before svdquant"
+    assert refusals(parse_algorithm("awq_lite"), {"0": LayerFacts.of(layer)}) == []
+    assert refusals(parse_algorithm(wrong), {"0": LayerFacts.of(layer)}) == [message]
+    skipped = [{"method": "svdquant", "skip_layers": ["0"]}, "awq_lite"]
+    assert refusals(parse_algorithm(skipped), {"0": LayerFacts.of(layer)}) == []
     split_layer(layer, None, SVDQuantConfig(lowrank=2))
-    with pytest.raises(DetentError, match="awq_lite: 0 has a low-rank branch; name awq_lite before svdquant"):
-        refuse_scale_after_branch(layer, "awq_lite")
+    with pytest.raises(DetentError, match=message):
+        detent.calibrate(model, "awq_lite", lambda m: m(x))

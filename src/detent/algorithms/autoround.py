@@ -1,66 +1,59 @@
 """`autoround`: the rounding and the clipping ranges of a block's weights, learned by signed gradient descent.
 
 SignRound (arXiv 2309.05516, version 2 with learned ranges, as AutoRound has it): the weight is rounded after an offset
-V in [-1/2, 1/2] steps is added, under scales that are factors of at most 1 on the plain range:
+V in [-1/2, 1/2] steps is added, under scales that are factors of at most 1 on the range of round-to-nearest:
 ``Q(w) = (nearest(w / s + zero_point + V) - zero_point) * s``, ``s = s(k_low * low, k_high * high)``. Objective: the
 squared error of the block's outputs on the calibration batches. Each step moves every offset and factor by the learning
 rate against the sign of its gradient; the rate falls linearly from 1 / iterations to 0, so an offset can just reach
 either end of its range.
 
 The step of least objective is kept, relative to what the same batch gave at first. In the end it, the last step and
-plain rounding are measured on all batches, and the best of the three stays.
+round-to-nearest are measured on all batches, and the best of the three stays.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from detent.algorithms.learned import Snapshot, check_some, nearest, shuffled, storable
-from detent.algorithms.objective import check_elementwise, has_free_scale, requantize
+from detent.algorithms.block_work import BLOCK_OBJECTIVE, BlockWork, adopt, computing_with
+from detent.algorithms.learned import GridWeight, Snapshot, check_some, nearest, passed_on, shuffled
+from detent.algorithms.outcome import Outcome
+from detent.algorithms.registry import Handler, LayerFacts, codes_together, quantized_twice, register
+from detent.algorithms.scale_search import searched_scales
+from detent.algorithms.site import Wanted
+from detent.algorithms.site_work import SiteWork, Stage
+from detent.config.algorithm import AutoRoundCalibConfig
 from detent.errors import DetentError
-from detent.formats import FloatScale, Format, Scales
+from detent.formats import Format, Scales
 from detent.formats.elements import Element, Float, Integer, power_below
 from detent.formats.granularity import from_tiles, to_tiles
-from detent.formats.qtensor import _tile_scale
-from detent.formats.tiles import multiplier
 
 
-class OffsetWeight(nn.Module):
+class OffsetWeight(GridWeight):
     """A weight rounded after an offset, in a range that may shrink. Calling it gives the values, float32.
 
     Attributes:
         offset: parameter, float32 [tiles, elements per tile] in [-1/2, 1/2]: V, in steps of the element.
         low, high: parameters, float32 [tiles, 1] in [0, 1]: factors on the range. Symmetric formats use `high` only;
-            both are None where the scale isn't free (powers of two, FP8), and then offsets alone are learned.
+            both are None where scales aren't `free`, and then offsets alone are learned.
     """
 
     def __init__(self, weight: Tensor, fmt: Format, scales: Scales) -> None:
         """
         Args:
-            weight: float [out, in].
-            fmt: a format whose codes are chosen one by one.
-            scales: those of the range to begin with, in the shape of the format's grid.
-
-        Raises:
-            DetentError: the format chooses codes together (MX4, MX6, MX9, progressive).
+            weight, fmt, scales: see `GridWeight`.
         """
-        super().__init__()
-        check_elementwise(fmt, "autoround")
-        self._fmt, self._shape, self._scales = fmt, tuple(weight.shape), scales
+        super().__init__(weight, fmt, scales, "autoround")
         self._tiles = to_tiles(weight.detach().to(torch.float32), fmt.granularity)
-        tile_scale = _tile_scale(fmt, scales)
-        self._zero_point = tile_scale.zero_point
-        self._unit = multiplier(fmt, tile_scale).to(torch.float32)
         self.offset = nn.Parameter(torch.zeros_like(self._tiles))
-        free = has_free_scale(fmt)
-        self.high = nn.Parameter(torch.ones_like(self._unit)) if free else None
-        self.low = nn.Parameter(torch.ones_like(self._unit)) if free and not fmt.symmetric else None
+        self.high = nn.Parameter(torch.ones_like(self._unit)) if self.free else None
+        self.low = nn.Parameter(torch.ones_like(self._unit)) if self.free and not fmt.symmetric else None
 
     def forward(self) -> Tensor:
         unit, zero_point = self._affine()
@@ -74,16 +67,16 @@ class OffsetWeight(nn.Module):
         return from_tiles(grid * unit, self._fmt.granularity, self._shape)
 
     def _affine(self) -> tuple[Tensor, Tensor | None]:
-        """(scale, zero point) of each tile as they can be stored, with the gradient of their unrounded values."""
+        # The formula of `formats.tiles` for a range's scale and zero point, written out with a gradient.
         if self.high is None:
             return self._unit, self._zero_point
         if self.low is None:
-            return _passed_on(self._unit * self.high, self._fmt), self._zero_point
+            return passed_on(self._unit * self.high, self._fmt), self._zero_point
         element, zero_point = self._fmt.element, self._zero_point
         assert zero_point is not None
         low = (element.minimum - zero_point) * self._unit * self.low
         high = (element.maximum - zero_point) * self._unit * self.high
-        scale = _passed_on((high - low) / (element.maximum - element.minimum), self._fmt)
+        scale = passed_on((high - low) / (element.maximum - element.minimum), self._fmt)
         exact = element.minimum - low / scale
         if self._fmt.zero_point == "float":
             return scale, exact
@@ -103,25 +96,6 @@ class OffsetWeight(nn.Module):
             if factor is not None:
                 factor.clamp_(0.01, 1.0)
 
-    @torch.no_grad()
-    def result(self) -> tuple[Tensor, Scales]:
-        """(the values, float32 [out, in]; their scales): encoding the values under the scales is exact."""
-        scales = self._scales
-        if self.high is not None:
-            assert isinstance(self._fmt.scale, FloatScale)
-            unit, zero_point = self._affine()
-            stored = self._fmt.scale.store(unit).reshape(scales.scale.shape)
-            zeros = scales.zero_point
-            if zeros is not None and zero_point is not None:
-                zeros = zero_point.to(zeros.dtype).reshape(zeros.shape)
-            scales = Scales(stored, zeros, scales.outer_scale)
-        return requantize(self(), self._fmt, scales), scales
-
-
-def _passed_on(scale: Tensor, fmt: Format) -> Tensor:
-    """The storable scale, with the gradient of the one before it was rounded."""
-    return scale + (storable(scale.detach(), fmt) - scale.detach())
-
 
 def _gap(position: Tensor, element: Element) -> Tensor | float:
     """The distance between grid values around a position: what one step of an offset is."""
@@ -139,7 +113,7 @@ class Tuned:
     before, after: the objective over all batches, rounded under the scales to begin with and of what was kept; never
         larger.
     iterations: how many were run.
-    kept: after how many of them the state that was kept; 0: plain rounding.
+    kept: after how many of them the state that was kept; 0: round-to-nearest.
     """
 
     before: float
@@ -213,3 +187,39 @@ def _step(parameters: Sequence[nn.Parameter], rate: float) -> None:
 @torch.no_grad()
 def _measure(objective: Callable[[Any], Tensor], batches: Sequence[Any]) -> list[float]:
     return [float(objective(batch)) for batch in batches]
+
+
+@register(AutoRoundCalibConfig)
+class AutoRoundHandler(Handler[AutoRoundCalibConfig]):
+    """Scales of least error at each site, unless an algorithm before chose some; then trains the block."""
+
+    scope = "block"
+
+    def wants(self, step: AutoRoundCalibConfig) -> Wanted:
+        return Wanted(references=True, estimate=step.scale_search)
+
+    def refusal(self, step: AutoRoundCalibConfig, layer: LayerFacts) -> str | None:
+        return codes_together(layer) or quantized_twice(layer)
+
+    def sees_quantized(self, step: AutoRoundCalibConfig, layers: Iterable[LayerFacts]) -> bool:
+        return True
+
+    def solve(self, step: AutoRoundCalibConfig, site: SiteWork) -> None:
+        for layer in site.layers:
+            if step.scale_search and site.state(layer).stage < Stage.SEARCHED:
+                site.set_scales(layer, searched_scales(site, layer, step.search_steps, signed=step.signed_scales))
+
+    def train(self, step: AutoRoundCalibConfig, block: BlockWork) -> None:
+        weights = {layer.name: OffsetWeight(layer.matrix(), layer.format, layer.scales()) for layer in block.layers}
+        with computing_with(weights, block.layers):
+            tuned = autoround(
+                block.objective,
+                block.portions,
+                list(weights.values()),
+                iterations=step.iterations,
+                rate=step.lr,
+            )
+        decided = {"iterations": tuned.iterations, "kept": tuned.kept}
+        notice = "" if tuned.kept else "no step was better, so round-to-nearest under the first scales is kept"
+        outcome = Outcome(str(step.method), BLOCK_OBJECTIVE, tuned.before, tuned.after, decided=decided, notice=notice)
+        adopt(block.ledger, block.layers, weights, tuned.kept, outcome)

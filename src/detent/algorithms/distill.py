@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from detent.algorithms.learned import LearnedWeight, Snapshot, check_some, shuffled
+from detent.algorithms.registry import Handler, LayerFacts, codes_together, quantized_twice, register
+from detent.algorithms.site_work import SiteWork
+from detent.config.algorithm import DistillCalibConfig
 from detent.errors import DetentError
 from detent.progress import track
 
@@ -172,3 +175,17 @@ def _course(step: int, steps: int) -> float:
 @torch.no_grad()
 def _mean(objective: Callable[[Any], Tensor], batches: Sequence[Any]) -> float:
     return float(sum(float(objective(batch)) for batch in batches) / len(batches))
+
+
+@register(DistillCalibConfig)
+class DistillHandler(Handler[DistillCalibConfig]):
+    """Nothing at a site; the engine trains the rounded model (`detent.engine.learn_model`)."""
+
+    scope = "end"
+    from_latents = True
+
+    def refusal(self, step: DistillCalibConfig, layer: LayerFacts) -> str | None:
+        return codes_together(layer) or quantized_twice(layer)
+
+    def solve(self, step: DistillCalibConfig, site: SiteWork) -> None:
+        pass

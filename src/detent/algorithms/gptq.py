@@ -3,7 +3,7 @@
 Objective: ``tr((W - W^) G (W - W^)^T)``, G the second moment of the layer's inputs (GPTQ, arXiv 2210.17323; its H is
 2G/n). Scales are fixed beforehand and belong to the columns' own places, so columns may be taken in any order ("static
 groups"): here by falling diagonal of G, and no index has to be stored. A channel that never carries a value (zero
-diagonal) costs nothing, so its weights are rounded plainly.
+diagonal) costs nothing, so its weights are rounded to nearest.
 
 In that order ``G + damping = U D U^T`` with U unit upper triangular and D diagonal, so that the objective of a row's
 error d = w - w^ is ``sum_k D_k (d_k + sum_{l<k} U_lk d_l)^2``: column k is rounded to what is nearest to
@@ -11,18 +11,18 @@ error d = w - w^ is ``sum_k D_k (d_k + sum_{l<k} U_lk d_l)^2``: column k is roun
 and the sum is the objective that was reached. What earlier columns add to later ones is brought along in halves: those
 of the first half of the columns to the second in one matrix product, and so on within either half.
 
-If the result has a larger objective than plain rounding under the same scales, row by row, that row keeps plain
-rounding.
+If the result has a larger objective than round-to-nearest (RTN) under the same scales, row by row, that row keeps RTN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from detent.algorithms.layer import Layer
 from detent.algorithms.objective import (
     Units,
     check_elementwise,
@@ -33,28 +33,36 @@ from detent.algorithms.objective import (
     rows_error,
     units_of,
 )
+from detent.algorithms.outcome import Outcome
+from detent.algorithms.registry import Handler, LayerFacts, codes_together, register
+from detent.algorithms.retarget import retarget
+from detent.algorithms.scale_search import searched_scales
+from detent.algorithms.site import Wanted
+from detent.algorithms.site_work import SiteWork, Stage
+from detent.config.algorithm import GPTQCalibConfig
 from detent.errors import DetentError
 from detent.formats import Format, Scales
 
 #: Damping, as a share of G's mean diagonal, from which on a second moment counts as unusable.
 _MOST_DAMPING = 1.0
-#: Columns that are rounded one by one before the next ones hear of it.
+#: Columns that are rounded one by one before their errors are carried to the next ones.
 _FEW = 16
-#: Rows whose objective is nearer to that of plain rounding than this share of it are compared without rounded factors.
+#: Rows whose objective is nearer to that of round-to-nearest than this share of it are compared in exact
+#: products.
 _CLOSE = 0.02
-#: Elements rounded together: half a dozen copies of so many are held.
+#: Elements rounded together: half a dozen copies of them are held.
 _MOST_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
-class Rounded:
+class RoundedWeight:
     """A weight on its grid.
 
     Attributes:
         weight: float32 [out, in], every value one that a code stands for: encoding it under the same scales is exact.
-        before, after: the objective with plain rounding, and of `weight`.
+        before, after: the objective of round-to-nearest, and of `weight`.
         energy: the objective of a weight of zeros, of which some rows may stand for all.
-        kept_rows: rows that keep plain rounding, since the algorithm would have made them worse.
+        kept_rows: rows that keep round-to-nearest, since the algorithm would have made them worse.
     """
 
     weight: Tensor
@@ -135,7 +143,7 @@ class Job:
         format: one whose codes are chosen one by one (not MX4/6/9, not progressive).
         scales: to round under, in the shape of the format's grid.
         target: float [out, in], what to come near instead of `weight` (see `retarget`); the objective is then
-            ``tr((T - W^) G (T - W^)^T)``. Plain rounding stays that of `weight`.
+            ``tr((T - W^) G (T - W^)^T)``. Round-to-nearest stays that of `weight`.
     """
 
     weight: Tensor
@@ -144,12 +152,12 @@ class Job:
     target: Tensor | None = None
 
     @property
-    def wish(self) -> Tensor:
+    def goal(self) -> Tensor:
         """float32 [out, in], what to come near."""
         return (self.weight if self.target is None else self.target).detach().to(torch.float32)
 
 
-def gptq(jobs: Sequence[Job], factor: Factor) -> list[Rounded]:
+def gptq(jobs: Sequence[Job], factor: Factor) -> list[RoundedWeight]:
     """Round weights that multiply the same inputs so that the layers' outputs change least.
 
     Args:
@@ -165,7 +173,7 @@ def gptq(jobs: Sequence[Job], factor: Factor) -> list[Rounded]:
         if job.weight.shape[1] != width:
             shape = f"{job.weight.shape[0]} x {job.weight.shape[1]}"
             raise DetentError(f"gptq: a weight of {shape} needs a second moment of {job.weight.shape[1]} squared")
-    results: dict[int, Rounded] = {}
+    results: dict[int, RoundedWeight] = {}
     for fmt in {job.format for job in jobs}:
         alike = [i for i, job in enumerate(jobs) if job.format == fmt]
         rounded = _round_alike([jobs[i] for i in alike], factor)
@@ -173,10 +181,10 @@ def gptq(jobs: Sequence[Job], factor: Factor) -> list[Rounded]:
     return [results[i] for i in range(len(jobs))]
 
 
-def _round_alike(jobs: Sequence[Job], factor: Factor) -> list[Rounded]:
+def _round_alike(jobs: Sequence[Job], factor: Factor) -> list[RoundedWeight]:
     fmt, order = jobs[0].format, factor.order
     weight = torch.cat([job.weight.detach().to(torch.float32) for job in jobs])
-    target = weight if all(job.target is None for job in jobs) else torch.cat([job.wish for job in jobs])
+    target = weight if all(job.target is None for job in jobs) else torch.cat([job.goal for job in jobs])
     sizes = [len(job.weight) for job in jobs]
     plain = torch.cat(
         [plainly_rounded(part, fmt, job.scales) for part, job in zip(weight.split(sizes), jobs, strict=True)]
@@ -202,7 +210,7 @@ def _round_alike(jobs: Sequence[Job], factor: Factor) -> list[Rounded]:
     result[worse] = plain[worse]
     energy = [energy_of(part, lambda d: float(output_error(d, factor.moment))) for part in target.split(sizes)]
     return [
-        Rounded(rows, float(was.sum()), float(torch.minimum(was, now).sum()), whole, int(kept.sum()))
+        RoundedWeight(rows, float(was.sum()), float(torch.minimum(was, now).sum()), whole, int(kept.sum()))
         for whole, rows, was, now, kept in zip(
             energy, *(tensor.split(sizes) for tensor in (result, before, after, worse)), strict=True
         )
@@ -243,3 +251,70 @@ class _Columns:
         cost = factor.cost.float() @ self.work.sub_(self.values).square_()
         added = factor.added * ((~factor.dead[factor.order]).float() @ self.error.square())
         return (cost.double() - added).clamp_min(0.0)
+
+
+# ---- at a site ------------------------------------------------------------------------------------------------------
+
+
+@register(GPTQCalibConfig)
+class GPTQHandler(Handler[GPTQCalibConfig]):
+    """Scales of least error, unless an algorithm before chose some; then rounding column by column."""
+
+    def wants(self, step: GPTQCalibConfig) -> Wanted:
+        return Wanted(second_moment=True, cross_moment=step.retarget, references=step.retarget)
+
+    def refusal(self, step: GPTQCalibConfig, layer: LayerFacts) -> str | None:
+        return codes_together(layer)
+
+    def needs_blocks(self, step: GPTQCalibConfig) -> bool:
+        return step.retarget
+
+    def sees_quantized(self, step: GPTQCalibConfig, layers: Iterable[LayerFacts]) -> bool:
+        """Not with 4 bits or more under float activations: there it changes perplexity by less than the noise of the
+        calibration text, and costs a second forward pass."""
+        coarse = any(f.input is not None or (f.weight is not None and f.weight.element.bits < 4) for f in layers)
+        return coarse or step.retarget or step.sequential
+
+    def one_by_one(self, step: GPTQCalibConfig) -> bool:
+        return step.sequential
+
+    def solve(self, step: GPTQCalibConfig, site: SiteWork) -> None:
+        if not site.layers:
+            return
+        jobs = [_job(site, layer, step) for layer in site.layers]
+        try:
+            factor = factorise(site.statistics.moment(), damping=step.perc_damp, act_order=step.act_order)
+            results = gptq(jobs, factor)
+        except DetentError as error:
+            raise DetentError(f"{site.readers[0].name}: {error}") from None
+        damped = factor.damping > step.perc_damp
+        for layer, job, result in zip(site.layers, jobs, results, strict=True):
+            site.ledger.adopt(layer, result.weight, job.scales, latent=job.goal)
+            told = [f"needed damping {factor.damping:g}, not {step.perc_damp:g}"] if damped else []
+            if result.kept_rows:
+                told.append(f"{result.kept_rows} of {len(result.weight)} rows keep round-to-nearest")
+            outcome = Outcome(
+                "gptq",
+                "tr(D G D^T)" + (" against the float model's outputs" if job.target is not None else ""),
+                result.before,
+                result.after,
+                result.energy,
+                {"damping": factor.damping, "act_order": step.act_order},
+                "; ".join(told),
+                noteworthy=damped,
+            )
+            site.note(layer, outcome)
+
+
+def _job(site: SiteWork, layer: Layer, step: GPTQCalibConfig) -> Job:
+    """What a layer is rounded to, and under which scales."""
+    weight, statistics, target = layer.matrix(), site.statistics, None
+    if step.retarget and statistics.cross_moment is not None:
+        target = retarget(weight, statistics.moment(), statistics.cross_moment, damping=step.retarget_damping)
+    stage = site.state(layer).stage
+    if step.scale_search and stage < Stage.SEARCHED:
+        scales = searched_scales(site, layer, step.search_steps, signed=step.signed_scales, target=target)
+        return Job(weight, layer.format, scales, target)
+    if stage is Stage.FRESH:
+        site.set_range_of(layer, None)
+    return Job(weight, layer.format, layer.scales(), target)

@@ -22,12 +22,14 @@ from torch import Tensor
 
 from detent.algorithms.max import weight_range
 from detent.algorithms.mse import pieces
+from detent.algorithms.registry import Handler, LayerFacts, register
+from detent.config.transforms import HQQConfig
 from detent.errors import DetentError
 from detent.formats import FloatScale, Format
 from detent.formats.granularity import to_tiles
 from detent.formats.tiles import scale_from_range, simulate
 
-#: Shares of the plain range to start from, beside all of it.
+#: Shares of the plain range to start from, besides all of it.
 _SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
 #: Steps without a better range for any tile, after which no more are made.
 _PATIENCE = 3
@@ -77,7 +79,7 @@ def hqq_range(
     if fmt.scale.outer:
         amax = weight.detach().abs().amax() if global_amax is None else global_amax
         outer = fmt.scale.outer_scale(amax, fmt.element)
-    solver = _Solver(fmt, outer, lp_norm, beta, kappa, iters)
+    solver = _HalfQuadratic(fmt, outer, lp_norm, beta, kappa, iters)
     tiles = to_tiles(weight.detach(), fmt.granularity, repeat_edge=fmt.zero_point == "float").to(torch.float32)
     exists = to_tiles(torch.ones_like(weight, dtype=torch.float32), fmt.granularity)
     found = [
@@ -93,7 +95,7 @@ def hqq_range(
 
 
 @dataclass(frozen=True)
-class _Solver:
+class _HalfQuadratic:
     """The half-quadratic iteration on tiles [tiles, elements per tile]; `exists` is 0 for padding, else 1."""
 
     fmt: Format
@@ -161,3 +163,20 @@ class _Solver:
 def _slope(products: Tensor, squares: Tensor) -> Tensor:
     """products / squares, kept near 1 so that no step flips or collapses a tile; 1 where all values are zero."""
     return torch.where(squares > 0, products / squares.clamp_min(1e-300), 1.0).clamp(0.5, 2.0)
+
+
+@register(HQQConfig)
+class HQQHandler(Handler[HQQConfig]):
+    """The range of least p-norm of each weight."""
+
+    scope = "weight"
+
+    def refusal(self, step: HQQConfig, layer: LayerFacts) -> str | None:
+        fmt = layer.weight
+        if fmt is not None and fmt.base is not None and isinstance(fmt.scale, FloatScale) and not fmt.dynamic:
+            return f"its format {fmt} is made of the codes of another; use 'max' or 'mse'"
+        return None
+
+    def range_of(self, step: HQQConfig, weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor] | None:
+        found = hqq_range(weight, fmt, lp_norm=step.lp_norm, beta=step.beta, kappa=step.kappa, iters=step.iters)
+        return found.low, found.high

@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detent.algorithms.outcome import Outcome
-from detent.errors import DetentError
 from detent.formats import Format, Scales
 from detent.model import edit
 from detent.nn import QuantWeightBase, TensorQuantizer
@@ -102,15 +100,6 @@ class Layer:
         """The shape that the format's scales have for the matrix."""
         return self.format.granularity.grid((self.module.weight.shape[0], self.width))
 
-    def check_matrix_format(self, algorithm: str) -> None:
-        """Refuse formats whose tiles don't stay what they are when the kernels are flattened.
-
-        Raises:
-            DetentError: groups or blocks on a convolution.
-        """
-        if self.module.weight.dim() > 2 and self.format.granularity.kind not in ("per_tensor", "per_channel"):
-            raise DetentError(f"{algorithm}: {self.name}: a convolution's scales are per tensor or per channel")
-
     def scales(self) -> Scales:
         """The scales in use, in the grid of the matrix: calibrated ones, or those that the weight asks for."""
         scales = self.quantizer.quantize_to_codes(self.quantizer.centred(self.module.weight.detach())).scales
@@ -121,15 +110,6 @@ class Layer:
         grid = self.format.granularity.grid(tuple(self.module.weight.shape))
         self.quantizer.load_scales(_in_grid(scales, grid))
         self.module.refresh_weight()
-
-    def note(self, outcome: Outcome) -> None:
-        """Keep what an algorithm did, for the report."""
-        outcomes(self.module).append(outcome)
-
-
-def outcomes(module: nn.Module) -> list[Outcome]:
-    """What algorithms did to a module's weight, in order."""
-    return module.__dict__.setdefault("_outcomes", [])
 
 
 def _in_grid(scales: Scales, grid: tuple[int, ...]) -> Scales:

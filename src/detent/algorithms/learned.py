@@ -29,13 +29,60 @@ from detent.formats.tiles import multiplier
 _PIECE = 1 << 16
 
 
-class LearnedWeight(nn.Module):
+class GridWeight(nn.Module):
+    """The base of weights on the grid of a format, which are trained. Calling one gives the values, float32.
+
+    Attributes:
+        free: whether scales are trained, or taken from a coarse set (powers of two, FP8) and stay as they are.
+    """
+
+    def __init__(self, weight: Tensor, fmt: Format, scales: Scales, algorithm: str) -> None:
+        """
+        Args:
+            weight: float [out, in].
+            fmt: a format whose codes are chosen one by one.
+            scales: those to begin with, in the shape of the format's grid.
+            algorithm: for messages.
+
+        Raises:
+            DetentError: the format chooses codes together (MX4, MX6, MX9, progressive).
+        """
+        super().__init__()
+        check_elementwise(fmt, algorithm)
+        self._fmt, self._shape, self._scales = fmt, tuple(weight.shape), scales
+        self.free = has_free_scale(fmt)
+        tile_scale = _tile_scale(fmt, scales)
+        self._zero_point = tile_scale.zero_point
+        self._unit = multiplier(fmt, tile_scale).to(torch.float32)
+
+    def _affine(self) -> tuple[Tensor, Tensor | None]:
+        """(scale, zero point) of each tile as they can be stored, with the gradient of their unrounded values."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def result(self) -> tuple[Tensor, Scales]:
+        """(the values, float32 [out, in]; their scales): encoding the values under the scales is exact."""
+        scales = self._scales
+        if self.free:
+            assert isinstance(self._fmt.scale, FloatScale)
+            unit, zero_point = self._affine()
+            stored, zeros = self._fmt.scale.store(unit).reshape(scales.scale.shape), scales.zero_point
+            if zeros is not None and zero_point is not None:
+                zeros = zero_point.to(zeros.dtype).reshape(zeros.shape)
+            scales = Scales(stored, zeros, scales.outer_scale)
+        return requantize(self(), self._fmt, scales), scales
+
+    def latent(self) -> Tensor | None:
+        """What the values are rounded from, float32 [out, in], where training can go on from that."""
+        return None
+
+
+class LearnedWeight(GridWeight):
     """A rounded weight that can be trained. Calling it gives the values, float32 in the weight's shape.
 
     Attributes:
         position: parameter, float32 [tiles, elements per tile], in units of the element (steps, for integers).
-        stretch: parameter, float32 [tiles, 1]: the scale's relative change; None where the format's scales are taken
-            from a coarse set (powers of two, FP8) and stay as they are.
+        stretch: parameter, float32 [tiles, 1]: the scale's relative change; None where scales aren't `free`.
     """
 
     def __init__(
@@ -44,26 +91,17 @@ class LearnedWeight(nn.Module):
         """
         Args:
             weight: float [out, in], what rounding started from: positions lie as near to it as their codes allow.
-            fmt: a format whose codes are chosen one by one.
-            scales: in the shape of the format's grid.
-            rounded: float [out, in], values on the grid of `scales` to begin with, by default plain rounding.
+            fmt, scales: see `GridWeight`.
+            rounded: float [out, in], values on the grid of `scales` to begin with, by default round-to-nearest.
             reach: how far a position may at first be from its code, in units of the element; below half a step, so that
                 the smallest update doesn't flip codes at random.
-
-        Raises:
-            DetentError: the format chooses codes together (MX4, MX6, MX9, progressive).
         """
-        super().__init__()
-        check_elementwise(fmt, "learned rounding")
-        self._fmt, self._shape, self._scales = fmt, tuple(weight.shape), scales
+        super().__init__(weight, fmt, scales, "learned rounding")
         weight = weight.detach().to(torch.float32)
         rounded = requantize(weight, fmt, scales) if rounded is None else rounded.detach().to(torch.float32)
-        tile_scale = _tile_scale(fmt, scales)
-        self._zero_point = tile_scale.zero_point
-        self._unit = multiplier(fmt, tile_scale).to(torch.float32)
         start = self._position(rounded)
         self.position = nn.Parameter(_towards(nearest(start, fmt.element), self._position(weight), fmt.element, reach))
-        self.stretch = nn.Parameter(torch.zeros_like(self._unit)) if has_free_scale(fmt) else None
+        self.stretch = nn.Parameter(torch.zeros_like(self._unit)) if self.free else None
 
     def _position(self, weight: Tensor) -> Tensor:
         tiles = to_tiles(weight, self._fmt.granularity).double()
@@ -73,39 +111,35 @@ class LearnedWeight(nn.Module):
         return quotient.float()
 
     def forward(self) -> Tensor:
-        tiles: Tensor = _OnGrid.apply(self.position, self._scale(), self._zero_point, self._fmt.element)
+        scale, zero_point = self._affine()
+        tiles: Tensor = _OnGrid.apply(self.position, scale, zero_point, self._fmt.element)
         return from_tiles(tiles, self._fmt.granularity, self._shape)
 
-    def _scale(self) -> Tensor:
-        """The scale of each tile as it can be stored; its gradient is that of the scale before it was rounded."""
+    def _affine(self) -> tuple[Tensor, Tensor | None]:
         if self.stretch is None:
-            return self._unit
-        scale = self._unit * (1 + self.stretch)
-        return scale + (storable(scale.detach(), self._fmt) - scale.detach())
+            return self._unit, self._zero_point
+        return passed_on(self._unit * (1 + self.stretch), self._fmt), self._zero_point
 
     @torch.no_grad()
     def settle(self) -> None:
-        """After an update: bring positions back to the range of codes, beyond which they would never be heard of again,
-        and keep scales from changing sign."""
+        """After an update: bring positions back to the range of codes, beyond which their gradient is zero, and keep
+        scales from changing sign."""
         self.position.clamp_(self._fmt.element.minimum, self._fmt.element.maximum)
         if self.stretch is not None:
             self.stretch.clamp_min_(-0.9)
 
     @torch.no_grad()
-    def result(self) -> tuple[Tensor, Scales]:
-        """(the values, float32 [out, in]; their scales): encoding the values under the scales is exact."""
-        scales = self._scales
-        if self.stretch is not None:
-            assert isinstance(self._fmt.scale, FloatScale)
-            stored = self._fmt.scale.store(self._scale()).reshape(scales.scale.shape)
-            scales = Scales(stored, scales.zero_point, scales.outer_scale)
-        return requantize(self(), self._fmt, scales), scales
-
-    @torch.no_grad()
     def latent(self) -> Tensor:
         """The weight whose positions these are, float32 in the weight's shape."""
-        zero = 0.0 if self._zero_point is None else self._zero_point
-        return from_tiles((self.position - zero) * self._scale(), self._fmt.granularity, self._shape)
+        scale, zero_point = self._affine()
+        return from_tiles(
+            (self.position - (0.0 if zero_point is None else zero_point)) * scale, self._fmt.granularity, self._shape
+        )
+
+
+def passed_on(scale: Tensor, fmt: Format) -> Tensor:
+    """The storable scale, with the gradient of the one before it was rounded."""
+    return scale + (storable(scale.detach(), fmt) - scale.detach())
 
 
 def storable(scale: Tensor, fmt: Format) -> Tensor:

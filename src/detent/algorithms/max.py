@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from detent.algorithms.registry import Handler, register
+from detent.config.algorithm import MaxCalibConfig
 from detent.formats import Format
 from detent.formats.granularity import to_tiles
 from detent.formats.tiles import tile_range
@@ -15,3 +17,10 @@ def weight_range(weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     low, high = tile_range(tiles, fmt)
     grid = fmt.granularity.grid(tuple(weight.shape))
     return low.reshape(grid), high.reshape(grid)
+
+
+@register(MaxCalibConfig)
+class MaxHandler(Handler[MaxCalibConfig]):
+    """Round-to-nearest under the largest magnitude."""
+
+    scope = "weight"

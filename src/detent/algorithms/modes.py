@@ -1,4 +1,4 @@
-"""Calibration algorithms of one's own, and those that change a model as a whole.
+"""Custom calibration algorithms that are handed the model as a whole, as NVIDIA ModelOpt's are.
 
 A *mode* is an algorithm that is handed the model. A custom one is a configuration class and a descriptor::
 
@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from detent.algorithms.registry import Handler, ModelWork, forget, register
 from detent.config.algorithm import ALGORITHMS, QuantizeAlgorithmConfig
 from detent.errors import DetentError
 
@@ -117,7 +118,7 @@ class CalibrateModeRegistry:
         """Register a descriptor class; for use as a decorator.
 
         Raises:
-            DetentError: it is no such class, its configuration has no method, or the method is a built-in one.
+            DetentError: it is not such a class, its configuration has no method, or the method is a built-in one.
         """
         if not (isinstance(descriptor, type) and issubclass(descriptor, BaseCalibrateModeDescriptor)):
             raise DetentError("register_mode takes a class derived from BaseCalibrateModeDescriptor")
@@ -129,8 +130,10 @@ class CalibrateModeRegistry:
             raise DetentError(
                 f"{descriptor.__name__}: {mode.method!r} is one of Detent's own algorithms; choose another name"
             )
+        if mode.method in cls._modes:
+            cls.remove_mode(mode.method)
         cls._modes[mode.method] = mode
-        ALGORITHMS[mode.method] = config
+        register(config)(ModeHandler)
         return descriptor
 
     @classmethod
@@ -143,7 +146,7 @@ class CalibrateModeRegistry:
         method = name if name in cls._modes else name.removesuffix("_calibrate")
         if method not in cls._modes:
             raise DetentError(f"no custom algorithm is called {name!r}; there are: {', '.join(cls._modes) or 'none'}")
-        del cls._modes[method], ALGORITHMS[method]
+        forget(cls._modes.pop(method).config_class)
 
     @classmethod
     def get(cls, name: str) -> BaseCalibrateModeDescriptor | None:
@@ -151,9 +154,15 @@ class CalibrateModeRegistry:
         return cls._modes.get(name) or cls._modes.get(name.removesuffix("_calibrate"))
 
 
-def mode_of(config: QuantizeAlgorithmConfig) -> BaseCalibrateModeDescriptor | None:
-    """The mode that a step stands for, or None where it is solved site by site."""
-    return CalibrateModeRegistry._modes.get(str(config.method))
+class ModeHandler(Handler[QuantizeAlgorithmConfig]):
+    """Hands the model to the mode of a custom algorithm."""
+
+    scope = "model"
+
+    def change(self, step: QuantizeAlgorithmConfig, work: ModelWork) -> None:
+        mode = CalibrateModeRegistry.get(str(step.method))
+        assert mode is not None
+        work.run_mode(mode, step)
 
 
 ForwardLoop = Callable[[nn.Module], Any]

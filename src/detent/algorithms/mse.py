@@ -1,7 +1,7 @@
 """`mse`: for each tile the range whose format reproduces the weights with the least squared error.
 
 Objective: ``sum (w - Q(w; k * range))^2`` over each tile, minimised over a list of factors k. The plain range (k = 1)
-is always among the candidates and wins ties, so no tile is ever worse than plain rounding.
+is always among the candidates and wins ties, so no tile is ever worse than under round-to-nearest (RTN).
 
 With the sweep, for formats that keep E4M3 scales under an outer scale, the candidates are instead all 126 positive
 finite E4M3 scales (ModelOpt's ``fp8_scale_sweep``).
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from detent.algorithms.max import weight_range
+from detent.algorithms.registry import Handler, LayerFacts, register
+from detent.config.algorithm import MseCalibConfig
 from detent.errors import DetentError
 from detent.formats import E4M3, FloatScale, Format
 from detent.formats.granularity import to_tiles
@@ -82,7 +84,7 @@ def least_error_range(
 
 
 def pieces(tiles: Tensor, low: Tensor, high: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(which tiles, their low, their high), so many at once that float64 intermediates stay small."""
+    """(which tiles, their low, their high), as many at once as keep float64 intermediates small."""
     count = max(1, _PIECE // max(1, tiles.shape[1]))
     for i in range(0, tiles.shape[0], count):
         yield slice(i, i + count), low[i : i + count], high[i : i + count]
@@ -124,3 +126,21 @@ class _Search:
         values = simulate(tiles, self.fmt, scale_from_range(self.fmt, low, high, self.outer))
         squares = (values.double() - tiles.double()) ** 2
         return (squares if exists is None else squares * exists).sum(1, keepdim=True)
+
+
+@register(MseCalibConfig)
+class MseHandler(Handler[MseCalibConfig]):
+    """The range of least squared error of each weight."""
+
+    scope = "weight"
+
+    def refusal(self, step: MseCalibConfig, layer: LayerFacts) -> str | None:
+        rule = layer.weight.scale if layer.weight is not None else None
+        if step.fp8_scale_sweep and isinstance(rule, FloatScale) and rule.outer and rule.dtype != "e4m3":
+            return f"fp8_scale_sweep needs E4M3 scales under an outer scale, not {layer.weight}"
+        return None
+
+    def range_of(self, step: MseCalibConfig, weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor] | None:
+        factors = multipliers(step.step_size, step.start_multiplier, step.stop_multiplier)
+        sweep = step.fp8_scale_sweep and isinstance(fmt.scale, FloatScale) and fmt.scale.outer
+        return least_error_range(weight, fmt, factors, fp8_scale_sweep=sweep)

@@ -76,14 +76,19 @@ def energy_of(weight: Tensor, measure: Callable[[Tensor], float]) -> float:
     return measure(some) * len(weight) / max(1, len(some))
 
 
+def chooses_codes_together(fmt: Format) -> bool:
+    """Whether a code depends on its neighbours' codes: micro-exponents, or a base format."""
+    micro = isinstance(fmt.scale, PowerOfTwoScale) and bool(fmt.scale.micro)
+    return micro or fmt.base is not None
+
+
 def check_elementwise(fmt: Format, algorithm: str) -> None:
     """Refuse formats in which a code depends on its neighbours' codes.
 
     Raises:
         DetentError: micro-exponents or a base format.
     """
-    micro = isinstance(fmt.scale, PowerOfTwoScale) and fmt.scale.micro
-    if micro or fmt.base is not None:
+    if chooses_codes_together(fmt):
         raise DetentError(f"{algorithm}: {fmt} chooses codes together, not one by one; use 'max' or 'mse'")
 
 

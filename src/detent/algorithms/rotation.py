@@ -8,7 +8,7 @@ LayerNorm also subtracts the mean, ``x - (x 1) 1^T / n``. That commutes with eve
 ``R 1 = 1``, so no norm has to be replaced: `make_rotation(keeps_mean=True)` gives ``R = N D N^T``, N a Hadamard matrix
 whose first column is constant and D random signs, the first being +1.
 
-Everything is computed in float64; whoever stores a result rounds it once.
+Everything is computed in float64; a result is rounded once, where it is stored.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from detent.algorithms.registry import Handler, ModelWork, register
+from detent.config.transforms import RotationConfig
 from detent.errors import DetentError
 from detent.nn.hadamard import hadamard_transform, random_signs, rotation_block
 from detent.nn.hadamard_matrices import first_column
@@ -133,3 +135,14 @@ def turn_rows(weight: Tensor, rotation: Rotation, rows: Tensor, axis: int = 0) -
     wide = weight.detach().to(torch.float64).clone()
     index = rows.to(wide.device)
     return wide.index_copy(axis, index, rotation.turn(wide.index_select(axis, index), axis))
+
+
+@register(RotationConfig)
+class RotationHandler(Handler[RotationConfig]):
+    """Rotates the model, which is left without ranges."""
+
+    scope = "model"
+    finds_ranges = False
+
+    def change(self, step: RotationConfig, work: ModelWork) -> None:
+        work.rotate(step)

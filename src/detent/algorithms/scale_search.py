@@ -19,9 +19,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from detent.algorithms.layer import Layer
 from detent.algorithms.max import weight_range
 from detent.algorithms.mse import e4m3_ranges
 from detent.algorithms.objective import PIECE, has_free_scale, quick_tile_values
+from detent.algorithms.outcome import Outcome
+from detent.algorithms.site_work import SiteWork
 from detent.errors import DetentError
 from detent.formats import FloatScale, Format, Integer, Scales, float32, scales_from_range
 from detent.formats.granularity import to_tiles
@@ -90,7 +93,9 @@ def weighing_of(statistics: SiteStatistics, fmt: Format, *, block: bool = True) 
     """What `weighted_range` weighs differences with: G's blocks where there are groups, unless `block` is False, or its
     diagonal."""
     size = fmt.granularity.group_size
-    return statistics.diagonal() if size is None or not block else statistics.blocks(size)
+    if size is None or not block:
+        return statistics.diagonal()
+    return statistics.blocks(min(size, len(statistics.low)))  # rows that are shorter than a group are one tile each
 
 
 def divided_weighing(weighing: Tensor, scale: Tensor) -> Tensor:
@@ -293,3 +298,39 @@ def _block_error(blocks: Tensor) -> Measure:
         return torch.linalg.vecdot(product, d).clamp_min(0.0).T.reshape(-1, 1)
 
     return measure
+
+
+# ---- at a site ------------------------------------------------------------------------------------------------------
+
+
+def weighings(site: SiteWork, *, block: bool = True) -> dict[Format, Tensor]:
+    """What errors are weighed with, by the format of layers."""
+    return {fmt: weighing_of(site.statistics, fmt, block=block) for fmt in {layer.format for layer in site.layers}}
+
+
+def take_ranges(site: SiteWork, layer: Layer, algorithm: str, weighing: Tensor, choice: RangeChoice) -> None:
+    """Give a layer the ranges that a search found."""
+    objective = "error weighed by G's " + ("blocks" if weighing.dim() == 3 else "diagonal")
+    site.note(layer, Outcome(algorithm, objective, choice.before, choice.after))
+    if choice.turned is None:
+        site.set_range(layer, choice.low, choice.high)
+    else:
+        site.set_scales(layer, choice.scales(layer.format))
+
+
+def searched_scales(site: SiteWork, layer: Layer, steps: int, *, signed: bool, target: Tensor | None = None) -> Scales:
+    """The scales of least error under G's diagonal.
+
+    Args:
+        site, layer: the layer, and the site that it reads.
+        steps: how many ranges are tried.
+        signed: whether scales may be negative, where that can be better.
+        target: for this in place of the layer's weight.
+    """
+    fmt, amax = layer.format, site.amax_behind(layer.format)
+    weighing = weighing_of(site.statistics, fmt, block=False)
+    weight = layer.matrix() if target is None else target
+    turn = signed and can_turn(fmt)
+    choice = weighted_range(weight, fmt, weighing, range_factors(fmt, steps), global_amax=amax, turn=turn)
+    site.state(layer).searched()
+    return choice.scales(fmt, amax)

@@ -10,7 +10,7 @@ from torch import Tensor
 from detent.algorithms.layer import Layer
 from detent.statistics import SiteStatistics
 
-#: A sample from which second moments are estimated holds so many numbers, 8 MiB, and at least so many rows.
+#: Samples for estimating second moments: `SAMPLE_ELEMENTS` numbers (8 MiB), at least `LEAST_ROWS` rows.
 SAMPLE_ELEMENTS, LEAST_ROWS = 1 << 21, 1024
 
 
@@ -41,7 +41,7 @@ class Wanted:
         )
 
     def rows(self, channels: int) -> int:
-        """How many rows of so many channels a sample has."""
+        """How many rows a sample has where each has `channels` channels."""
         return max(self.sample_size, LEAST_ROWS, SAMPLE_ELEMENTS // channels) if self.estimate else self.sample_size
 
 

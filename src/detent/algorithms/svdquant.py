@@ -1,4 +1,4 @@
-"""`svdquant`: a low-rank branch in full precision beside the rounded weight (SVDQuant, arXiv 2411.05007).
+"""`svdquant`: a low-rank branch in full precision alongside the rounded weight (SVDQuant, arXiv 2411.05007).
 
 ``W ~ B A + Q(W - B A)`` with A [rank, in] and B [out, rank]. Objective: ``tr(D G D^T)``, ``D = W - B A - Q(W - B A)``,
 G the second moment of the layer's inputs; ``sum D^2`` where there is none.
@@ -6,7 +6,7 @@ G the second moment of the layer's inputs; ``sum D^2`` where there is none.
 For a fixed rounded rest Q the best branch is known: with U the leading eigenvectors of ``E G E^T``, ``E = W - Q``, it
 is ``B = U, A = U^T E`` (the truncated singular value decomposition of ``E G^1/2``, and G is never inverted). So branch
 and rest are fitted in turns, from two starts: the leading part of W itself, as in the paper, which leaves a smaller
-range to round; and no branch, which makes the first branch that of plain rounding's error. The best branch seen is
+range to round; and no branch, which makes the first branch that of round-to-nearest's error. The best branch seen is
 kept, measured with its own rest rounded. ``rest + B A`` is the weight, so that without rounding nothing has changed.
 """
 
@@ -14,13 +14,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
+from detent.algorithms.awq import search_channel_scale
+from detent.algorithms.layer import Layer
 from detent.algorithms.objective import output_error
+from detent.algorithms.outcome import Outcome
+from detent.algorithms.registry import Handler, LayerFacts, register, scale_after_branch, with_branch
+from detent.algorithms.site import Wanted
+from detent.algorithms.site_work import SiteWork
+from detent.algorithms.smoothquant import smoothquant_scale
+from detent.config.algorithm import AWQLiteCalibConfig
+from detent.config.transforms import SVDQuantConfig
 from detent.errors import DetentError
 from detent.formats import Format, fake_quantize
+from detent.nn.low_rank import drop_low_rank, low_rank_of, set_low_rank
 
 #: Up to this many rows eigenvectors are computed exactly, beyond by subspace iteration.
 _EXACT = 256
@@ -35,7 +46,7 @@ class LowRank:
         a: [rank, in], in the weight's dtype.
         b: [out, rank], likewise.
         rest: [out, in], likewise: the weight without the branch, to be rounded in its place.
-        before: the objective of plain rounding without a branch.
+        before: the objective of round-to-nearest without a branch.
         after: the objective with `a` and `b` and the rounded rest; never above `before`.
         energy: the objective of a weight of zeros.
     """
@@ -72,7 +83,7 @@ def svdquant(
         quantize: rounds a rest [out, in]; by default with the scales that it asks for itself.
 
     Returns:
-        The split, or None where no branch gives a smaller objective than plain rounding (an exact format, or a branch
+        The split, or None where no branch gives a smaller objective than round-to-nearest (an exact format, or a branch
         that its dtype can't hold well enough).
 
     Raises:
@@ -149,3 +160,73 @@ def _leading(error: Tensor, moment: Tensor | None, rank: int) -> Tensor:
     small = (basis.T @ weighed).double() @ (error.T @ basis).double()
     _, vectors = torch.linalg.eigh((small + small.T) / 2)
     return (basis.double() @ vectors[:, -rank:].flip(1)).float()
+
+
+# ---- at a site ------------------------------------------------------------------------------------------------------
+
+
+def split_layer(layer: Layer, moment: Tensor | None, step: SVDQuantConfig) -> Outcome:
+    """Give a linear layer a low-rank branch, in place of one that it has. The rest has no range yet.
+
+    Args:
+        layer: the layer; channel scales are in its weight already, since they would not reach the branch later.
+        moment: second moment of its inputs, scaled and rotated as they are; None weighs all inputs alike.
+        step: rank, and which layers get none.
+
+    Returns:
+        What was done. Where no branch makes the objective smaller, the layer stays as it is and the outcome says so.
+
+    Raises:
+        DetentError: the module isn't a quantized linear.
+    """
+    objective = "sum of squared errors" if moment is None else "tr(D G D^T)"
+    if _is_skipped(layer.name, step):
+        return Outcome("svdquant", objective, 0.0, 0.0, notice=f"{layer.name} is in skip_layers")
+    weight = layer.matrix()
+    branch = low_rank_of(layer.module)
+    if branch is not None:
+        weight = weight + branch[1].to(weight) @ branch[0].to(weight)
+    dtype = layer.module.weight.dtype
+    split = svdquant(weight.to(dtype), layer.format, step.lowrank, moment=moment, rounds=step.rounds)
+    if split is None:
+        layer.set_matrix(weight)
+        drop_low_rank(layer.module)
+        notice = "no branch is better than none; keeping round-to-nearest"
+        return Outcome("svdquant", objective, 0.0, 0.0, notice=notice, kept_plain=True, noteworthy=True)
+    set_low_rank(layer.module, split.a, split.b, layer.name)
+    layer.set_matrix(split.rest)
+    return Outcome("svdquant", objective, split.before, split.after, split.energy, {"rank": split.rank})
+
+
+def _is_skipped(name: str, step: SVDQuantConfig) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in step.skip_layers or [])
+
+
+@register(SVDQuantConfig)
+class SVDQuantHandler(Handler[SVDQuantConfig]):
+    """A channel scale for each site, then a branch for each of its layers."""
+
+    scales_channels = True
+
+    def wants(self, step: SVDQuantConfig) -> Wanted:
+        return Wanted(second_moment=True)
+
+    def refusal(self, step: SVDQuantConfig, layer: LayerFacts) -> str | None:
+        if layer.kind != "Linear" and not _is_skipped(layer.name, step):
+            return f"a low-rank branch needs a linear layer, not {layer.kind}; name it in skip_layers or exclude it"
+        return scale_after_branch(layer, step.method)
+
+    def leaves(self, step: SVDQuantConfig, layer: LayerFacts) -> LayerFacts:
+        return layer if _is_skipped(layer.name, step) else with_branch(layer)
+
+    def solve(self, step: SVDQuantConfig, site: SiteWork) -> None:
+        if not site.cannot_scale() and site.is_linear:
+            if step.alpha is None:
+                search_channel_scale(site, AWQLiteCalibConfig(), "svdquant (channel scale)")
+            else:
+                site.scale_channels(site.tie(smoothquant_scale(site.channel_amax, site.weight_amax, step.alpha)))
+        statistics = site.statistics
+        moment = None if statistics.second_moment is None else statistics.moment()
+        for layer in site.layers:
+            site.note(layer, split_layer(layer, moment, step))
+            site.state(layer).changed()

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from detent.algorithms import least_error_range, multipliers
-from detent.algorithms.hqq import hqq_range
-from detent.config import HQQConfig, MseCalibConfig, QuantizeAlgorithmConfig
+from detent.algorithms.mse import least_error_range
+from detent.algorithms.registry import handler_of
+from detent.config import QuantizeAlgorithmConfig
 from detent.errors import DetentError
 from detent.formats import FloatScale
 from detent.formats.qtensor import all_finite
@@ -51,30 +51,26 @@ def calibrate_weight(
 
 
 def _improve(quantizer: TensorQuantizer, weight: Tensor, config: QuantizeAlgorithmConfig | None) -> None:
-    """From the plain range of a weight to the one that the algorithm and the format ask for."""
-    rule = quantizer.format.scale
-    if quantizer.format.dynamic or not isinstance(rule, FloatScale):
-        if isinstance(config, (HQQConfig, MseCalibConfig)):
+    """From the range of round-to-nearest to the one that the algorithm and the format ask for."""
+    handler, fmt = None if config is None else handler_of(config), quantizer.format
+    rule = fmt.scale
+    if fmt.dynamic or not isinstance(rule, FloatScale):
+        if handler is not None and handler.searches_weights:
+            assert config is not None
             kind = "dynamic scales" if isinstance(rule, FloatScale) else "scales that are powers of two"
-            notify(f"{config.method} changed nothing for {quantizer.format}: {kind} follow from the largest magnitude")
+            notify(f"{config.method} changed nothing for {fmt}: {kind} follow from the largest magnitude")
         return
     if rule.outer:
         quantizer.global_amax = weight.abs().amax()
-    if isinstance(config, HQQConfig) and quantizer.needs_calibration:
-        found = hqq_range(
-            weight, quantizer.format, lp_norm=config.lp_norm, beta=config.beta, kappa=config.kappa, iters=config.iters
-        )
-        quantizer.set_range(found.low, found.high)
-    elif isinstance(config, MseCalibConfig) and quantizer.needs_calibration:
-        factors = multipliers(config.step_size, config.start_multiplier, config.stop_multiplier)
-        sweep = config.fp8_scale_sweep and rule.outer
-        quantizer.set_range(*least_error_range(weight, quantizer.format, factors, fp8_scale_sweep=sweep))
+    found = handler.range_of(config, weight, fmt) if handler is not None and quantizer.needs_calibration else None
+    if found is not None:
+        quantizer.set_range(*found)
     elif rule.four_over_six:  # an amax of 6/4 is what maps the largest magnitude to 4
-        quantizer.set_range(*least_error_range(weight, quantizer.format, [1.5]))
+        quantizer.set_range(*least_error_range(weight, fmt, [1.5]))
 
 
 def quantized_weights(model: nn.Module) -> Iterator[tuple[str, Quantizer, Tensor]]:
-    """(name, quantizer, weight with output channels first) for each enabled ``X_quantizer`` beside a weight ``X``.
+    """(name, quantizer, weight with output channels first) for each enabled ``X_quantizer`` of a weight ``X``.
 
     Raises:
         DetentError: a weight without values (meta device, offloaded).

@@ -9,7 +9,6 @@ from detent.config.algorithm import (
     MseCalibConfig,
     NoCalibConfig,
     QuantizeAlgorithmConfig,
-    algorithm_steps,
     parse_algorithm,
 )
 from detent.config.attributes import (
@@ -60,7 +59,6 @@ __all__ = [
     "SVDQuantConfig",
     "Scheme",
     "SequentialConfig",
-    "algorithm_steps",
     "all_schemes",
     "canonical_name",
     "check_matches",

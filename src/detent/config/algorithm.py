@@ -1,7 +1,6 @@
 """Calibration algorithms as the user names them: a name, a dictionary with arguments, or several one after the other.
 
-Here is what they are told, not what they do. An algorithm of one's own is a subclass of `QuantizeAlgorithmConfig`
-with a `method`, handed to `parse_algorithm` by whoever keeps the list of algorithms.
+Here is what they are told; what they do is in `detent.algorithms`, one file each, whose handler is found by the class.
 """
 
 from __future__ import annotations
@@ -13,9 +12,6 @@ from pydantic import field_validator
 
 from detent.config.base import ConfigField, ConfigModel, nearest
 from detent.errors import DetentError
-
-#: An algorithm as users write it.
-AlgorithmSpec = str | Mapping[str, Any] | None | list[Any]
 
 
 class QuantizeAlgorithmConfig(ConfigModel):
@@ -88,15 +84,17 @@ class MseCalibConfig(QuantizeAlgorithmConfig):
 class DataAlgorithmConfig(QuantizeAlgorithmConfig):
     """The base of algorithms that learn from what calibration data leaves behind at each site.
 
+    The attributes say how data is brought. Algorithms of one list are brought the same data, so where two of them set
+    one of these, they have to agree.
+
     Attributes:
         layerwise: traverse the model block by block; False: all of it in one forward pass; None: as the algorithm does
             best. A dictionary with ``enable`` means that entry.
         inputs: what a block sees when it is observed: what the float blocks before it give (``"float"``) or what the
             quantized ones do (``"quantized"``); None: as the algorithm does best.
         spill: keep the inputs of blocks on disk instead of in memory.
-        max_tokens: observe only so many tokens; None for all. What learns by gradients sees all of them.
-        min_tokens: layers of experts that see fewer tokens are rounded without data, with the scales of least squared
-            error, and named.
+        max_tokens: the largest number of tokens to observe; None for all.
+        min_tokens: layers of experts that see fewer tokens get minimum-MSE scales, without data, and are named.
     """
 
     layerwise: bool | None = ConfigField(None)
@@ -271,12 +269,8 @@ class BlockAPCalibConfig(DataAlgorithmConfig):
     position_rate: float = ConfigField(0.01, ge=0, allow_inf_nan=False)
     scale_rate: float = ConfigField(0.004, ge=0, allow_inf_nan=False)
 
-    def alone(self) -> BlockAPCalibConfig:
-        """For the case that no `distill` follows."""
-        return self if self.alone_steps is None else self.model_copy(update={"steps": self.alone_steps})
 
-
-class DistillCalibConfig(DataAlgorithmConfig):
+class DistillCalibConfig(QuantizeAlgorithmConfig):
     """Codes, scales and norms of a rounded model trained end to end, to give the float model's predictions.
 
     Attributes:
@@ -318,17 +312,8 @@ class BestCalibConfig(DataAlgorithmConfig):
     steps: int = ConfigField(48, ge=0)
     max_tokens: int | None = ConfigField(16384, ge=1)
 
-    def parts(self) -> list[DataAlgorithmConfig]:
-        """The algorithms that it is composed of, in order."""
-        own = {name: getattr(self, name) for name in DataAlgorithmConfig.model_fields if name != "method"}
-        parts: list[DataAlgorithmConfig] = [GPTQCalibConfig(search_steps=12, **own)]
-        if self.block_steps:
-            parts.append(BlockAPCalibConfig(steps=self.block_steps, alone_steps=2 * self.block_steps, **own))
-        own["max_tokens"] = None
-        return parts + [DistillCalibConfig(steps=self.steps, passes=1, **own)] * bool(self.steps)
 
-
-#: The algorithms that are there, by method.
+#: Configuration classes by method.
 ALGORITHMS: dict[str | None, type[QuantizeAlgorithmConfig]] = {
     None: NoCalibConfig,
     "max": MaxCalibConfig,
@@ -347,34 +332,35 @@ ALGORITHMS: dict[str | None, type[QuantizeAlgorithmConfig]] = {
 }
 
 
-def algorithm_steps(spec: Any) -> list[dict[str, Any]]:
-    """Any spelling as a list of ``{"method": name, ...arguments}``. Raises DetentError for what isn't an algorithm."""
-    if isinstance(spec, list | tuple):
-        return [step for one in spec for step in algorithm_steps(one)]
-    if spec is None or isinstance(spec, str):
-        return [{"method": spec}]
-    if isinstance(spec, Mapping) and "method" in spec and isinstance(spec["method"], str | None):
-        return [dict(spec)]
-    raise DetentError(
-        "algorithm: None, a name, a dictionary with 'method' and arguments, or a list of these, not " + repr(spec)
-    )
-
-
 def parse_algorithm(
     spec: Any, known: Mapping[str | None, type[QuantizeAlgorithmConfig]] = ALGORITHMS
 ) -> list[QuantizeAlgorithmConfig]:
     """The configurations of the algorithms that `spec` names, in order.
 
     Args:
-        spec: see `algorithm_steps`.
+        spec: None, a name, a dictionary with ``"method"`` and arguments, a configuration, or a list of these. What was
+            parsed before passes through.
         known: configuration classes by method.
 
     Raises:
-        DetentError: a method that isn't there (with the nearest that is), or arguments that it doesn't take.
+        DetentError: something else; an unknown method (with the nearest known one), or arguments that it doesn't take.
+
+    Example:
+        >>> from detent.config import parse_algorithm
+        >>> [step.method for step in parse_algorithm(["awq_lite", {"method": "gptq", "act_order": False}])]
+        ['awq_lite', 'gptq']
     """
+    if isinstance(spec, list | tuple):
+        return [step for one in spec for step in parse_algorithm(one, known)]
     if isinstance(spec, QuantizeAlgorithmConfig) and type(spec) in known.values():
         return [spec]
-    return [_config_class(step["method"], known)(**step) for step in algorithm_steps(spec)]
+    if spec is None or isinstance(spec, str):
+        return [_config_class(spec, known)(method=spec)]
+    if isinstance(spec, Mapping) and "method" in spec and isinstance(spec["method"], str | None):
+        return [_config_class(spec["method"], known)(**spec)]
+    raise DetentError(
+        "algorithm: None, a name, a dictionary with 'method' and arguments, or a list of these, not " + repr(spec)
+    )
 
 
 def _config_class(

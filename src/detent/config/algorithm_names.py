@@ -1,4 +1,4 @@
-"""The algorithms as the second guide's command line names them, and the files that tell them more.
+"""The algorithms as AMD Quark's command line names them, and the files that configure them.
 
 A file is a JSON object: the fields of the algorithm's configuration, or the names that Quark's files use for them.
 Entries of Quark's files that describe a model's structure are not needed: structure is found. They are read, and the
@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from detent.config.algorithm import ALGORITHMS, parse_algorithm
+from detent.config.algorithm import ALGORITHMS, QuantizeAlgorithmConfig, parse_algorithm
 from detent.config.base import nearest
+from detent.config.transforms import STRUCTURE_FIELDS
 from detent.errors import DetentError
 from detent.external.files import read_json, status, user_path
 
@@ -30,29 +31,14 @@ _FIELDS = {
     "iters": "iterations",
     "rank": "lowrank",
 }
-#: Entries of Quark's files about a model's structure.
-_STRUCTURE = (
-    "name",
-    "scaling_layers",
-    "model_decoder_layers",
-    "inside_layer_modules",
-    "embedding_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "backbone",
-    "head",
-    "layers",
-    "norms",
-    "scaling_params",
-)
 #: Settings of Quark's algorithms that say what Detent's do anyway.
 _IMPLIED = ("static_groups", "true_sequential")
 
 
 def named_algorithms(
     before: Sequence[str], algorithm: str | None, before_file: str | None, file: str | None
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The algorithms of a command line, in the order in which they run, as `parse_algorithm` takes them.
+) -> tuple[list[QuantizeAlgorithmConfig], list[str]]:
+    """The algorithms of a command line, in the order in which they run.
 
     Args:
         before: names of what prepares a model (``rotation``, ``quarot``, ``smoothquant``, ...).
@@ -60,7 +46,7 @@ def named_algorithms(
         before_file, file: JSON files with their settings: of the one algorithm, or of several by name.
 
     Returns:
-        The list, and what the user has to be told.
+        Their configurations, and what the user has to be told.
 
     Raises:
         DetentError: an unknown name; a file that isn't there, isn't JSON, or says what the algorithm doesn't take; a
@@ -76,25 +62,24 @@ def _split(names: str) -> list[str]:
     return [name.strip().lower() for name in names.split(",") if name.strip()]
 
 
-def _steps(names: list[str], file: str | None, flag: str, notices: list[str]) -> list[dict[str, Any]]:
+def _steps(names: list[str], file: str | None, flag: str, notices: list[str]) -> list[QuantizeAlgorithmConfig]:
     file_flag = "pre_optimization_config_file_path" if flag.startswith("pre") else "quant_algo_config_file_path"
     if file is not None and not names:
-        raise DetentError(f"--{file_flag} tells an algorithm more; name the algorithm with --{flag}")
+        raise DetentError(f"--{file_flag} configures an algorithm; name the algorithm with --{flag}")
     settings = {} if file is None else _read(file, file_flag)
     several = any(name in settings and isinstance(settings[name], dict) for name in names)
     if several and (strangers := [key for key in settings if key not in names]):
-        raise DetentError(f"--{file_flag} {file}: {strangers[0]!r} is no algorithm that --{flag} names")
+        raise DetentError(f"--{file_flag} {file}: {strangers[0]!r} is not one of the algorithms named by --{flag}")
     if len(names) > 1 and settings and not several:
         raise DetentError(f"--{file_flag} {file}: with several algorithms, give each its settings under its name")
-    steps = []
+    steps: list[QuantizeAlgorithmConfig] = []
     for name in names:
         own = settings.get(name, {}) if several else settings
         step = {**_named(name, flag), **_translated(own, f"--{file_flag} {file}", notices)}
         try:
-            parse_algorithm(step)
+            steps += parse_algorithm(step)
         except DetentError as error:
             raise DetentError(f"--{file_flag} {file}: {error}" if own else f"--{flag} {name}: {error}") from None
-        steps.append(step)
     return steps
 
 
@@ -106,9 +91,9 @@ def _named(name: str, flag: str) -> dict[str, Any]:
     known = [*_NAMES, *(str(method) for method in ALGORITHMS if method and method not in _NAMES)]
     close = nearest(name, known)
     raise DetentError(
-        f"--{flag} {name!r}: no such algorithm"
+        f"--{flag}: unknown algorithm {name!r}"
         + (f"; did you mean {close[0]!r}?" if close else "")
-        + f" Known: {', '.join(sorted(known))}"
+        + f"; known: {', '.join(sorted(known))}"
     )
 
 
@@ -123,10 +108,10 @@ def _read(file: str, flag: str) -> dict[str, Any]:
 
 
 def _translated(settings: dict[str, Any], where: str, notices: list[str]) -> dict[str, Any]:
-    ignored = [key for key in settings if key in _STRUCTURE]
+    ignored = [key for key in settings if key in STRUCTURE_FIELDS]
     if ignored:
         notices.append(
             f"{where}: {', '.join(ignored)} not used, since the model's structure is found (detent structure)"
         )
-    kept = {key: value for key, value in settings.items() if key not in (*_STRUCTURE, *_IMPLIED)}
+    kept = {key: value for key, value in settings.items() if key not in (*STRUCTURE_FIELDS, *_IMPLIED)}
     return {_FIELDS.get(key, key): value for key, value in kept.items()}

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from pydantic import field_validator
 
-from detent.config.algorithm import ALGORITHMS, algorithm_steps
+from detent.config.algorithm import parse_algorithm
 from detent.config.attributes import QuantizerAttributeConfig, SequentialConfig
 from detent.config.base import ConfigField, ConfigModel
 from detent.config.quant_cfg import QuantCfg, Rule, normalize
@@ -28,14 +28,15 @@ class QuantizeConfig(ConfigModel):
 
     Attributes:
         quant_cfg: a dictionary of patterns or a list of entries (see `detent.config.normalize`).
-        algorithm: None, a name, a dictionary with ``"method"`` and arguments, or a list of these.
+        algorithm: given as None, a name, a dictionary with ``"method"`` and arguments, or a list of these; kept as the
+            list of their configurations (see `parse_algorithm`).
 
     Raises:
         DetentError: a key that is neither of the two, or a value that isn't valid.
     """
 
     quant_cfg: Any = ConfigField()
-    algorithm: Any = ConfigField("max")
+    algorithm: Any = ConfigField("max", validate_default=True)
 
     @field_validator("quant_cfg")
     @classmethod
@@ -46,8 +47,7 @@ class QuantizeConfig(ConfigModel):
     @field_validator("algorithm")
     @classmethod
     def _algorithm(cls, value: Any) -> Any:
-        algorithm_steps(value)
-        return value
+        return parse_algorithm(value)
 
     @property
     def rules(self) -> list[Rule]:
@@ -73,16 +73,7 @@ def need_calibration(config: Any) -> bool:
     Weights are calibrated from themselves; dynamic formats, and OCP MX, need nothing.
     """
     checked = QuantizeConfig.of(config)
-    methods = [step["method"] for step in algorithm_steps(checked.algorithm)]
-    if any(_needs_data(method) for method in methods):
-        return True
-    return any(_needs_ranges(rule) for rule in checked.rules)
-
-
-def _needs_data(method: str | None) -> bool:
-    if method not in ALGORITHMS:
-        return True  # of an algorithm that we don't know nothing can be ruled out
-    return ALGORITHMS[method](method=method).needs_data
+    return any(step.needs_data for step in checked.algorithm) or any(_needs_ranges(rule) for rule in checked.rules)
 
 
 def _needs_ranges(rule: Rule) -> bool:

@@ -11,6 +11,26 @@ from detent.config.algorithm import ALGORITHMS, DataAlgorithmConfig, QuantizeAlg
 from detent.config.base import ConfigField
 from detent.errors import DetentError
 
+#: Entries of Quark's configuration files that describe a model. They are not needed: structure is found.
+STRUCTURE_FIELDS = (
+    "name",
+    "scaling_layers",
+    "model_decoder_layers",
+    "inside_layer_modules",
+    "embedding_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "backbone",
+    "head",
+    "layers",
+    "norms",
+    "scaling_params",
+    "self_attn",
+    "mlp",
+    "v_proj",
+    "o_proj",
+)
+
 
 class RotationConfig(QuantizeAlgorithmConfig):
     """Hadamard rotations (QuaRot): the function stays, outliers are spread over all channels.
@@ -26,9 +46,9 @@ class RotationConfig(QuantizeAlgorithmConfig):
         seed: of the random signs.
         rotation_size: size of the blocks that R1 and R4 rotate in; None: the whole width, or the largest blocks of it
             that have a Hadamard matrix.
-        name, model_decoder_layers, scaling_layers, backbone, self_attn, mlp, v_proj, o_proj: taken, so that existing
-            files can be read, and not used: structure is found.
         online_r1_rotation, trainable, train_smooth, optimized_rotation_path: taken where they are off.
+
+    Fields of Quark's files that describe a model (`STRUCTURE_FIELDS`) are taken and dropped: structure is found.
     """
 
     method: Literal["rotation"] = ConfigField("rotation")
@@ -40,14 +60,6 @@ class RotationConfig(QuantizeAlgorithmConfig):
     random2: bool = ConfigField(False)
     seed: int = ConfigField(0)
     rotation_size: int | None = ConfigField(None, ge=1)
-    name: str | None = ConfigField(None)
-    model_decoder_layers: Any = ConfigField(None)
-    scaling_layers: Any = ConfigField(None)
-    backbone: Any = ConfigField(None)
-    self_attn: Any = ConfigField(None)
-    mlp: Any = ConfigField(None)
-    v_proj: Any = ConfigField(None)
-    o_proj: Any = ConfigField(None)
     online_r1_rotation: bool = ConfigField(False)
     trainable: bool = ConfigField(False)
     train_smooth: bool = ConfigField(False)
@@ -59,7 +71,7 @@ class RotationConfig(QuantizeAlgorithmConfig):
                 if name in values:
                     raise DetentError(f"rotation: {other} and {name} say the same thing; give one of them")
                 values[name] = values.pop(other)
-        super().__init__(**values)
+        super().__init__(**{name: value for name, value in values.items() if name not in STRUCTURE_FIELDS})
 
     def model_post_init(self, context: Any) -> None:
         off = ("online_r1_rotation", "trainable", "train_smooth", "optimized_rotation_path")
@@ -81,7 +93,7 @@ class SVDQuantConfig(DataAlgorithmConfig):
 
     Attributes:
         lowrank: rank of the branch.
-        skip_layers: wildcards of module names that get none.
+        skip_layers: wildcards on the names of modules that get no branch.
         rounds: how often branch and rounded rest are fitted to each other.
         alpha: the share of the activations' range that moves into the weights first; None searches it (as AWQ does).
     """

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from detent.algorithms.layer import layers_of
-from detent.algorithms.modes import ForwardLoop, mode_of
+from detent.algorithms.modes import BaseCalibrateModeDescriptor, ForwardLoop
+from detent.algorithms.outcome import Outcome
+from detent.algorithms.registry import LayerFacts, handler_of, refusals, whole
+from detent.algorithms.site_work import Ledger
 from detent.algorithms.weight_ranges import calibrate_weight, quantized_weights
 from detent.config import MaxCalibConfig, QuantizeAlgorithmConfig, RotationConfig, parse_algorithm
-from detent.config.algorithm import BestCalibConfig, BlockAPCalibConfig, DataAlgorithmConfig, DistillCalibConfig
 from detent.distributed import ParallelState
 from detent.engine.data_loop import DataLoop
+from detent.engine.experts import Experts, chain_of
 from detent.engine.learn_model import distill_model, predictions
-from detent.engine.solve import Solver, describe
-from detent.engine.traversal import solve_model
-from detent.errors import DetentError
+from detent.engine.options import Traversal
+from detent.engine.solve import Solver
+from detent.engine.traversal import Subject, solve_model, unreached
+from detent.errors import DetentError, NothingObserved
 from detent.model.conversion import named_members
 from detent.model.rollback import unchanged_on_failure
 from detent.model.scopes import evaluating, observing
@@ -29,82 +34,166 @@ from detent.nn.sequential import members_of
 from detent.notices import notify
 from detent.progress import track
 from detent.structure import find_structure
+from detent.structure.site import Structure
 from detent.transforms.folding import Folding
 from detent.transforms.rotation import rotate_model
 
 _log = logging.getLogger(__name__)
 
+#: Where channel scales go: ``"never"`` folded, they stay in the layers' input quantizers; ``"auto"``: folded into the
+#: norm or matrix before, where the structure has a proved place; a site without one is rounded to nearest.
+Fold = Literal["auto", "never"]
+
+
+@dataclass
+class Calibrated:
+    """What calibration did besides setting ranges.
+
+    Attributes:
+        outcomes: {layer: what algorithms did to its weight, in order}.
+        changed: names of parameters outside of quantized weights that have other values now.
+    """
+
+    outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+
 
 def calibrate(
     model: nn.Module,
-    algorithm: str | dict[str, Any] | list[Any] | None = "max",
+    algorithm: Any = "max",
     forward_loop: ForwardLoop | None = None,
     *,
-    folding: Folding | None = None,
+    structure: Structure | None = None,
+    fold: Fold = "never",
 ) -> nn.Module:
     """Find the range of every enabled quantizer that needs one, and run the algorithms that change weights.
 
     Args:
         model: a model with quantizers. It runs in eval mode, without gradients; every module's train flag is restored.
-        algorithm: ``"max"``, ``"mse"``, a dict with ``"method"`` and its options, a list of these (one after the
-            other), or None for no calibration.
+        algorithm: ``"max"``, ``"mse"``, a dict with ``"method"`` and its options, a configuration, a list of these (one
+            after the other), or None for no calibration.
         forward_loop: a function that calls the model it is given on calibration data, once however many algorithms
             there are. Only needed where activations have static ranges. Where the model is called with an
             `attention_mask` [batch, seq], what it masks stays out of the statistics.
-        folding: where channel scales are folded to; None: they stay in the layers' input quantizers.
+        structure: of the model, where it is known; else it is found where it is needed.
+        fold: where channel scales go. ``"never"``: they stay in the layers' input quantizers (`pre_quant_scale`).
+            ``"auto"``: they are folded into the norm or matrix before, as the command line does; sites without a proved
+            place keep round-to-nearest for that algorithm.
 
     Returns:
         `model`.
 
     Raises:
-        DetentError: the algorithm is unknown; data is needed and missing; the loop never calls the model or never
-            reaches a quantizer or layer that needs data; NaN or infinity is met; an algorithm can't serve a format.
-            Weights, ranges and train flags are then as they were.
+        DetentError: the algorithm is unknown, can't serve a layer's format or kind, or contradicts another one; data is
+            needed and missing; the loop never calls the model or never reaches a quantizer or layer that needs data;
+            NaN or infinity is met. Weights, ranges and train flags are then as they were. What can be refused without
+            data is refused before the loop runs.
+
+    Example:
+        >>> import torch, detent
+        >>> model = detent.quantize(torch.nn.Sequential(torch.nn.Linear(16, 4)), {
+        ...     "quant_cfg": {"*input_quantizer": {"num_bits": 8}}, "algorithm": None
+        ... })
+        >>> model = detent.calibrate(model, "max", lambda m: m(torch.ones(2, 16)))
+        >>> model[0].input_quantizer.amax.item()
+        1.0
     """
-    loop = forward_loop if isinstance(forward_loop, DataLoop) else DataLoop(forward_loop)
-    steps = [step for step in parse_algorithm(algorithm) if step.method is not None]
-    if not steps:
-        _warn_uncalibrated(model)
-        return model
-    if isinstance(steps[-1], RotationConfig):
-        steps.append(MaxCalibConfig())
-    steps = [part for step in steps for part in (step.parts() if isinstance(step, BestCalibConfig) else [step])]
-    with unchanged_on_failure(model), torch.no_grad():
-        with evaluating(model):
-            for group in _groups(steps):
-                _run_group(model, group, loop, folding)
-        if any(getattr(step, "distributed_sync", False) for step in steps):
-            _synchronize(model)
+    steps = parse_algorithm(algorithm)
+    with unchanged_on_failure(model):
+        run(model, steps, forward_loop, structure=structure, fold=fold)
     return model
 
 
-def _groups(steps: list[QuantizeAlgorithmConfig]) -> list[list[QuantizeAlgorithmConfig]]:
-    """Steps that are done together: those between steps that change the model as a whole, which stand alone."""
+def run(
+    model: nn.Module,
+    steps: Sequence[QuantizeAlgorithmConfig],
+    forward_loop: ForwardLoop | DataLoop | None = None,
+    *,
+    structure: Structure | None = None,
+    fold: Fold = "never",
+) -> Calibrated:
+    """`calibrate` for callers that keep no model after a failure: nothing is remembered to go back to.
+
+    Args:
+        model, forward_loop, structure, fold: see `calibrate`.
+        steps: parsed.
+
+    Raises:
+        DetentError: as `calibrate` does; the model is then in no state to be used.
+    """
+    loop = forward_loop if isinstance(forward_loop, DataLoop) else DataLoop(forward_loop)
+    steps = whole(steps)
+    if not steps:
+        _warn_uncalibrated(model)
+        return Calibrated()
+    _check_served(model, steps)
+    if not handler_of(steps[-1]).finds_ranges:
+        steps.append(MaxCalibConfig())
+    groups = _groups(steps)
+    _check_data(model, steps, loop)
+    calibration = _Calibration(model, loop, structure, fold, groups)
+    with torch.no_grad():
+        with evaluating(model):
+            for group, traversal in groups:
+                calibration.run(group, traversal)
+        if any(getattr(step, "distributed_sync", False) for step in steps):
+            _synchronize(model)
+    return calibration.done
+
+
+# ---- before anything runs -------------------------------------------------------------------------------------------
+
+
+def _check_served(model: nn.Module, steps: Sequence[QuantizeAlgorithmConfig]) -> None:
+    """Refuse algorithms that can't serve a layer.
+
+    Raises:
+        DetentError: there are some.
+    """
+    refused = refusals(steps, {layer.name: LayerFacts.of(layer) for layer in layers_of(model) if layer.has_rows})
+    if refused:
+        raise DetentError("; ".join(refused))
+
+
+def _check_data(model: nn.Module, steps: Sequence[QuantizeAlgorithmConfig], loop: DataLoop) -> None:
+    """Refuse to go on without data where some is needed.
+
+    Raises:
+        DetentError: it is needed and missing.
+    """
+    learning = [str(step.method) for step in steps if handler_of(step).learns_from_data]
+    if loop:
+        return
+    if learning:
+        raise DetentError(
+            f"{', '.join(learning)}: this algorithm learns from data; pass a forward_loop that runs the model on"
+            " calibration data"
+        )
+    if all(handler_of(step).scope != "model" or not handler_of(step).finds_ranges for step in steps):
+        _check_ranges(model)  # else a custom algorithm may find them
+
+
+def _check_ranges(model: nn.Module) -> None:
+    """Raises DetentError where a range or bias can't be found without data."""
+    needing = [q.name for q in _waiting(model) if _cannot_do_without_data(q)]
+    if needing:
+        raise DetentError(
+            f"{len(needing)} quantizers need data for their static ranges (for instance {needing[0]}): pass a"
+            " forward_loop that runs the model on calibration data, or make them dynamic (type: 'dynamic')"
+        )
+
+
+def _groups(steps: Sequence[QuantizeAlgorithmConfig]) -> list[tuple[list[QuantizeAlgorithmConfig], Traversal]]:
+    """Steps that run together, with how they are brought data; those that change the model as a whole stand alone.
+
+    Raises:
+        DetentError: steps that run together ask for different things.
+    """
     groups: list[list[QuantizeAlgorithmConfig]] = []
     for step in steps:
-        if not groups or _stands_alone(step) or _stands_alone(groups[-1][0]):
-            groups.append([step])
-        else:
-            groups[-1].append(step)
-    return groups
-
-
-def _stands_alone(step: QuantizeAlgorithmConfig) -> bool:
-    return isinstance(step, RotationConfig) or mode_of(step) is not None
-
-
-def _run_group(model: nn.Module, steps: list[QuantizeAlgorithmConfig], loop: DataLoop, folding: Folding | None) -> None:
-    mode = mode_of(steps[0])
-    if isinstance(steps[0], RotationConfig):
-        _rotate(model, steps[0], loop, folding)
-    elif mode is not None:
-        mode.apply(model, steps[0], loop.forward_loop)
-    elif any(isinstance(step, DataAlgorithmConfig) for step in steps):
-        _calibrate_on_data(model, steps, loop, folding)
-    else:
-        _calibrate_activations(model, loop)
-        for step in steps:
-            _calibrate_weights(model, step)
+        alone = not groups or "model" in (handler_of(step).scope, handler_of(groups[-1][0]).scope)
+        groups.append([step]) if alone else groups[-1].append(step)
+    return [(group, Traversal.of(group)) for group in groups]
 
 
 def _warn_uncalibrated(model: nn.Module) -> None:
@@ -113,68 +202,119 @@ def _warn_uncalibrated(model: nn.Module) -> None:
         _log.info("%d static quantizers, such as %s, take their range from each tensor", len(waiting), waiting[0])
 
 
-def _rotate(model: nn.Module, config: RotationConfig, loop: DataLoop, folding: Folding | None) -> None:
-    """Rotate the model, proved and measured on the first calibration batch, or on random tokens without data."""
-    structure = find_structure(model) if folding is None else folding.structure
-    calls = loop.calls_of(model)[:1] if loop else []
-    probe = calls[0].split(4)[0] if calls else None
-    run = None if probe is None else (lambda m: m(*probe.args, **probe.kwargs))
-    report = rotate_model(model, structure, config, run)
-    if report.notice:
-        notify(report.notice)
-    for part in report.parts:
-        if part.reason:
-            notify(f"rotation: {part}")
-    if folding is not None:
-        folding.changed |= set(report.changed)
+# ---- the groups of a list -------------------------------------------------------------------------------------------
 
 
-# ---- weights --------------------------------------------------------------------------------------------------------
+class _Calibration:
+    """A list of algorithms at work on a model (a `ModelWork` for those that are handed all of it).
 
+    Attributes:
+        done: what they have done so far.
+    """
 
-def _calibrate_weights(model: nn.Module, config: QuantizeAlgorithmConfig) -> None:
-    total = sum(1 for _ in quantized_weights(model))
-    for name, quantizer, weight in track(quantized_weights(model), "Calibrating weights", total):
-        calibrate_weight(name, quantizer, weight, config)
+    def __init__(
+        self,
+        model: nn.Module,
+        loop: DataLoop,
+        structure: Structure | None,
+        fold: Fold,
+        groups: Iterable[tuple[Sequence[QuantizeAlgorithmConfig], Traversal]],
+    ) -> None:
+        self.model, self._loop, self._structure = model, loop, structure
+        scales = any(handler_of(step).scales_channels for group, _ in groups for step in group)
+        self._folding = Folding(model, self.structure) if fold == "auto" and scales else None
+        self.done = Calibrated()
 
+    @property
+    def structure(self) -> Structure:
+        """As handed down, or found now."""
+        if self._structure is None:
+            self._structure = find_structure(self.model)
+        return self._structure
 
-def _calibrate_on_data(
-    model: nn.Module, steps: list[QuantizeAlgorithmConfig], loop: DataLoop, folding: Folding | None
-) -> None:
-    """Algorithms that learn from data: statistics, then one site after the other; activation ranges on the way."""
-    if not loop:
-        raise DetentError(
-            f"{describe(steps)}: this algorithm learns from data; pass a forward_loop that runs the model on"
-            " calibration data"
-        )
-    distilling = [step for step in steps if isinstance(step, DistillCalibConfig)]
-    lessons = predictions(model, layers_of(model), loop, distilling[0]) if distilling else []
-    if not lessons:
-        steps = [step.alone() if isinstance(step, BlockAPCalibConfig) else step for step in steps]
-    solver = Solver(steps, folding)
-    waiting = _waiting(model)
-    together = _ActivationPass(model, waiting, loop)
-    limits = [step.max_tokens for step in steps if isinstance(step, DataAlgorithmConfig) and step.max_tokens]
-    part = loop.limited(model, min(limits) if limits else None)
-    if part is not loop:
-        together.loop = part
-    solve_model(model, steps, part, solver, lambda: list(named_members(model)), together)
-    solved = {id(layer.module) for layer in layers_of(model) if layer.has_rows}
-    for name, quantizer, weight in quantized_weights(model):
-        if id(model.get_submodule(name.rpartition(".")[0])) not in solved:
-            calibrate_weight(name, quantizer, weight, None)
-    for step in distilling:
-        if not together.done:
-            _calibrate_activations(model, loop)
-        changed = distill_model(model, lessons, [x for x in layers_of(model) if x.has_rows], step, solver.latents)
-        if folding is not None:
-            folding.changed |= changed
-    elsewhere = any(not q.name.endswith("input_quantizer") for q in waiting)
-    if not together.done or (folding is not None and folding.rows and elsewhere):
-        _calibrate_activations(model, loop)
-    elif solver.scaled:
-        stale = {id(layer.input_quantizer) for layer in layers_of(model) if layer.name in solver.scaled}
-        _observe_activations(model, [q for q in waiting if id(q) in stale], loop)
+    def run(self, steps: list[QuantizeAlgorithmConfig], traversal: Traversal) -> None:
+        """Run steps that belong together."""
+        handler = handler_of(steps[0])
+        if handler.scope == "model":
+            handler.change(steps[0], self)
+        elif any(handler_of(step).learns_from_data for step in steps):
+            self._learn(steps, traversal)
+        else:
+            self._find_ranges()
+            total = sum(1 for _ in quantized_weights(self.model))
+            for step in steps:
+                for name, quantizer, weight in track(quantized_weights(self.model), "Calibrating weights", total):
+                    calibrate_weight(name, quantizer, weight, step)
+
+    def run_mode(self, mode: BaseCalibrateModeDescriptor, step: QuantizeAlgorithmConfig) -> None:
+        """Hand the model to a custom algorithm."""
+        mode.apply(self.model, step, self._loop.forward_loop)
+
+    def rotate(self, step: RotationConfig) -> None:
+        """Rotate the model, proved and measured on the first calibration batch, or on random tokens without data."""
+        calls = self._loop.calls_of(self.model)[:1] if self._loop else []
+        probe = calls[0].split(4)[0] if calls else None
+        call = None if probe is None else (lambda m: m(*probe.args, **probe.kwargs))
+        report = rotate_model(self.model, self.structure, step, call)
+        for text in [report.notice, *(f"rotation: {part}" for part in report.parts if part.reason)]:
+            if text:
+                notify(text)
+        self.done.changed |= set(report.changed)
+
+    def _learn(self, steps: list[QuantizeAlgorithmConfig], traversal: Traversal) -> None:
+        """Algorithms that learn from data.
+
+        In order: what the float model predicts, for those that train the rounded model in the end; the sites, with the
+        activation ranges on the way where the whole model is observed in one run; weights that are no site's; the
+        training in the end; activation ranges that are still to be found, or that a channel scale has made stale.
+        """
+        model, loop, ledger = self.model, self._loop, Ledger(self._folding)
+        waiting, layers = _waiting(model), [layer for layer in layers_of(model) if layer.has_rows]
+        last: Any = next((step for step in steps if handler_of(step).scope == "end"), None)
+        lessons = [] if last is None else predictions(model, layers_of(model), loop, last)
+        if not lessons:
+            steps = [handler_of(step).alone(step) for step in steps]
+        data = loop.limited(model, traversal.max_tokens)
+        experts = Experts(model, chain_of(model, self._structure), self._structure)
+        ranges = _ActivationPass(model, waiting, data, experts)
+        subject = Subject.of(model, data, lambda: list(named_members(model)), self._structure, ranges)
+        solve_model(subject, Solver(steps, ledger, traversal.min_tokens), traversal)
+        solved = {id(layer.module) for layer in layers_of(model) if layer.has_rows}
+        for name, quantizer, weight in quantized_weights(model):
+            if id(model.get_submodule(name.rpartition(".")[0])) not in solved:
+                calibrate_weight(name, quantizer, weight, None)
+        if last is not None:
+            if not ranges.done:
+                self._find_ranges()
+            self.done.changed |= distill_model(model, lessons, layers, last, ledger)
+        if self._folding is not None:
+            self.done.changed |= self._folding.changed
+        self._find_stale_ranges(waiting, ledger, found=ranges.done)
+        for name, outcomes in ledger.outcomes.items():
+            self.done.outcomes.setdefault(name, []).extend(outcomes)
+
+    def _find_stale_ranges(self, waiting: list[TensorQuantizer], ledger: Ledger, *, found: bool) -> None:
+        """Activation ranges after algorithms that learn from data: those that aren't known, or no longer hold."""
+        elsewhere = any(not q.name.endswith("input_quantizer") for q in waiting)
+        if not found or (self._folding is not None and self._folding.rows and elsewhere):
+            self._find_ranges()
+            return
+        rescaled = {name for name, state in ledger.states.items() if state.rescaled}
+        stale = {id(layer.input_quantizer) for layer in layers_of(self.model) if layer.name in rescaled}
+        self._observe([q for q in waiting if id(q) in stale])
+
+    def _find_ranges(self) -> None:
+        """Activation ranges from data, where there is some."""
+        if self._loop:
+            self._observe(_waiting(self.model))
+        else:
+            _check_ranges(self.model)
+
+    def _observe(self, waiting: list[TensorQuantizer]) -> None:
+        if waiting:
+            experts = Experts(self.model, chain_of(self.model, self._structure), self._structure)
+            with _ActivationPass(self.model, waiting, self._loop, experts)():
+                self._loop(self.model)
 
 
 # ---- activations ----------------------------------------------------------------------------------------------------
@@ -186,27 +326,6 @@ def _waiting(model: nn.Module) -> list[TensorQuantizer]:
     return [q for q in named_members(model) if id(q) not in direct and (q.needs_calibration or q.needs_bias)]
 
 
-def _calibrate_activations(model: nn.Module, loop: DataLoop) -> None:
-    waiting = _waiting(model)
-    if not loop:
-        needing = [q.name for q in waiting if _cannot_do_without_data(q)]
-        if needing:
-            raise DetentError(
-                f"{len(needing)} quantizers need data for their static ranges (for instance {needing[0]}): pass a"
-                " forward_loop that runs the model on calibration data, or make them dynamic (type: 'dynamic')"
-            )
-        return
-    _observe_activations(model, waiting, loop)
-
-
-def _observe_activations(model: nn.Module, waiting: list[TensorQuantizer], loop: DataLoop) -> None:
-    if not waiting:
-        return
-    activations = _ActivationPass(model, waiting, loop)
-    with activations():
-        loop(model)
-
-
 class _ActivationPass:
     """A run of the loop in which quantizers find their ranges, together with whatever else looks on.
 
@@ -214,23 +333,48 @@ class _ActivationPass:
         done: whether the ranges have been found.
     """
 
-    def __init__(self, model: nn.Module, waiting: list[TensorQuantizer], loop: DataLoop) -> None:
-        self._model, self._waiting, self.loop = model, waiting, loop
+    def __init__(self, model: nn.Module, waiting: list[TensorQuantizer], loop: DataLoop, experts: Experts) -> None:
+        self._model, self._waiting, self._loop, self._experts = model, waiting, loop, experts
         self.done = False
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         with observing(self._model, self._waiting):
             yield
-            unseen = [q.name for q in self._waiting if not _take_over(q)]
+            unseen = [q for q in self._waiting if not _take_over(q)]
         self.done = True
-        if unseen and len(unseen) == len(self._waiting) and not self.loop.calls:
+        if unseen and len(unseen) == len(self._waiting) and not self._loop.calls:
             raise DetentError("the forward_loop never called the model, so there is nothing to calibrate with")
+        unseen = self._share_among_experts(unseen)
         if unseen:
-            raise DetentError(
-                f"the calibration data never reached {len(unseen)} quantizers (for instance {', '.join(unseen[:3])});"
-                " exclude them in the configuration, make them dynamic, or feed data that uses them"
-            )
+            raise DetentError(unreached([q.name for q in unseen], "quantizers"))
+
+    def _share_among_experts(self, unseen: list[TensorQuantizer]) -> list[TensorQuantizer]:
+        """Give experts that saw no token the range that covers those of the others; quantizers that aren't an expert's.
+
+        Experts of one list read the same tensor, each some of its rows, so a range that covers all of theirs is what
+        the rows of another one are expected in.
+        """
+        by_name = {q.name: q for q in self._waiting}
+        lost, blind = [], {id(q) for q in unseen}
+        for quantizer in unseen:
+            twins = [by_name[name] for name in self._experts.twins(quantizer.name) if name in by_name]
+            twins = [twin for twin in twins if id(twin) not in blind and twin.is_calibrated]
+            if not twins or quantizer.needs_bias:
+                lost.append(quantizer)
+                continue
+            _cover(quantizer, twins)
+            notify(f"{quantizer.name}: no token reached this expert; using the range that covers the other experts'")
+        return lost
+
+
+def _cover(quantizer: TensorQuantizer, others: Sequence[TensorQuantizer]) -> None:
+    """Give a quantizer the range that covers those of others of its format."""
+    if quantizer.format.dynamic:
+        quantizer.global_amax = torch.stack([q.global_amax for q in others if q.global_amax is not None]).amax(0)
+        return
+    ranges = [bounds for q in others if (bounds := q._bounds()) is not None]
+    quantizer.set_range(torch.stack([r[0] for r in ranges]).amin(0), torch.stack([r[1] for r in ranges]).amax(0))
 
 
 def _cannot_do_without_data(quantizer: TensorQuantizer) -> bool:
@@ -243,9 +387,7 @@ def _take_over(quantizer: TensorQuantizer) -> bool:
     """Load what a quantizer observed; False if that is nothing."""
     try:
         quantizer.load_calib_amax()
-    except DetentError as error:
-        if "no data was observed" not in str(error):
-            raise
+    except NothingObserved:
         return False
     return True
 

@@ -17,13 +17,13 @@ class Call:
 
     Attributes:
         mask: which tokens are real, None where all are.
-        said: what the model returned, sequences first; None where that isn't known.
+        output: what the model returned, sequences first; None where that isn't known.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     mask: Tensor | None = None
-    said: Tensor | None = None
+    output: Tensor | None = None
 
     def split(self, rows: int) -> list[Call]:
         """The same call in pieces of at most `rows` sequences: tensors whose first axis is the batch are cut."""
@@ -40,7 +40,7 @@ class Call:
                 tuple(cut(x, start) for x in self.args),
                 {name: cut(x, start) for name, x in self.kwargs.items()},
                 cut(self.mask, start),
-                cut(self.said, start),
+                cut(self.output, start),
             )
             for start in range(0, size, rows)
         ]
@@ -52,7 +52,7 @@ class Call:
             *((v, other.kwargs.get(k)) for k, v in self.kwargs.items()),
         ]
         alike = len(self.args) == len(other.args) and self.kwargs.keys() == other.kwargs.keys()
-        if not alike or self.mask is not None or other.mask is not None or not _fit(self.said, other.said):
+        if not alike or self.mask is not None or other.mask is not None or not _fit(self.output, other.output):
             return None
         if not any(isinstance(a, Tensor) and a.dim() for a, _ in values) or not all(_fit(a, b) for a, b in values):
             return None
@@ -63,7 +63,7 @@ class Call:
         return Call(
             tuple(both(a, b) for a, b in zip(self.args, other.args, strict=True)),
             {name: both(value, other.kwargs[name]) for name, value in self.kwargs.items()},
-            said=both(self.said, other.said),
+            output=both(self.output, other.output),
         )
 
     @property

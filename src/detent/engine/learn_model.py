@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from detent.algorithms.block_work import adopt, computing_with, learned_weights
 from detent.algorithms.distill import Rates, distill, divergence
 from detent.algorithms.layer import Layer
 from detent.algorithms.outcome import Outcome
+from detent.algorithms.site_work import Ledger
 from detent.config.algorithm import DistillCalibConfig
 from detent.engine.calls import Call, regrouped
 from detent.engine.data_loop import DataLoop
-from detent.engine.learn_block import _learned_weights
-from detent.engine.learning import _adopt, _products, coarse, computing_with, only_these_learn, trainable
+from detent.engine.learning import coarse, only_these_learn, products
 from detent.errors import DetentError
 from detent.model.edit import Weights
 from detent.model.scopes import quantizers_off, without_cache
@@ -27,7 +28,7 @@ from detent.padding import token_mask
 from detent.progress import track
 from detent.statistics.products import fast_forward
 
-#: Bytes that the float model's predictions may take; on so many tokens `distill` trains.
+#: Bytes that the float model's predictions may take, which limits the tokens that `distill` trains on.
 PREDICTION_BYTES = 1 << 30
 
 
@@ -59,15 +60,18 @@ def predictions(model: nn.Module, layers: Sequence[Layer], loop: DataLoop, confi
             pieces = pieces[: config.steps + config.held_out]
         lessons, size = [], 0
         for piece in track(pieces, "Float predictions", len(pieces)):
-            output = _prediction(_called(model, piece))[0] if piece.said is None else piece.said
+            output = _prediction(_called(model, piece))[0] if piece.output is None else piece.output
             size += output.numel() * output.element_size()
             lessons.append(Lesson(piece, output, piece.token_mask()))
             if size >= PREDICTION_BYTES:
                 break
     steps = _steps(config, len(lessons))
     if config.passes is not None and steps < min(config.steps, config.least_steps):
-        room = " and the room for predictions" if len(lessons) < len(pieces) else ""
-        notify(f"distill: left out: the data{room} are enough for {steps} steps, fewer than {config.least_steps}")
+        memory = " and the memory for predictions" if len(lessons) < len(pieces) else ""
+        notify(
+            f"distill skipped: the calibration data{memory} allow {steps} steps; at least {config.least_steps} are"
+            " needed"
+        )
         return []
     return lessons
 
@@ -99,7 +103,7 @@ def _calls_with_predictions(model: nn.Module, loop: DataLoop) -> list[Call]:
         hook.remove()
     for index, (call, output) in enumerate(zip(calls, said, strict=False)):
         if output.dim() and output.shape[0] == call.sequences:
-            calls[index] = replace(call, said=output)
+            calls[index] = replace(call, output=output)
     return calls
 
 
@@ -108,7 +112,7 @@ def distill_model(
     lessons: Sequence[Lesson],
     layers: Sequence[Layer],
     config: DistillCalibConfig,
-    latents: Mapping[str, Tensor],
+    ledger: Ledger,
 ) -> set[str]:
     """Train codes, scales and norms of a rounded model to give the float model's predictions.
 
@@ -117,15 +121,14 @@ def distill_model(
         lessons: from `predictions`; without any, nothing is done.
         layers: with quantized weights.
         config: of the algorithm.
-        latents: {layer: float [out, in]}: what rounding came from, where that isn't what the layer holds.
+        ledger: what was done to the layers before, and where what is done now is noted.
 
     Returns:
         Names of the float parameters that have new values.
     """
-    layers = trainable(layers, "distill") if lessons else []
-    if not layers:
+    if not layers or not lessons:
         return set()
-    weights = _learned_weights(layers, latents)
+    weights = learned_weights(layers, ledger)
     others = _norm_parameters(model) if config.train_norms else {}
     weights_of = Weights(model)
     for name, parameter in others.items():
@@ -144,7 +147,7 @@ def distill_model(
         only_these_learn(model, list(others.values())),
         computing_with(weights, layers),
         without_cache(model),
-        _products(layers, math.prod(lessons[0].prediction.shape[:-1])),
+        products(layers, math.prod(lessons[0].prediction.shape[:-1])),
     ):
         done = distill(
             objective,
@@ -165,7 +168,7 @@ def distill_model(
         decided={"steps": done.steps, "kept": done.kept},
         notice="" if done.kept else "no step was better, so the weights stay as they were",
     )
-    _adopt(layers, weights, done.kept, outcome)
+    adopt(ledger, layers, weights, done.kept, outcome)
     return set(others) if done.kept else set()
 
 

@@ -15,12 +15,12 @@ from detent.algorithms.site import ObservedSite, Wanted
 from detent.padding import drop_padding
 from detent.statistics import SiteStatistics
 
-#: Tokens that a second moment is the sum over: so many, or so many for each channel, whichever is more. Where more
-#: come, and it is known in how many batches, evenly spread ones of each batch stand for all.
+#: A second moment sums over `MOMENT_TOKENS` tokens, or `TOKENS_A_CHANNEL` per channel if that is more. Where there are
+#: more, and it is known in how many batches they come, evenly spread ones of each batch stand for all.
 MOMENT_TOKENS, TOKENS_A_CHANNEL = 1 << 14, 8
 
 
-class Seen(BaseException):
+class AllLayersSeen(BaseException):
     """Everything that was to be observed in this forward pass has been."""
 
 
@@ -33,7 +33,7 @@ class SiteObserver:
     What the layers read in the float model can be put into `references` for a batch; what is observed next is paired
     with it.
 
-    `blocks`: names of the model's blocks, for messages. `stop`: end the forward pass by raising `Seen` once all of
+    `blocks`: names of the model's blocks, for messages. `stop`: end the forward pass with `AllLayersSeen` once all of
     `layers` were called; not in the first batch, and not where one of them is called twice in it.
 
     Attributes:
@@ -109,7 +109,7 @@ class SiteObserver:
             self._at, self._called = self.batch, set()
         self._called.add(layer.name)
         if len(self._called) == len(self._layers) and max(self._calls.values(), default=0) == 1:
-            raise Seen
+            raise AllLayersSeen
 
     def _join(self, layer: Layer, x: Tensor) -> ObservedSite:
         for site in self.sites:

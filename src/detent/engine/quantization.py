@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from detent.algorithms.modes import ForwardLoop
-from detent.config import QuantizeConfig, parse_algorithm
-from detent.engine.calibration import calibrate
+from detent.config import QuantizeConfig
+from detent.engine import calibration
+from detent.engine.calibration import Calibrated, Fold
 from detent.engine.data_loop import DataLoop
 from detent.model.conversion import (
     check_something_enabled,
@@ -24,7 +25,7 @@ from detent.model.usage import quantizer_usage
 from detent.model.weights import check_packable, pack_module
 from detent.nn import QuantWeightBase
 from detent.nn.sequential import members_of
-from detent.transforms.folding import Folding
+from detent.structure.site import Structure
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ def quantize(
     forward_loop: ForwardLoop | None = None,
     *,
     strict: bool = True,
-    folding: Folding | None = None,
+    structure: Structure | None = None,
+    fold: Fold = "never",
 ) -> nn.Module:
     """Put quantizers into a model, set them by a configuration and calibrate them.
 
@@ -46,14 +48,14 @@ def quantize(
         forward_loop: a function that calls the model it is given on calibration data; needed where activations have
             static ranges.
         strict: whether a rule that matches nothing, or a configuration that quantizes nothing, is an error.
-        folding: see `calibrate`.
+        structure, fold: see `calibrate`.
 
     Returns:
         `model`.
 
     Raises:
-        DetentError: the configuration is not valid, matches nothing or quantizes nothing; calibration fails. The model
-            is then as it was.
+        DetentError: the configuration is not valid, matches nothing or quantizes nothing; an algorithm can't serve a
+            layer (said before the loop runs); calibration fails. The model is then as it was.
 
     Example:
         >>> import torch, detent
@@ -63,20 +65,43 @@ def quantize(
         >>> model[0].weight_quantizer.num_bits
         8
     """
-    config = QuantizeConfig.of(config)
-    parse_algorithm(config.algorithm)  # before anything changes
-    loop = DataLoop(forward_loop)
+    checked = QuantizeConfig.of(config)  # before anything changes
     with unchanged_on_failure(model):
-        replace_quant_module(model)
-        set_quantizer_by_cfg(model, config.quant_cfg, strict=strict)
-        check_something_enabled(model, config.quant_cfg, strict=strict)
-        calibrate(model, config.algorithm, loop, folding=folding)
-        if loop:
-            _check_used(model, loop)
-        _hold_codes(model)
+        run(model, checked, forward_loop, strict=strict, structure=structure, fold=fold)
     on = sum(quantizer.is_enabled for _, quantizer in named_quantizers(model))
     _log.info("%d quantizers are on", on)
     return model
+
+
+def run(
+    model: nn.Module,
+    config: QuantizeConfig,
+    forward_loop: ForwardLoop | None = None,
+    *,
+    strict: bool = True,
+    structure: Structure | None = None,
+    fold: Fold = "never",
+) -> Calibrated:
+    """`quantize` for callers that keep no model after a failure: the float weights aren't held until it is done.
+
+    Args:
+        model, config, forward_loop, strict, structure, fold: see `quantize`.
+
+    Returns:
+        What algorithms did to the weights.
+
+    Raises:
+        DetentError: as `quantize` does; the model is then in no state to be used.
+    """
+    loop = DataLoop(forward_loop)
+    replace_quant_module(model)
+    set_quantizer_by_cfg(model, config.quant_cfg, strict=strict)
+    check_something_enabled(model, config.quant_cfg, strict=strict)
+    done = calibration.run(model, config.algorithm, loop, structure=structure, fold=fold)
+    if loop:
+        _check_used(model, loop)
+    _hold_codes(model)
+    return done
 
 
 def _check_used(model: nn.Module, loop: DataLoop) -> None:

@@ -12,26 +12,22 @@ import copy
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from detent.algorithms.layer import Layer, layers_of
+from detent.algorithms.registry import LayerFacts, handler_of
 from detent.algorithms.site import ObservedSite, Wanted
-from detent.config.algorithm import (
-    AutoRoundCalibConfig,
-    BlockAPCalibConfig,
-    DataAlgorithmConfig,
-    GPTQCalibConfig,
-    QuantizeAlgorithmConfig,
-    SmoothQuantCalibConfig,
-)
 from detent.engine.blocks import BlockChain, NoChain, Run, record_chain, replaced_outputs
-from detent.engine.learn_block import tune_block
+from detent.engine.experts import Experts, chain_of
+from detent.engine.learn_block import train_block
 from detent.engine.learning import coarse
-from detent.engine.observe import Seen, SiteObserver
-from detent.engine.solve import Solver, wanted
+from detent.engine.observe import AllLayersSeen, SiteObserver
+from detent.engine.options import Traversal
+from detent.engine.solve import Solver
 from detent.engine.store import TensorStore
 from detent.errors import DetentError
 from detent.model.scopes import quantizers_off, without_cache
@@ -40,149 +36,163 @@ from detent.notices import notify
 from detent.progress import track
 from detent.statistics import SiteStatistics
 from detent.statistics.products import fast_forward
-from detent.structure.chain import block_names
+from detent.structure.site import Structure
 
 _log = logging.getLogger(__name__)
 
 #: Bytes of a float block's activations that are kept while its sites are solved one after the other.
 REFERENCE_BYTES = 1 << 30
-#: Algorithms that learn block by block, by gradients.
-_LEARNING = (AutoRoundCalibConfig, BlockAPCalibConfig)
 
 
-def solve_model(
-    model: nn.Module,
-    steps: Sequence[QuantizeAlgorithmConfig],
-    run: Run,
-    solver: Solver,
-    quantizers: Callable[[], Sequence[TensorQuantizer]],
-    together: Callable[[], AbstractContextManager[None]],
-) -> None:
+@dataclass(frozen=True)
+class Subject:
+    """A model that algorithms are run over.
+
+    Attributes:
+        model: in eval mode.
+        run: feeds it its calibration data, any number of times.
+        quantizers: gives every quantizer of the model; all are off while it is observed.
+        blocks: names of the blocks that are traversed one by one.
+        experts: of the model.
+        activation_pass: what else looks on where the whole model is observed in one run.
+    """
+
+    model: nn.Module
+    run: Run
+    quantizers: Callable[[], Sequence[TensorQuantizer]]
+    blocks: Sequence[str]
+    experts: Experts
+    activation_pass: Callable[[], AbstractContextManager[None]]
+
+    @staticmethod
+    def of(
+        model: nn.Module,
+        run: Run,
+        quantizers: Callable[[], Sequence[TensorQuantizer]],
+        structure: Structure | None,
+        activation_pass: Callable[[], AbstractContextManager[None]],
+    ) -> Subject:
+        """One whose blocks and experts are those of `structure`, or are looked for where that is None."""
+        blocks = chain_of(model, structure)
+        return Subject(model, run, quantizers, blocks, Experts(model, blocks, structure), activation_pass)
+
+
+def solve_model(subject: Subject, solver: Solver, traversal: Traversal) -> None:
     """Run algorithms that learn from data over a model.
 
     Args:
-        model: in eval mode.
-        steps: the algorithms, at least one of them a `DataAlgorithmConfig`.
-        run: feeds the model its calibration data, any number of times.
-        solver: solves a site.
-        quantizers: every quantizer of the model; all are quantizers_off while it is observed.
-        together: what else looks on where the whole model is observed in one run.
+        subject: the model, with its data.
+        solver: the algorithms.
+        traversal: how data is brought to them.
 
     Raises:
         DetentError: NaN or infinity in an activation (named: block, site, batch); data that never reaches a layer.
     """
-    layers = layers_of(model)
-    need = wanted(steps)
+    layers = layers_of(subject.model)
     for layer in layers:
         if not layer.has_rows:
-            notify(f"{layer.name}: {type(layer.module).__name__} has no rows to learn from; it is rounded plainly")
+            kind = type(layer.module).__name__
+            notify(f"{layer.name}: {kind} has no rows to learn from; using round-to-nearest")
     layers = [layer for layer in layers if layer.has_rows]
-    chain = _chain(model, steps, run, quantizers)
+    chain = _chain(subject, traversal)
     if chain is None:
-        for step in steps:
-            if isinstance(step, _LEARNING):
-                notify(f"{step.method} learns block by block, so it did nothing: the model is taken as a whole")
-        with together(), quantizers_off(quantizers()), without_cache(model):
-            observer = _observe_model(model, run, layers, need)
-        _account_for(observer.sites, layers, model, block_names(model), solver)
-        solver.solve(observer.sites, "Whole model")
+        _whole_model(subject, layers, solver)
         return
     try:
-        _block_by_block(model, chain, layers, need, steps, run, solver, quantizers)
+        _block_by_block(subject, chain, layers, solver, traversal)
     finally:
         chain.close()
 
 
-def _observe_model(model: nn.Module, run: Run, layers: list[Layer], need: Wanted) -> SiteObserver:
-    observer = SiteObserver(layers, need, block_names(model))
+def _whole_model(subject: Subject, layers: list[Layer], solver: Solver) -> None:
+    for step in solver.steps:
+        if handler_of(step).scope == "block":
+            notify(f"{step.method} needs block-by-block processing and was skipped")
+    with subject.activation_pass(), quantizers_off(subject.quantizers()), without_cache(subject.model):
+        observer = _observe_model(subject, layers, solver.wants())
+    _account_for(observer.sites, layers, subject.experts, solver)
+    solver.solve(observer.sites, "Whole model")
+
+
+def _observe_model(subject: Subject, layers: list[Layer], need: Wanted) -> SiteObserver:
+    observer = SiteObserver(layers, need, subject.blocks)
 
     def next_batch(*_: Any) -> None:
         observer.batch += 1
 
-    hook = model.register_forward_hook(next_batch)
+    hook = subject.model.register_forward_hook(next_batch)
     try:
         with observer, fast_forward(layer.module.weight for layer in layers):
-            run(model)
+            subject.run(subject.model)
     finally:
         hook.remove()
     return observer
 
 
-def _chain(
-    model: nn.Module,
-    steps: Sequence[QuantizeAlgorithmConfig],
-    run: Run,
-    quantizers: Callable[[], Sequence[TensorQuantizer]],
-) -> BlockChain | None:
+def _chain(subject: Subject, traversal: Traversal) -> BlockChain | None:
     """The blocks to go through one by one, or None for the whole model at once."""
-    data_steps = [step for step in steps if isinstance(step, DataAlgorithmConfig)]
-    asked = [step.layerwise for step in data_steps if step.layerwise is not None]
-    default = any(not isinstance(step, SmoothQuantCalibConfig) for step in data_steps)
-    if not (asked[-1] if asked else default):
+    if not traversal.by_blocks:
         return None
-    names = block_names(model)
+    model, names = subject.model, subject.blocks
     weights = (parameter for name in names[:1] for parameter in model.get_submodule(name).parameters())
-    with quantizers_off(quantizers()), fast_forward(weights):
-        chain = record_chain(model, names, run, spill=any(step.spill for step in data_steps))
+    with quantizers_off(subject.quantizers()), fast_forward(weights):
+        chain = record_chain(model, names, subject.run, spill=traversal.spill)
     if isinstance(chain, NoChain):
-        must = any(asked) or any(getattr(step, "retarget", False) for step in data_steps)
-        text = f"The model is taken as a whole, not block by block: {chain.reason}"
-        notify(text) if must or default else _log.info(text)
+        text = f"Processing the whole model at once instead of block by block: {chain.reason}"
+        notify(text) if traversal.told else _log.info(text)
         return None
     return chain
 
 
 def _block_by_block(
-    model: nn.Module,
-    chain: BlockChain,
-    layers: list[Layer],
-    need: Wanted,
-    steps: Sequence[QuantizeAlgorithmConfig],
-    run: Run,
-    solver: Solver,
-    quantizers: Callable[[], Sequence[TensorQuantizer]],
+    subject: Subject, chain: BlockChain, layers: list[Layer], solver: Solver, traversal: Traversal
 ) -> None:
+    """Each block in turn: observe it, solve its sites, train it where an algorithm does, hand its outputs on.
+
+    `inputs` is what the block is fed, `references` what the float model feeds it (where an algorithm wants to know):
+    both are made by the block before and freed when this one is done, all but the recorded inputs of the first.
+    """
     inside = {name: [layer for layer in layers if layer.name.startswith(f"{name}.")] for name in chain.names}
-    quantized = _quantized_inputs(steps, layers)
-    references = chain.inputs if need.references else None
-    inputs = chain.inputs
-    learned = next((step for step in steps if isinstance(step, _LEARNING)), None)
-    training = learned is not None and coarse(layers)
+    quantized = _sees_quantized(solver, layers, traversal)
+    need = solver.wants()
+    inputs, references = chain.inputs, chain.inputs if need.references else None
+    learner = next((step for step in solver.steps if handler_of(step).scope == "block"), None)
+    training = learner is not None and coarse(layers)
     for index, name in enumerate(track(chain.names, "Block by block", len(chain.names))):
         observed = _ObservedBlock(chain, index, inputs, references, need, training)
-        rounding = next((i for i, step in enumerate(steps) if getattr(step, "sequential", False)), None)
-        floats = chain.store()
-        if rounding is None:
-            sites = observed.sites(inside[name], None if quantized else floats, stop=quantized)
-            _account_for(sites, inside[name], model, chain.names, solver)
+        outputs = chain.store()
+        if traversal.one_by_one is None:
+            # The float block's outputs come from the same run, unless quantized ones are handed on.
+            sites = observed.sites(inside[name], None if quantized else outputs, stop=quantized)
+            _account_for(sites, inside[name], subject.experts, solver)
             solver.solve(sites)
         else:
-            _one_after_the_other(observed, inside[name], rounding, model, solver)
-        if learned is not None and observed.made is not None:
-            tune_block(chain, index, inputs, observed.made, inside[name], learned, solver.latents)
+            _one_after_the_other(observed, inside[name], traversal.one_by_one, subject.experts, solver)
+        if learner is not None and observed.made is not None:
+            train_block(chain, index, inputs, observed.made, inside[name], learner, solver.ledger)
         if quantized:
             with (
                 fast_forward(chain.blocks[index].parameters(), training=training),
-                quantizers_off(solver.grids(inside[name])),
+                quantizers_off(solver.rounded(inside[name])),
             ):
                 for output in chain.run_all(index, inputs):
-                    floats.append(output)
-        if inputs is not chain.inputs:
-            inputs.clear()
-        if references is not None and references is not chain.inputs:
-            references.clear()
-        inputs, references = floats, observed.made
+                    outputs.append(output)
+        for done in (inputs, references):
+            if done is not None and done is not chain.inputs:
+                done.clear()
+        inputs, references = outputs, observed.made
     outside = [layer for layer in layers if not any(layer in members for members in inside.values())]
     if outside:
-        with quantizers_off(quantizers()), replaced_outputs(chain, inputs), without_cache(model):
-            observer = _observe_model(model, run, outside, need)
-        _account_for(observer.sites, outside, model, chain.names, solver)
+        off = quantizers_off(subject.quantizers())
+        with off, replaced_outputs(chain, inputs), without_cache(subject.model):
+            observer = _observe_model(subject, outside, need)
+        _account_for(observer.sites, outside, subject.experts, solver)
         solver.solve(observer.sites)
 
 
 class _ObservedBlock:
-    """One block, run on all batches while its sites are observed; where references are wanted, the float block beside
-    it.
+    """One block, run on all batches while its sites are observed; where references are wanted, the float block
+    alongside it.
 
     What layers read in the float block is kept from the first run for later ones, as far as `REFERENCE_BYTES` go.
     """
@@ -225,7 +235,7 @@ class _ObservedBlock:
         Args:
             layers: of this block.
             outputs: where the block's outputs go.
-            batches: only so many.
+            batches: only the first ones, by their number.
             need: other statistics than the block's usual ones.
             leaders: layers whose inputs in the float block are kept for later runs; by default `layers`.
             stop: leave the rest of the block out once all layers were called, from the second batch on.
@@ -245,7 +255,7 @@ class _ObservedBlock:
                     observer.references = self._read(batch, layers if leaders is None else leaders, device)
                 try:
                     output = chain.run(index, batch, self._inputs.get(batch, device))
-                except Seen:
+                except AllLayersSeen:
                     continue
                 if outputs is not None:
                     outputs.append(output)
@@ -282,86 +292,59 @@ class _ObservedBlock:
 
 
 def _one_after_the_other(
-    observed: _ObservedBlock, layers: list[Layer], rounding: int, model: nn.Module, solver: Solver
+    observed: _ObservedBlock, layers: list[Layer], first: int, experts: Experts, solver: Solver
 ) -> None:
-    """Solve a block's sites one by one, each observed with the ones before it rounded.
+    """Solve a block's sites one by one, each observed with the ones before it solved.
 
-    Steps before number `rounding` run first, on all sites: what they fold into other layers has to be there before
+    Steps before number `first` run beforehand, on all sites: what they fold into other layers has to be there before
     those are rounded.
     """
-    names = observed.names
-    sites = observed.sites(layers, batches=None if rounding else 1, need=None if rounding else Wanted())
-    if rounding:
-        _account_for(sites, layers, model, names, solver)
-        solver.solve(sites, steps=solver.steps[:rounding])
+    sites = observed.sites(layers, batches=None if first else 1, need=None if first else Wanted())
+    if first:
+        _account_for(sites, layers, experts, solver)
+        solver.solve(sites, steps=solver.steps[:first])
         observed.keep_float_block()
     leaders = [site.layers[0] for site in sites]
     for site in sites:
         for again in observed.sites(site.layers, leaders=leaders, stop=True):
-            solver.solve([again], steps=solver.steps[rounding:])
+            solver.solve([again], steps=solver.steps[first:])
     seen = {layer.name for site in sites for layer in site.layers}
     late = [layer for layer in layers if layer.name not in seen]
     if late:  # not called in the first batch: experts
         observed.keep_float_block()
         rest = observed.sites(late)
-        _account_for(rest, late, model, names, solver)
-        solver.solve(rest, steps=solver.steps[rounding:])
+        _account_for(rest, late, experts, solver)
+        solver.solve(rest, steps=solver.steps[first:])
 
 
-def _quantized_inputs(steps: Sequence[QuantizeAlgorithmConfig], layers: Sequence[Layer]) -> bool:
-    """Whether a block is observed on what quantized blocks give.
-
-    As asked. Else `autoround`, `block_ap` and `gptq` do, but for `gptq` with 4 bits or more under float activations:
-    there it changes perplexity by less than the noise of the calibration text, and costs a second forward pass.
-    """
-    asked = [s.inputs for s in steps if isinstance(s, DataAlgorithmConfig) and s.inputs is not None]
-    if asked:
-        return asked[-1] == "quantized"
-    coarse = any(
-        layer.format.element.bits < 4 or (layer.input_quantizer is not None and layer.input_quantizer.is_enabled)
-        for layer in layers
-    )
-    return any(
-        isinstance(step, _LEARNING)
-        or (isinstance(step, GPTQCalibConfig) and (coarse or step.retarget or step.sequential))
-        for step in steps
-    )
+def _sees_quantized(solver: Solver, layers: Sequence[Layer], traversal: Traversal) -> bool:
+    """Whether a block is observed on what quantized blocks give: as asked, else as an algorithm is better off."""
+    if traversal.inputs is not None:
+        return traversal.inputs == "quantized"
+    facts = [LayerFacts.of(layer) for layer in layers]
+    return any(handler_of(step).sees_quantized(step, facts) for step in solver.steps)
 
 
-def _account_for(
-    sites: Sequence[ObservedSite], layers: Sequence[Layer], model: nn.Module, blocks: Sequence[str], solver: Solver
-) -> None:
+def _account_for(sites: Sequence[ObservedSite], layers: Sequence[Layer], experts: Experts, solver: Solver) -> None:
     """Layers that data never reached: experts are solved without data, others are an error.
 
-    An expert lies in a member of a list of modules (not of the chain of blocks) of which another member's same layer
-    saw data.
-
     Raises:
-        DetentError: a layer that isn't an expert saw nothing.
+        DetentError: a layer that isn't an expert, of which another one saw data, saw nothing.
     """
     seen = {layer.name for site in sites for layer in site.layers}
     unseen = [layer for layer in layers if layer.name not in seen]
     if not unseen:
         return
-    lists = [
-        [f"{name}.{child}" for child, _ in module.named_children()]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-    ]
-    lists = [members for members in lists if not set(blocks) & set(members)]
-    lost = [layer.name for layer in unseen if not _is_expert(layer.name, lists, seen)]
+    lost = [layer.name for layer in unseen if not any(twin in seen for twin in experts.twins(layer.name))]
     if lost:
-        raise DetentError(
-            f"the calibration data never reached {len(lost)} layers (for instance {', '.join(lost[:3])}); exclude them"
-            " in the configuration or feed data that uses them"
-        )
+        raise DetentError(unreached(lost, "layers"))
     solver.solve([ObservedSite([layer], SiteStatistics.empty(layer.width, second_moment=False)) for layer in unseen])
 
 
-def _is_expert(name: str, lists: Sequence[Sequence[str]], seen: set[str]) -> bool:
-    for members in lists:
-        own = next((member for member in members if name.startswith(f"{member}.")), None)
-        if own is not None:
-            suffix = name.removeprefix(own)
-            return any(f"{member}{suffix}" in seen for member in members if member != own)
-    return False
+def unreached(names: Sequence[str], what: str) -> str:
+    """The message for modules that data never reached."""
+    return (
+        f"the calibration data never reached {len(names)} {what} (for instance {', '.join(names[:3])}): the model"
+        " doesn't call them on this data, or a fast path uses their weights without calling them; exclude them in the"
+        " configuration, or feed data that uses them"
+    )

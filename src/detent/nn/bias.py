@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detent.errors import DetentError
+from detent.errors import DetentError, NothingObserved
 
 
 def is_static(bias: Mapping[Any, Any] | None) -> bool:
@@ -59,10 +59,10 @@ class BiasObserver:
         """The bias, float32: the mean of each cell, or the middle between its smallest and largest value.
 
         Raises:
-            DetentError: nothing was observed.
+            NothingObserved: no data was seen.
         """
         if self._sum is None:
-            raise DetentError("no data was observed")
+            raise NothingObserved("no data was observed")
         if self._midrange:
             return ((self._low.double() + self._high.double()) / 2).float()
         return (self._sum / self._count).float()

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from detent.errors import DetentError
+from detent.errors import DetentError, NothingObserved
 from detent.formats import FloatScale, Format, Integer, encode, fake_quantize, scales_from_range
 from detent.formats.granularity import to_tiles
 from detent.formats.tiles import tile_range
@@ -27,7 +27,7 @@ class Observer(Protocol):
         """Take in one tensor of finite values."""
 
     def range(self, fmt: Format) -> tuple[Tensor, Tensor]:
-        """(low, high), float32 of the grid's shape; DetentError when nothing was observed."""
+        """(low, high), float32 of the grid's shape; NothingObserved without data."""
 
 
 class MinMaxObserver:
@@ -60,7 +60,7 @@ class MinMaxObserver:
 
     def range(self, fmt: Format) -> tuple[Tensor, Tensor]:
         if self._low is None or self._high is None:
-            raise DetentError("no data was observed")
+            raise NothingObserved("no data was observed")
         return self._low, self._high
 
 
@@ -120,7 +120,7 @@ class HistogramObserver:
     def range(self, fmt: Format) -> tuple[Tensor, Tensor]:
         if self._limit == 0:
             if not self._zeros:
-                raise DetentError("no data was observed")
+                raise NothingObserved("no data was observed")
             return torch.zeros(()), torch.zeros(())
         search = {"percentile": self._by_percentile, "entropy": self._by_entropy, "mse": self._by_error}
         low, high = search[self._method](fmt)

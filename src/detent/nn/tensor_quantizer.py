@@ -224,7 +224,8 @@ class TensorQuantizer(CalibratedState):
         """Take over the range that the observer found, and the bias.
 
         Raises:
-            DetentError: nothing was observed, or what was observed isn't finite.
+            NothingObserved: no data has reached it.
+            DetentError: what was observed isn't finite.
         """
         try:
             if self._bias_observer is not None:
@@ -236,7 +237,7 @@ class TensorQuantizer(CalibratedState):
             else:
                 low, high = self._observer.range(self._format)
         except DetentError as error:
-            raise DetentError(f"{self.name}: {error}") from None
+            raise type(error)(f"{self.name}: {error}") from None
         if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
             raise DetentError(f"{self.name}: NaN or infinity in the data seen during calibration")
         if self._format.dynamic:

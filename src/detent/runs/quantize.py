@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from detent.checkpoints import Source
-from detent.config import QuantizeAlgorithmConfig, Scheme, kv_cache_format, parse_algorithm, parse_scheme
+from detent.config import QuantizeAlgorithmConfig, Scheme, kv_cache_format, parse_scheme
 from detent.config.algorithm_names import named_algorithms
 from detent.data import check_source, load_texts
 from detent.data.batches import CalibrationBatches, check_vocabulary, token_batches
@@ -101,7 +101,7 @@ def quantize_checkpoint(
     before = measure(model)
     with collected_notices() as notices:
         simulation = simulate(model, plan, None if batches is None else (lambda m: run_batches(m, batches)))
-    for notice in [*notices, *_kept_plain(simulation)]:
+    for notice in [*notices, *_noteworthy(simulation)]:
         run.notify(notice)
     if kv_cache is not None:
         floor_kv_scales(model, scheme_options.min_kv_scale)
@@ -203,15 +203,15 @@ def _algorithms(options: AlgorithmOptions, run: Run) -> list[QuantizeAlgorithmCo
     steps, notices = named_algorithms(options.before, options.algorithm, options.before_file, options.file)
     for notice in notices:
         run.notify(notice)
-    return parse_algorithm(steps)
+    return steps
 
 
-def _kept_plain(simulation: Simulation) -> list[str]:
-    """One line for each reason why an algorithm kept plain rounding somewhere."""
+def _noteworthy(simulation: Simulation) -> list[str]:
+    """One line for each reason why an algorithm kept round-to-nearest somewhere, or needed damping."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for name, layer in simulation.layers.items():
         for outcome in layer.outcomes:
-            if "plain rounding is kept" in outcome.notice or outcome.notice.startswith("needed damping"):
+            if outcome.noteworthy:
                 reasons.setdefault((outcome.algorithm, outcome.notice), []).append(name)
     return [
         f"{algorithm}: {len(names)} of {len(simulation.layers)} layers, such as {names[0]}: {notice}"

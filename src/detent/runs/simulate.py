@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from detent.algorithms.layer import outcomes
 from detent.algorithms.modes import ForwardLoop
 from detent.algorithms.outcome import Outcome
 from detent.checkpoints import (
@@ -17,7 +17,8 @@ from detent.checkpoints import (
     LayerCheckpoint,
 )
 from detent.checkpoints.records import exported_format
-from detent.engine.quantization import quantize
+from detent.config import QuantizeConfig
+from detent.engine import quantization
 from detent.formats import QTensor, decode
 from detent.model import edit
 from detent.model.kv_cache import stored_scales
@@ -25,7 +26,6 @@ from detent.nn import QuantWeightBase, TensorQuantizer
 from detent.plan.plan import Plan
 from detent.progress import track
 from detent.runs.online import with_online
-from detent.transforms.folding import Folding
 
 #: Elements of a weight whose error is measured at once.
 PIECE = 1 << 18
@@ -71,17 +71,16 @@ def simulate(model: nn.Module, plan: Plan, forward_loop: ForwardLoop | None) -> 
         DetentError: NaN or infinity in a weight or an activation; data is needed and missing; an algorithm can't serve
             a format.
     """
-    folding = Folding(model, plan.structure) if plan.algorithms and plan.structure is not None else None
-    config = {"quant_cfg": plan.quant_cfg, "algorithm": plan.algorithms or "max"}
-    quantize(model, config, forward_loop, folding=folding)
+    config = QuantizeConfig(quant_cfg=plan.quant_cfg, algorithm=plan.algorithms or "max")
+    done = quantization.run(model, config, forward_loop, structure=plan.structure, fold="auto")
     for names in plan.groups_with_common_scale:
         _share_outer_scale(model, names)
     layers = {}
     for name in track(plan.formats.layers, "Quantizing weights", len(plan.formats.layers)):
         module = model.get_submodule(name)
         assert isinstance(module, QuantWeightBase)
-        layers[name] = _simulate_layer(name, module, plan)
-    return Simulation(layers, set() if folding is None else folding.changed)
+        layers[name] = _simulate_layer(name, module, plan, done.outcomes.get(name, []))
+    return Simulation(layers, done.changed)
 
 
 def _share_outer_scale(model: nn.Module, names: list[str]) -> None:
@@ -94,11 +93,11 @@ def _share_outer_scale(model: nn.Module, names: list[str]) -> None:
 
 
 @torch.no_grad()
-def _simulate_layer(name: str, module: QuantWeightBase, plan: Plan) -> SimulatedLayer:
+def _simulate_layer(name: str, module: QuantWeightBase, plan: Plan, outcomes: list[Outcome]) -> SimulatedLayer:
     if plan.formats.layers[name].weight is None:
         return layer_as_quantized(name, module, plan, None)
     weight = module.weight.detach()
-    simulated = layer_as_quantized(name, module, plan, weight)
+    simulated = layer_as_quantized(name, module, plan, weight, outcomes)
     assert simulated.record.weight is not None
     # A tied weight gets memory of its own: its twin stays as it is.
     edit.put(module, "weight", decode(simulated.record.weight, weight.dtype).to(weight.device), name, untie=True)
@@ -106,8 +105,11 @@ def _simulate_layer(name: str, module: QuantWeightBase, plan: Plan) -> Simulated
     return simulated
 
 
-def layer_as_quantized(name: str, module: QuantWeightBase, plan: Plan, weight: Tensor | None) -> SimulatedLayer:
-    """A layer as its calibrated quantizers have it; `weight`: what its weight quantizer rounds, if it does."""
+def layer_as_quantized(
+    name: str, module: QuantWeightBase, plan: Plan, weight: Tensor | None, outcomes: Sequence[Outcome] = ()
+) -> SimulatedLayer:
+    """A layer as its calibrated quantizers have it; `weight`: what its weight quantizer rounds, if it does; `outcomes`:
+    what algorithms did to it."""
     formats = plan.formats.layers[name]
     packed, error = None, None
     if weight is not None:
@@ -123,7 +125,7 @@ def layer_as_quantized(name: str, module: QuantWeightBase, plan: Plan, weight: T
         output=_activation(module, "output"),
         kind=formats.kind,
     )
-    return SimulatedLayer(with_online(record, module), error, list(outcomes(module)))
+    return SimulatedLayer(with_online(record, module), error, list(outcomes))
 
 
 def relative_error(packed: QTensor, weight: Tensor) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from detent.algorithms.smooth import Tie
+from detent.algorithms.site_work import Tie
 from detent.structure.site import Fold, Site, Structure, fold_scale, scale_columns, tie_scale, weight_parameter
 
 
@@ -34,7 +34,7 @@ class Folding:
         if site is None or any(other is not site for other in sites):
             return "the model's structure shows no site for it"
         if site.fold is None or not site.fold.proved or site.experts:
-            return f"its scale can be folded nowhere ({site.reason or 'fused experts'})"
+            return f"its scale cannot be folded anywhere ({site.reason or 'fused experts'})"
         return ""
 
     def tie(self, layers: list[str]) -> Tie:

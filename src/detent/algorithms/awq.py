@@ -1,14 +1,9 @@
-"""Channel scales: moving range between activations and weights (`smoothquant`), and protecting salient channels
-(`awq`).
+"""`awq_lite`, `awq_clip`, `awq_full`: scales that protect salient channels, and clipping (AWQ, arXiv 2306.00978).
 
 A scale s per input channel divides the activation and multiplies the weight's columns; the product is unchanged until
-both are rounded.
-
-* SmoothQuant (arXiv 2211.10438, eq. 4): ``s_j = amax|x_j|^alpha / amax|W_:j|^(1 - alpha)``. With ``alpha="auto"`` the
-  alpha with the least squared error of the outputs on a sample of tokens, activations and weights both rounded.
-* AWQ (arXiv 2306.00978, eq. 4, 5): ``s = mean|x|^alpha / w_mean^beta``, normalised so that ``max(s) * min(s) = 1``;
-  searched on ``tr((W - Q(W s) / s) G (W - Q(W s) / s)^T)``, over all weights that read the activation: first on a grid
-  with beta = 1 - alpha and with beta = 0, then between the neighbours of the best. The plain weight wins ties.
+both are rounded. Eq. 4, 5: ``s = mean|x|^alpha / w_mean^beta``, normalised so that ``max(s) * min(s) = 1``; searched on
+``tr((W - Q(W s) / s) G (W - Q(W s) / s)^T)``, over all weights that read the activation: first on a grid with
+beta = 1 - alpha and with beta = 0, then between the neighbours of the best. The plain weight wins ties.
 """
 
 from __future__ import annotations
@@ -19,111 +14,38 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from detent.algorithms.channel_scales import LEAST, MOST, ScaleChoice, leave_alone, take_scale
 from detent.algorithms.max import weight_range
-from detent.algorithms.objective import error_measure, plainly_rounded, rounded_under, tile_values
+from detent.algorithms.objective import error_measure, plainly_rounded, rounded_under
+from detent.algorithms.registry import Handler, LayerFacts, codes_together, register, scale_after_branch
 from detent.algorithms.scale_search import (
     RangeChoice,
     can_turn,
     divided_weighing,
     leans_up,
     range_factors,
+    take_ranges,
     weighing_of,
+    weighings,
     weighted_range,
 )
+from detent.algorithms.site import Wanted
+from detent.algorithms.site_work import SiteWork, Tie
+from detent.config.algorithm import AWQClipCalibConfig, AWQFullCalibConfig, AWQLiteCalibConfig
 from detent.formats import FloatScale, Format, fake_quantize
 from detent.formats.granularity import from_tiles, to_tiles
 from detent.formats.tiles import TileScale, scale_from_range
 from detent.statistics import SiteStatistics
 
-_LEAST, _MOST = 1e-4, 1e4
-#: The alphas that a search tries.
-_ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-#: Output rows of a site's layers that candidates are compared on: as many as hold so many weights, or so many rows.
+#: Output rows of a site's layers that candidates are compared on: as many as hold `_COMPARED` weights, and at least
+#: `_LEAST_ROWS`.
 _COMPARED, _LEAST_ROWS = 1 << 17, 128
 #: Scales, and none at all, that are compared after clipping.
 _FINALISTS = 3
 #: As `_COMPARED` for what is measured of all weights and of the chosen scale.
 _MEASURED = 1 << 20
-#: Tokens that they are compared on, where so few take less work than the whole second moment.
+#: Tokens that they are compared on, where that takes less work than the whole second moment.
 _TOKENS = 512
-
-#: From a scale to the one that can be used, such as equal ones for channels that share a producer.
-Tie = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class ScaleChoice:
-    """Attributes: scale: float32 [in]. alpha, beta: exponents of activation and weight. before, after: the objective
-    without and with it."""
-
-    scale: Tensor
-    alpha: float
-    beta: float
-    before: float
-    after: float
-
-
-def smoothquant_scale(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
-    """s of SmoothQuant, float32 [channels]: what columns are multiplied with and the activation is divided by.
-
-    Channels that never carry a value, or that no weight reads, get 1.
-
-    Args:
-        activation: the largest magnitude of each channel.
-        weight: the largest magnitude of each channel's columns, over all weights that read it.
-        alpha: how much of the range moves, from 0 to 1.
-    """
-    a, w = activation.double(), weight.double()
-    scale = a**alpha / w.clamp_min(1e-300) ** (1 - alpha)
-    dead = (a == 0) | (w == 0)
-    return torch.where(dead, 1.0, scale.clamp(_LEAST, _MOST)).float()
-
-
-def smoothquant_search(
-    statistics: SiteStatistics,
-    weights: Sequence[Tensor],
-    formats: Sequence[Format],
-    input_format: Format,
-    *,
-    alphas: Sequence[float] = _ALPHAS,
-    tie: Tie = lambda scale: scale,
-) -> ScaleChoice:
-    """The SmoothQuant scale whose alpha gives the rounded layer the least squared error on the sample of tokens.
-
-    Objective: ``||Q(x / s) Q(W s)^T - x W^T||^2`` over the rows of `statistics.sample`. Static activation ranges are
-    taken from the channel ranges of all tokens. No scale at all is among the candidates and wins ties.
-
-    Raises:
-        DetentError: no sample was drawn.
-    """
-    x = statistics.drawn()
-    targets = [x @ w.detach().float().T for w in weights]
-    largest = torch.stack([w.detach().abs().amax(0).float() for w in weights]).amax(0)
-
-    def loss(scale: Tensor) -> float:
-        smooth = _activation_values(x / scale, statistics.divided(scale), input_format)
-        total = 0.0
-        for w, fmt, target in zip(weights, formats, targets, strict=True):
-            total += float((smooth @ fake_quantize(w.detach().float() * scale, fmt).T - target).square().sum())
-        return total
-
-    ones = torch.ones_like(statistics.amax)
-    plain = loss(ones)
-    best = ScaleChoice(ones, 0.0, 0.0, plain, plain)
-    for alpha in alphas:
-        scale = tie(smoothquant_scale(statistics.amax, largest, alpha))
-        error = loss(scale)
-        if error < best.after:
-            best = ScaleChoice(scale, alpha, 1 - alpha, plain, error)
-    return best
-
-
-def _activation_values(x: Tensor, statistics: SiteStatistics, fmt: Format) -> Tensor:
-    """`x` quantized: dynamically, or under the range of all tokens that were seen."""
-    if fmt.dynamic or fmt.granularity.kind != "per_tensor" or not isinstance(fmt.scale, FloatScale) or fmt.scale.outer:
-        return fake_quantize(x, fmt)
-    low, high = statistics.low.amin().reshape(1, 1), statistics.high.amax().reshape(1, 1)
-    return tile_values(x.reshape(1, -1), fmt, scale_from_range(fmt, low, high)).reshape(x.shape)
 
 
 def awq_scale(
@@ -159,10 +81,10 @@ def awq_scale(
     dead = activation == 0
 
     def attempt(alpha: float, beta: float) -> None:
-        scale = (activation.clamp_min(1e-30) ** alpha / magnitude**beta).clamp(_LEAST, _MOST)
+        scale = (activation.clamp_min(1e-30) ** alpha / magnitude**beta).clamp(LEAST, MOST)
         live = scale[~dead] if bool((~dead).any()) else scale
         scale = scale / (live.amax() * live.amin()).sqrt()
-        scale = tie(torch.where(dead, 1.0, scale).clamp(_LEAST, _MOST).float())
+        scale = tie(torch.where(dead, 1.0, scale).clamp(LEAST, MOST).float())
         tried.append(ScaleChoice(scale, alpha, beta, plain, _loss(scale, some, formats, quick, rounded)))
 
     steps = max(1, round(1 / alpha_step))
@@ -203,7 +125,7 @@ def awq_scale(
 
 
 def _some_rows(weights: Sequence[Tensor], formats: Sequence[Format], elements: int) -> list[Tensor]:
-    """Rows of all weights together, evenly spread, of about so many elements; all of them where rows share scales."""
+    """Rows of all weights together, evenly spread, of about `elements` elements; all where rows share scales."""
     most = max(_LEAST_ROWS, elements // weights[0].shape[1])
     step = max(1, sum(weight.shape[0] for weight in weights) // most)
     apart = all(fmt.granularity.lengths(tuple(w.shape))[0] == 1 for w, fmt in zip(weights, formats, strict=True))
@@ -230,7 +152,7 @@ def _loss(
 
 
 def _quickly_rounded(weight: Tensor, fmt: Format) -> Tensor:
-    """`weight` rounded plainly; see `quick_tile_values`."""
+    """`weight` rounded to nearest; see `quick_tile_values`."""
     rule = fmt.scale
     if fmt.base is not None or not isinstance(rule, FloatScale) or rule.four_over_six or fmt.zero_point == "float":
         return fake_quantize(weight, fmt)
@@ -284,3 +206,88 @@ class Clipping:
         turn = self.signed_scales and can_turn(fmt)
         finer = (2 * self.step, self.step)
         return weighted_range(weight, fmt, weighing, factors, finer=finer, turn=turn, global_amax=global_amax)
+
+
+# ---- at a site ------------------------------------------------------------------------------------------------------
+
+_OBJECTIVE = "tr(D G D^T)"
+
+
+def search_channel_scale(site: SiteWork, step: AWQLiteCalibConfig, name: str, clip: Clipping | None = None) -> None:
+    """Give a site the channel scale of least error, if it takes one and one is better than none."""
+    reason = site.cannot_scale() or ("" if site.is_linear else "channel scales are searched for linear layers")
+    if reason:
+        leave_alone(site, name, _OBJECTIVE, reason)
+        return
+    choice = awq_scale(
+        site.statistics,
+        [layer.matrix() for layer in site.layers],
+        [layer.format for layer in site.layers],
+        alpha_step=step.alpha_step,
+        refine=step.refine,
+        clip=clip,
+        tie=site.tie,
+    )
+    of = site.statistics.sampled
+    objective = _OBJECTIVE + (" after clipping" if clip else "") + (f", G from {of}" if of else "")
+    take_scale(site, name, objective, choice, error_measure(site.statistics))
+
+
+def _clip(site: SiteWork, clip: Clipping, name: str) -> None:
+    weighed = weighings(site)
+    for layer in site.layers:
+        fmt = layer.format
+        choice = clip.search(layer.matrix(), fmt, weighed[fmt], site.amax_behind(fmt))
+        take_ranges(site, layer, name, weighed[fmt], choice)
+
+
+def _clipping(step: AWQClipCalibConfig | AWQFullCalibConfig) -> Clipping:
+    return Clipping(step.min_clip_ratio, step.shrink_step, step.signed_scales)
+
+
+@register(AWQLiteCalibConfig)
+class AWQLiteHandler(Handler[AWQLiteCalibConfig]):
+    """A channel scale for each site."""
+
+    scales_channels = True
+
+    def wants(self, step: AWQLiteCalibConfig) -> Wanted:
+        return Wanted(estimate=True)
+
+    def refusal(self, step: AWQLiteCalibConfig, layer: LayerFacts) -> str | None:
+        return scale_after_branch(layer, step.method)
+
+    def solve(self, step: AWQLiteCalibConfig, site: SiteWork) -> None:
+        search_channel_scale(site, step, str(step.method))
+
+
+@register(AWQClipCalibConfig)
+class AWQClipHandler(Handler[AWQClipCalibConfig]):
+    """How much of each tile's range to give up."""
+
+    def wants(self, step: AWQClipCalibConfig) -> Wanted:
+        return Wanted(estimate=True)
+
+    def refusal(self, step: AWQClipCalibConfig, layer: LayerFacts) -> str | None:
+        return codes_together(layer)
+
+    def solve(self, step: AWQClipCalibConfig, site: SiteWork) -> None:
+        _clip(site, _clipping(step), str(step.method))
+
+
+@register(AWQFullCalibConfig)
+class AWQFullHandler(Handler[AWQFullCalibConfig]):
+    """A channel scale, chosen by what is left after clipping, and clipping."""
+
+    scales_channels = True
+
+    def wants(self, step: AWQFullCalibConfig) -> Wanted:
+        return Wanted(estimate=True)
+
+    def refusal(self, step: AWQFullCalibConfig, layer: LayerFacts) -> str | None:
+        return codes_together(layer) or scale_after_branch(layer, step.method)
+
+    def solve(self, step: AWQFullCalibConfig, site: SiteWork) -> None:
+        clip = _clipping(step)
+        search_channel_scale(site, step, str(step.method), clip)
+        _clip(site, clip, f"{step.method} (clip)")
