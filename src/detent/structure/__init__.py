@@ -1,7 +1,6 @@
 """What a model's structure says about quantizing it: found by running it, not listed per model."""
 
 from detent.structure.discovery import find_structure
-from detent.structure.shared_inputs import linears_sharing_input
 from detent.structure.site import (
     Fold,
     Mixture,
@@ -26,7 +25,6 @@ __all__ = [
     "Structure",
     "find_structure",
     "fold_scale",
-    "linears_sharing_input",
     "scale_columns",
     "tie_scale",
     "weight_parameter",

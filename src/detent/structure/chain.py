@@ -1,11 +1,13 @@
-"""The chain of repeated blocks: the list of alike modules that holds most of a model's parameters.
+"""A guess at the blocks of a model that there are no inputs for: the list that holds most of its parameters.
 
-Whether they really run one after the other, each on what the one before gives, is seen when they run.
+Use `Structure.chains` wherever a structure was found: that has seen the blocks run.
 """
 
 from __future__ import annotations
 
 from torch import nn
+
+from detent.structure.skeleton import is_block
 
 
 def block_names(model: nn.Module) -> list[str]:
@@ -14,17 +16,11 @@ def block_names(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
             continue
-        members = dict(module.named_children())
-        kinds = {type(member) for member in members.values()}
-        if len(kinds) > max(1, len(members) // 2):  # layers of different kinds, such as a small network's
-            continue
-        if not all(_has_matrix(member) and any(True for _ in member.children()) for member in members.values()):
+        kinds = {type(member) for member in module}
+        # Layers of different kinds, such as a small network's, and plain layers are no blocks.
+        if len(kinds) > max(1, len(module) // 2) or not all(map(is_block, module)):
             continue
         size = sum(parameter.numel() for parameter in module.parameters())
         if size > best[0]:
-            best = (size, [f"{name}.{child}".removeprefix(".") for child in members])
+            best = (size, [f"{name}.{child}".removeprefix(".") for child, _ in module.named_children()])
     return best[1]
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    return any(parameter.dim() > 1 for parameter in module.parameters())

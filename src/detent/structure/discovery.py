@@ -74,7 +74,7 @@ def find_structure(
         unlike = {n for pair in skeleton.pairs() if not transfer.alike(found, *pair) for n in pair}
         complete = transfer.completed(found)
         unlike |= {s.block or "" for s in complete.sites if not _exists(s, names)} - {""}
-        if not unlike:
+        if not unlike or not skeleton.skipped:
             return complete
         skeleton.keep(unlike)
 

@@ -171,13 +171,13 @@ def _lists_of_blocks(model: nn.Module) -> dict[str, list[str]]:
     for name, module in model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
             children = ((f"{name}.{key}" if name else key, child) for key, child in module.named_children())
-            members = [full for full, child in children if _is_block(child)]
+            members = [full for full, child in children if is_block(child)]
             if members:
                 lists[name] = members
     return lists
 
 
-def _is_block(module: nn.Module) -> bool:
+def is_block(module: nn.Module) -> bool:
     """Whether it holds modules with weight matrices of their own inside (one such module alone is a layer)."""
     return any(
         parameter.dim() >= 2 and "." in name for name, parameter in module.named_parameters() if "quantizer" not in name

@@ -48,7 +48,8 @@ def find_stream(
     norms = [r for r in trace.readings if r.kind == "norm" and _normalizes(trace.producers[r.name])]
     if not norms:
         return Found(None)
-    main = max(norms, key=lambda r: len(r.leaves))
+    # The last norm of the stream reads the most terms; what experts make, and what chooses them, is one of them.
+    main = max(norms, key=lambda r: len({leaf.producer for leaf in r.leaves if leaf.size == r.sums.shape[1]}))
     sources = _producers(main)
     if len(sources) < 2:
         return Found(None)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
-from detent.structure.site import Structure
+from detent.structure.site import Site, Structure
 
 T = TypeVar("T")
 
@@ -39,10 +39,10 @@ class Transfer:
 
         def told(block: str) -> Any:
             names = {block: "{block}", **dict(zip(self._around[block], ("{before}", "{after}"), strict=True))}
-            sites = [replace(s, reason="") for s in structure.sites if s.block == block]
-            parts = [(f.name, getattr(structure, f.name)) for f in fields(structure)]
-            roles = [(n, [x for x in v if self.block(x) == block]) for n, v in parts if n in _ROLES]
-            return self._renamed([sites, roles], names)
+            sites = [replace(s, reason="") for s in structure.sites if s.block == block and not self._spans(s)]
+            across = [w for s in structure.sites if self._spans(s) for w in s.weights if self.block(w) == block]
+            roles = [[x for x in getattr(structure, role) if self.block(x) == block] for role in _ROLES]
+            return self._renamed([sites, across, roles], names)
 
         return bool(told(first) == told(last))
 
@@ -53,7 +53,8 @@ class Transfer:
         stream = structure.stream
         if stream is not None:
             stream = replace(stream, readers=self._spread(stream.readers), writers=self._spread(stream.writers))
-        lists = {name: self._spread(getattr(structure, name)) for name in ("sites", *_ROLES)}
+        lists = {name: self._spread(getattr(structure, name)) for name in _ROLES}
+        lists["sites"] = tuple(map(self._widened, self._spread(structure.sites)))
         return replace(structure, stream=stream, **lists)
 
     def block(self, value: Any) -> str | None:
@@ -63,12 +64,24 @@ class Transfer:
         match = self._blocks.match(value)
         return match.group() if match else None
 
+    def _spans(self, value: Any) -> bool:
+        """Whether a site's weights lie in several blocks, such as all that read an encoder's output."""
+        return isinstance(value, Site) and len({self.block(name) for name in value.weights}) > 1
+
+    def _widened(self, site: Site) -> Site:
+        """A site across blocks, with the weights of those that were left out."""
+        if not self._spans(site):
+            return site
+        pairs = self._spread(list(zip(site.weights, site.column_axes, strict=True)))
+        weights, axes = zip(*pairs, strict=True)
+        return replace(site, weights=weights, column_axes=axes, routed=self._spread(site.routed))
+
     def _spread(self, entries: Iterable[T]) -> tuple[T, ...]:
         """Entries of the run blocks, and those of the blocks that were left out before the next that was run."""
         own: dict[str, list[T]] = {}
         entries = list(entries)
         for entry in entries:
-            if (block := self.block(entry)) is not None:
+            if (block := self.block(entry)) is not None and not self._spans(entry):
                 own.setdefault(block, []).append(entry)
         missing = [name for name in self._order if name in self._skipped]
         result: list[T] = []
@@ -82,7 +95,7 @@ class Transfer:
 
         for entry in entries:
             block = self.block(entry)
-            if block is None:
+            if block is None or self._spans(entry):
                 result.append(entry)
             else:
                 add(self._place[block])
