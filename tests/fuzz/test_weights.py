@@ -1,0 +1,125 @@
+"""Weight files with some of their bytes changed: read, refused in one clear sentence, and never NaN."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import detent
+from checkpoints.toy import quantized_llama, toy_source
+from detent import formats as f
+from detent.checkpoints import Source, open_quantized
+from detent.formats import decode
+from detent.report.contents import contents
+from fuzz.mutations import changed, clear, dose, flipped
+
+pytestmark = pytest.mark.fuzz
+
+
+@dose(0.3)
+@given(st.data())
+def test_float_checkpoint(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    folder = toy_source(tmp_path_factory.mktemp("float") / "m", {"a": torch.ones(3, 4), "b": torch.ones(2).half()})
+    path = folder / "model.safetensors"
+    path.write_bytes(data.draw(flipped(path.read_bytes(), 200)))
+    clear(contents, folder)
+    source = clear(Source, folder)
+    for name in source or ():
+        assert source is not None
+        clear(source.tensor, name)
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {}
+    for name, formats in {
+        "packed": (f.integer(4, f.per_group(32), symmetric=False), None, None),
+        "fp8": (f.fp8(), f.fp8(), None),
+        "nvfp4": (f.nvfp4(), f.nvfp4(), None),
+        "detent": (f.nf4(), f.fp8("e5m2"), None),
+    }.items():
+        out = tmp_path_factory.mktemp(name)
+        quantized_llama(out, lambda layer, formats=formats: formats, kv_cache=f.fp8())  # type: ignore[misc]
+        folders[name] = out / "out"
+    return folders
+
+
+@dose(0.15)
+@given(st.data())
+@pytest.mark.parametrize("name", ["packed", "fp8", "nvfp4", "detent"])
+def test_quantized_checkpoint(name: str, quantized: dict[str, Path], data: Any) -> None:
+    path = quantized[name] / "model.safetensors"
+    original = path.read_bytes()
+    header = 8 + int.from_bytes(original[:8], "little")
+    try:
+        path.write_bytes(data.draw(flipped(original, header)))
+        clear(contents, quantized[name])
+        checkpoint = clear(open_quantized, quantized[name])
+        for layer in [] if checkpoint is None else list(checkpoint.formats.layers):
+            assert checkpoint is not None
+            found = clear(checkpoint.layer, layer)
+            if found is not None and found.weight is not None:
+                assert not bool(decode(found.weight).isnan().any())
+    finally:
+        path.write_bytes(original)
+
+
+def make() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+
+
+CONFIGS: dict[str, Any] = {
+    "ranges": detent.INT8_DEFAULT_CFG,
+    "packed": {"quant_cfg": {"*weight_quantizer": {"num_bits": 4, "block_sizes": {-1: 16}}}, "algorithm": "max"},
+    "sequence": {"quant_cfg": {"*weight_quantizer": [{"num_bits": 4, "block_sizes": {-1: 16}}, {"num_bits": (4, 3)}]}},
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    paths = {}
+    for name, config in CONFIGS.items():
+        model = detent.quantize(make(), config, lambda m: m(torch.ones(2, 32)))
+        if name == "packed":
+            detent.compress(model)
+        paths[name] = tmp_path_factory.mktemp("saved") / name
+        detent.save(model, paths[name])
+    return paths
+
+
+def restore(path: Path) -> None:
+    model = clear(detent.restore, make, path)
+    if model is not None:
+        assert not bool(model(torch.ones(2, 32)).isnan().any())
+
+
+@dose(0.15)
+@given(st.data())
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bytes_of_saved_models(name: str, saved: dict[str, Path], tmp_path_factory: Any, data: Any) -> None:
+    original = saved[name].read_bytes()
+    path = tmp_path_factory.mktemp("restore") / "m"
+    path.write_bytes(data.draw(flipped(original, 8 + int.from_bytes(original[:8], "little"))))
+    restore(path)
+
+
+@dose(0.15)
+@given(st.data())
+@pytest.mark.parametrize("name", CONFIGS)
+def test_descriptions_of_saved_models(name: str, saved: dict[str, Path], tmp_path_factory: Any, data: Any) -> None:
+    with safe_open(saved[name], "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        state = json.loads(file.metadata()["detent_state"])
+    path = tmp_path_factory.mktemp("restore") / "m"
+    save_file(tensors, path, metadata={"detent_state": json.dumps(data.draw(changed(state)))})
+    restore(path)
