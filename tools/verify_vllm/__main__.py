@@ -87,6 +87,7 @@ def check_perplexity(scratch: Path, console: Console) -> list[str]:
     failures = []
     for row in compare(scratch):
         apart = row.vllm / row.detent - 1
+        console.print(f"{row.scheme}: {apart:+.2%}")
         table.add_row(row.scheme, f"{row.detent:.3f}", f"{row.vllm:.3f}", f"{apart:+.2%}", row.kernel)
         if abs(apart) > TOLERANCE:
             failures.append(f"{row.scheme}: perplexity {row.vllm:.4f} in vLLM, {row.detent:.4f} in Detent")

@@ -52,7 +52,8 @@ def compare(scratch: Path) -> Iterator[Row]:
         theirs = json.loads(_run(__file__, str(folder), str(window)).splitlines()[-1])
         if theirs["tokens"] != tokens:
             raise SystemExit(f"{scheme}: {theirs['tokens']} tokens were predicted in vLLM, {tokens} in Detent")
-        yield Row(scheme or "(not quantized)", ours["perplexity"]["after"], theirs["perplexity"], theirs["kernel"])
+        measured = ours["perplexity"]["before" if scheme is None else "after"]
+        yield Row(scheme or "(not quantized)", measured, theirs["perplexity"], theirs["kernel"])
 
 
 def _run(*arguments: str) -> str:
