@@ -14,11 +14,12 @@ from detent.checkpoints import Source, open_quantized
 from detent.config import kv_cache_format, parse_scheme
 from detent.errors import DetentError
 from detent.model.kv_cache import floor_kv_scales, kv_scales
-from detent.plan.plan import Plan, make_plan
+from detent.plan.plan import make_plan
 from detent.pretrained.loading import load_config, load_model, model_on_meta
 from detent.runs.load import load_quantized
-from detent.runs.simulate import SimulatedLayer, simulate
-from detent.runs.write import verify, write
+from detent.runs.simulate import simulate
+from detent.runs.verify import probe_logits, verify
+from detent.runs.write import write
 
 TOKENS = torch.randint(0, 63, (4, 24), generator=torch.Generator().manual_seed(3))
 
@@ -78,20 +79,29 @@ def test_floor_of_cache_scales(folder: Path) -> None:
 class TestVerify:
     """What is read back is compared: a difference in anything is an error."""
 
-    def written(self, folder: Path, out: Path) -> tuple[Plan, nn.Module, dict[str, SimulatedLayer]]:
-        source, plan, model, layers = simulated(folder, "w_fp8_a_fp8", torch.float32, "fp8")
-        write(out, source, plan, model, layers, dtype=torch.float32)
-        return plan, model, layers
+    def written(self, folder: Path, out: Path) -> tuple[nn.Module, dict[str, Any]]:
+        """The simulated model, and what `verify` is to find in `out`."""
+        source, plan, model, simulation = simulated(folder, "w_fp8_a_fp8", torch.float32, "fp8")
+        write(out, source, plan, model, simulation, dtype=torch.float32)
+        records = {name: layer.record for name, layer in simulation.layers.items()}
+        return model, {
+            "records": records,
+            "kept": dict.fromkeys(plan.kept),
+            "source": source,
+            "kv": kv_scales(model),
+        }
 
-    @pytest.mark.parametrize("part", ["down_proj.weight", "down_proj.weight_scale", "down_proj.input_scale", "k_scale"])
+    @pytest.mark.parametrize(
+        "part",
+        ["down_proj.weight", "down_proj.weight_scale", "down_proj.input_scale", "k_scale", "embed_tokens.weight"],
+    )
     def test_changed_tensor(self, part: str, folder: Path, tmp_path: Path) -> None:
         from safetensors import safe_open
         from safetensors.torch import save_file
 
         out = tmp_path / "out"
-        _, model, layers = self.written(folder, out)
-        scales = kv_scales(model)
-        verify(out, layers.layers, scales)
+        _, expected = self.written(folder, out)
+        verify(out, **expected)
         with safe_open(out / "model.safetensors", "pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -99,10 +109,35 @@ class TestVerify:
         tensors[name].view(-1).view(torch.uint8)[0] ^= 1
         save_file(tensors, out / "model.safetensors", metadata=metadata)
         with pytest.raises(DetentError, match="differs"):
-            verify(out, layers.layers, scales)
+            verify(out, **expected)
+
+    def test_logits(self, folder: Path, tmp_path: Path) -> None:
+        """A fault that no stored tensor shows: what is loaded computes something else."""
+        model, expected = self.written(folder, tmp_path / "out")
+        wanted = probe_logits(model)
+        verify(tmp_path / "out", **expected, expected_logits=wanted, load=load_quantized)
+
+        def load(path: Path) -> nn.Module:
+            loaded = load_quantized(path)
+            loaded.get_parameter("model.norm.weight").mul_(1.01)
+            return loaded
+
+        with pytest.raises(DetentError, match=r"its logits differ by 1\.00%"):
+            verify(tmp_path / "out", **expected, expected_logits=wanted, load=load)
+
+    def test_each_tensor_once(self, folder: Path, tmp_path: Path) -> None:
+        _, expected = self.written(folder, tmp_path / "out")
+        kept, records = expected["kept"], expected["records"]
+        with pytest.raises(DetentError, match=r"model\.norm\.weight is neither quantized nor kept"):
+            verify(tmp_path / "out", **{**expected, "kept": {n: None for n in kept if n != "model.norm.weight"}})
+        name = next(iter(records))
+        with pytest.raises(DetentError, match=f"{name}.weight is both quantized and kept"):
+            verify(tmp_path / "out", **{**expected, "kept": {**kept, f"{name}.weight": None}})
+        with pytest.raises(DetentError, match="extra was kept and isn't there"):
+            verify(tmp_path / "out", **{**expected, "kept": {**kept, "extra": None}})
 
     def test_failure_leaves_nothing(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def differ(*_: object) -> None:
+        def differ(*_: object, **__: object) -> None:
             raise DetentError("differs")
 
         monkeypatch.setattr("detent.runs.write.verify", differ)

@@ -128,8 +128,8 @@ def test_gptq_takes_float_inputs_where_these_are_good_enough(bits: int, inputs: 
 
 
 def test_a_block_is_left_once_all_its_layers_were_seen() -> None:
-    """Its last layer is called in the recording run, twice in the first batch, where outputs are needed, and at the end,
-    when every quantizer that is on has to be seen at work."""
+    """Its last layer is called in the recording run, twice in the first batch, where outputs are needed, and at the
+    end, when every quantizer that is on has to be seen at work."""
     model, calls = make_model(), []
     model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: calls.append(1))
     quantized({"method": "gptq", "inputs": "quantized"}, model=model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -58,11 +58,22 @@ _READERS: dict[str, type[CompressedTensorsReader] | type[DetentReader]] = {
 }
 
 
-def choose(formats: ModelFormats) -> tuple[Layout, list[str]]:
-    """The first layout that holds the whole model, and why those before it do not."""
+def choose(
+    formats: ModelFormats, *, only: str | None = None, refused: Mapping[str, str] | None = None
+) -> tuple[Layout, list[str]]:
+    """The first layout that holds the whole model, and why those before it do not.
+
+    Args:
+        formats: of the model.
+        only: the name of the one layout that will do; None for any.
+        refused: {name of a layout: why its readers would misread the model} for reasons that `formats` don't show.
+
+    Raises:
+        DetentError: none holds it.
+    """
     reasons: list[str] = []
-    for layout in layouts.values():
-        reason = layout.can_hold(formats)
+    for layout in layouts.values() if only is None else [layouts[only]]:
+        reason = (refused or {}).get(layout.name) or layout.can_hold(formats)
         if reason is None:
             return layout, reasons
         reasons.append(reason)

@@ -74,14 +74,18 @@ class ModelFormats:
         layers: by module name ("model.layers.0.self_attn.q_proj"), every layer of which anything is quantized.
         kv_cache: the format of keys and values, or None.
         keys_rotated: whether queries and keys are rotated by a Hadamard matrix before keys are quantized.
-        ignored: names of modules that could have been quantized and were not. Every linear layer of the model must be
-            either here or in `layers`: engines read "all linear layers but these".
+        ignored: what stays in floating point: names of modules, or patterns (``re:...``) of them. Every matrix that an
+            engine might take for a linear layer must be either here or in `layers`: engines read "all but these".
+        aliases: {name in the file: name in transformers' model class} of the layers where the two differ.
+        merges: whether transformers merges weights that stay (experts) out of several tensors while it loads them.
     """
 
     layers: Mapping[str, LayerFormats]
     kv_cache: Format | None = None
     ignored: tuple[str, ...] = ()
     keys_rotated: bool = False
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    merges: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from detent.errors import DetentError
 
 #: Panels that an option can stand in: what sets these flags apart from the others is told once, with the option.
 _QUANTIZING, _LATER = "quantizing", "not implemented yet"
-_EXPORTS = ("hf_format", "onnx", "quark_format", "gguf")
+_EXPORTS = ("hf_format", "compressed-tensors", "onnx", "quark_format", "gguf")
 
 
 def _option(name: str, help: str, **details: Any) -> Any:
@@ -84,11 +84,15 @@ def quantize(
     pre_optimization_config_file_path: Annotated[
         str | None, _of_quantizing("pre_optimization_config_file_path", "JSON file with its settings.")
     ] = None,
+    allow_unfused: Annotated[
+        bool, _of_quantizing("allow_unfused", "Let layers that engines run as one (q, k, v) have different formats.")
+    ] = False,
     model_export: Annotated[
         list[str] | None,
         _of_quantizing(
             "model_export",
-            "Checkpoint format: hf_format, with or without this flag (later also onnx, quark_format, gguf).",
+            "Checkpoint format: hf_format (default), or compressed-tensors, which is an error where it can't hold the"
+            " model.",
         ),
     ] = None,
     data_type: Annotated[
@@ -205,6 +209,8 @@ def quantize(
             min_kv_scale,
             None if exclude_layers is None else [name for name in exclude_layers if name != NOTHING],
             structure_overrides,
+            (model_export or ["hf_format"])[0],
+            allow_unfused,
         )
         calibration = CalibrationOptions(dataset, seq_len, num_calib_data, batch_size)
         algorithms = AlgorithmOptions(
@@ -271,8 +277,10 @@ def _refuse_later(typed: dict[str, Any], exports: list[str] | None, import_forma
     for export in exports or []:
         if export not in _EXPORTS:
             raise DetentError(f"unknown --model_export {export!r}; known: {', '.join(_EXPORTS)}")
-        if export != "hf_format":
+        if export not in ("hf_format", "compressed-tensors"):
             raise DetentError(f"--model_export {export}: not implemented in this version; use hf_format")
+    if len(set(exports or [])) > 1:
+        raise DetentError(f"--model_export: one format a run in this version, not {' and '.join(exports or [])}")
     if import_format == "quark_format":
         raise DetentError("--import_file_format quark_format: not implemented in this version; use hf_format")
 

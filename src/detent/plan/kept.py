@@ -1,8 +1,10 @@
-"""What stays in floating point, and why."""
+"""What stays in floating point, and why; and how files say so."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,6 +15,7 @@ from detent.checkpoints import Source
 from detent.errors import DetentError
 from detent.nn import QuantWeightBase
 from detent.nn.attention import attention_modules
+from detent.pretrained.names import CheckpointNames
 
 #: Modules that stay in floating point unless the user says otherwise, beside the output embedding: routers choose
 #: experts by small differences, and the language models of the guides leave their vision parts alone.
@@ -79,27 +82,92 @@ def check_attention(model: nn.Module) -> None:
         )
 
 
-def overlooked(source: Source, model: nn.Module, kept: dict[str, str], why: dict[str, str]) -> dict[str, int]:
+def without_a_name(names: CheckpointNames, linears: list[str]) -> dict[str, str]:
+    """{module name: reason} of the linear layers whose codes and scales would have no name of their own in a file."""
+    return {
+        name: f"the file holds it together with others as {group.tensors[0]}; this version leaves it"
+        for name in linears
+        if names.layer(name) is None and (group := names.of_parameter(f"{name}.weight")) is not None
+    }
+
+
+def overlooked(
+    source: Source, model: nn.Module, names: CheckpointNames, kept: dict[str, str], why: dict[str, str]
+) -> dict[str, int]:
     """{name: elements} of the kept matrices that are neither embeddings nor excluded. See `Plan`."""
     embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     found = {}
     for name in kept:
-        info, module = source.info(name), name.rpartition(".")[0]
-        if len(info.shape) > 1 and info.dtype.is_floating_point and module not in embeddings and module not in why:
+        info, modules = source.info(name), _modules(names, name) or {name.rpartition(".")[0]}
+        if _is_float_matrix(source, name) and not modules & embeddings and not modules & why.keys():
             found[name] = math.prod(info.shape)
     return found
 
 
-def reason_kept(tensor: str, model: nn.Module, why: dict[str, str]) -> str:
-    module_name, _, leaf = tensor.rpartition(".")
+def left_in_float(
+    source: Source, model: nn.Module, names: CheckpointNames, layers: Iterable[str]
+) -> tuple[tuple[str, ...], bool]:
+    """How to tell engines of every matrix that isn't in `layers` that it stays; and whether transformers merges any.
+
+    Modules are named as in the file and, where that differs, as in the model class. Engines ask for each expert of a
+    mixture by a name of its own, whatever the file holds, so those are told by a pattern.
+    """
+    layers = set(layers)
+    quantized = layers | {names.layer(name) or name for name in layers}
+    embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = dict.fromkeys(name for name in linears if name not in layers)
+    many: dict[str, list[str]] = {}
+    merges = False
+    for tensor in source.tensors:
+        group, modules = names.of_tensor(tensor), _modules(names, tensor)
+        name = tensor.removesuffix(".weight")
+        if name in quantized or modules & layers or not _is_float_matrix(source, tensor):
+            continue
+        if modules and modules <= embeddings:
+            continue
+        merges |= group.converter is not None and tensor.endswith(".weight")
+        for module in modules if group.converter or len(source.info(tensor).shape) > 2 else ():
+            many.setdefault(_tail(module) + r"\..*", []).append(module)
+        key = _tail(name) + "$"
+        if key.count(r"\d+") > 1:
+            many.setdefault(key, []).append(name)
+        else:
+            found[name] = None
+    for pattern, members in many.items():
+        if any(re.match(pattern, name) for name in quantized):
+            found |= dict.fromkeys(members)
+        else:
+            found[f"re:{pattern}"] = None
+    return tuple(found), merges
+
+
+def _is_float_matrix(source: Source, tensor: str) -> bool:
+    info = source.info(tensor)
+    return len(info.shape) > 1 and info.dtype.is_floating_point
+
+
+def _modules(names: CheckpointNames, tensor: str) -> set[str]:
+    """The modules whose parameters a tensor of the file makes."""
+    return {parameter.rpartition(".")[0] for parameter in names.of_tensor(tensor).parameters}
+
+
+def _tail(name: str) -> str:
+    """A pattern of a module in every block: from the first number on, up to the container of experts."""
+    head, found, rest = name.partition(".experts")
+    parts = (head + found if found and not re.search(r"\.\d", rest) else name).split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    return r".*\." * (first > 0) + r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in parts[first:])
+
+
+def reason_kept(tensor: str, model: nn.Module, names: CheckpointNames, why: dict[str, str]) -> str:
+    group = names.of_tensor(tensor)
+    if not group.parameters:
+        return "the model class has no place for it; carried along unchanged"
+    module_name, _, leaf = group.parameters[0].rpartition(".")
     if module_name in why:
         return why[module_name]
-    try:
-        module = model.get_submodule(module_name)
-    except AttributeError:
-        if ".experts." in tensor:
-            return "experts, which the model holds merged in one tensor; this version leaves them"
-        return "the model class has no module of that name; carried along unchanged"
+    module = model.get_submodule(module_name)
     if isinstance(module, nn.Embedding):
         return "embedding"
     if leaf == "bias":
@@ -107,7 +175,7 @@ def reason_kept(tensor: str, model: nn.Module, why: dict[str, str]) -> str:
     parameter = getattr(module, leaf, None)
     if parameter is not None and parameter.dim() < 2:
         return f"{type(module).__name__} vector"
-    if ".experts." in tensor:
+    if ".experts." in f"{module_name}.":
         return "experts, which the model holds merged in one tensor; this version leaves them"
     kind = type(module).__name__.removeprefix("Quant")
     if isinstance(module, nn.Linear) and isinstance(module, QuantWeightBase):

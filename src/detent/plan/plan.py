@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from detent.algorithms.registry import refusals
 from detent.checkpoints import LayerFormats, ModelFormats, Source, choose
 from detent.checkpoints.records import exported_format
 from detent.config import QuantCfg, QuantizeAlgorithmConfig, Scheme, quant_cfg_for
@@ -24,7 +25,19 @@ from detent.formats import Format, Integer
 from detent.formats.stored import has_outer
 from detent.model.conversion import replace_quant_module, set_quantizer_by_cfg
 from detent.nn import QuantWeightBase, TensorQuantizer
-from detent.plan.kept import check_attention, check_pattern, exclusions, overlooked, reason_kept, why_nothing
+from detent.plan.kept import (
+    check_attention,
+    check_pattern,
+    exclusions,
+    left_in_float,
+    overlooked,
+    reason_kept,
+    why_nothing,
+    without_a_name,
+)
+from detent.plan.readers import misread
+from detent.plan.unlike import check_fused
+from detent.pretrained.names import CheckpointNames
 from detent.structure import Structure, find_structure
 
 
@@ -47,11 +60,14 @@ class Plan:
             embedding, no output embedding, not excluded by the user. Their modules are of kinds that aren't quantized.
         unties: whether the output embedding is quantized, and so no longer the same as the input embedding.
         algorithms: what runs on the weights, in order; round-to-nearest where there is none.
+        names: what the tensors of the file and the parameters of the model have to do with each other. `formats` and
+            `quant_cfg` name modules of the model; `kept` and `parameters` name tensors of the file.
     """
 
     scheme: Scheme
     quant_cfg: QuantCfg
     formats: ModelFormats
+    names: CheckpointNames
     kept: dict[str, str]
     parameters: dict[str, int]
     layout: str
@@ -103,6 +119,8 @@ def make_plan(
     per_layer: Mapping[str, Scheme] | None = None,
     algorithms: list[QuantizeAlgorithmConfig] | None = None,
     overrides: str | Path | None = None,
+    only_layout: str | None = None,
+    allow_unfused: bool = False,
 ) -> Plan:
     """Plan the quantization of a checkpoint.
 
@@ -115,15 +133,21 @@ def make_plan(
         per_layer: {wildcard on module names: the scheme for these}; later ones win, exclusions win over all.
         algorithms: what runs on the weights, from `parse_algorithm`.
         overrides: a JSON file of what to use in place of the structure that is found: see `find_structure`.
+        only_layout: the name of the on-disk format that has to hold it; None for the first that does.
+        allow_unfused: whether layers that engines fuse may have different formats.
 
     Raises:
         DetentError: a pattern of `exclude` matches nothing; nothing is left to quantize; a weight of the model isn't in
-            the checkpoint; a group size that leaves no format to store it in.
+            the checkpoint; a group size that leaves no format to store it in; layers that engines fuse would differ; an
+            algorithm can't serve a format; an algorithm needs the structure of a model in which none can be found.
     """
     structure, notes = _structure(model, bool(algorithms or overrides), overrides)
+    names = CheckpointNames(model, source)
     replace_quant_module(model)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     patterns, why = exclusions(model, linears, exclude)
+    fused = without_a_name(names, linears)
+    patterns, why = [*patterns, *fused], {**why, **fused}
     quant_cfg = quant_cfg_for(scheme)
     for pattern, special in (per_layer or {}).items():
         check_pattern("--group_size_per_layer", pattern, linears)
@@ -137,28 +161,36 @@ def make_plan(
     # Exclusions are checked above, in the user's words: a warning about them here would say it twice.
     set_quantizer_by_cfg(model, quant_cfg)
     layers = {name: _layer_formats(module) for name, module in _quantized(model)}
-    if not layers and kv_cache is None:
+    if not layers and (scheme.weight or scheme.input) and not (kv_cache and exclude and linears):
         raise DetentError(why_nothing(model, linears, exclude))
+    ignored, merges = left_in_float(source, model, names, layers)
     formats = ModelFormats(
         layers=layers,
         kv_cache=None if kv_cache is None else exported_format(kv_cache),
-        ignored=tuple(name for name in linears if name not in layers),
+        ignored=ignored,
+        aliases={file: name for name in layers if (file := names.layer(name) or name) != name},
+        merges=merges,
     )
-    weights = _weight_tensors(source, model, formats)
-    kept = {name: reason_kept(name, model, why) for name in source.tensors if name not in weights}
-    layout, layout_notes = choose(formats)
+    weights = _weight_tensors(source, model, names, formats)
+    kept = {name: reason_kept(name, model, names, why) for name in source.tensors if name not in weights}
+    if structure is not None and not allow_unfused:
+        check_fused(structure, layers, linears)
+    if messages := refusals(algorithms or [], layers):
+        raise DetentError("; ".join(messages))
+    layout, layout_notes = choose(formats, only=only_layout, refused=misread(model, formats))
     return Plan(
-        scheme,
-        quant_cfg,
-        formats,
-        kept,
-        weights,
-        layout.name,
-        model,
-        structure,
-        layout_notes,
-        notes,
-        overlooked={} if scheme.weight is None else overlooked(source, model, kept, why),
+        scheme=scheme,
+        quant_cfg=quant_cfg,
+        formats=formats,
+        names=names,
+        kept=kept,
+        parameters=weights,
+        layout=layout.name,
+        skeleton=model,
+        structure=structure,
+        layout_notes=layout_notes,
+        notes=notes,
+        overlooked={} if scheme.weight is None else overlooked(source, model, names, kept, why),
         unties=any(_is_tied(model, name) for name, layer in layers.items() if layer.weight is not None),
         algorithms=list(algorithms or []),
     )
@@ -207,13 +239,13 @@ def _layer_formats(module: QuantWeightBase) -> LayerFormats:
     )
 
 
-def _weight_tensors(source: Source, model: nn.Module, formats: ModelFormats) -> dict[str, int]:
+def _weight_tensors(source: Source, model: nn.Module, names: CheckpointNames, formats: ModelFormats) -> dict[str, int]:
     """{name: elements} of the tensors that hold quantized weights."""
     found = {}
     for layer, described in formats.layers.items():
         if described.weight is None:
             continue
-        name = f"{layer}.weight"
+        name = f"{names.layer(layer)}.weight"
         if name in source.tensors:
             if source.info(name).shape != described.shape:
                 raise DetentError(
@@ -222,12 +254,9 @@ def _weight_tensors(source: Source, model: nn.Module, formats: ModelFormats) -> 
                 )
             found[name] = math.prod(described.shape)
         elif not _is_tied(model, layer):
-            known = any(f"{other}.weight" in source.tensors for other in formats.layers)
             raise DetentError(
-                f"{source.path}: the checkpoint has no tensor {name}, which its config.json calls for"
-                if known
-                else f"{source.path}: the checkpoint names its tensors otherwise than {type(model).__name__}"
-                f" does, which this version cannot map: there is no {name} but {next(iter(source.tensors))}"
+                f"{source.path}: no tensor of the checkpoint is {layer}.weight of {type(model).__name__}, which its"
+                f" config.json calls for; the first tensor there is {next(iter(source.tensors))}"
             )
     return found
 

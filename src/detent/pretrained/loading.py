@@ -76,8 +76,8 @@ def _transformers(start: str, trusted: bool = False) -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def load_config(folder: Path, *, trust_remote_code: bool = False, values: dict[str, Any] | None = None) -> Any:
-    """The transformers configuration of a folder, or of `values` (the content of a config.json).
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration of a folder: that of the float model, also where the checkpoint is quantized.
 
     Raises:
         DetentError: transformers doesn't know the architecture; the model needs code of its own, or its attention is
@@ -86,7 +86,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, values: dict[s
     from transformers import AutoConfig
 
     check_folder(folder)
-    content = read_config(folder) if values is None else values
+    content = read_config(folder)
     if not trust_remote_code and (kernels := hub_kernels(content)):
         place, value = kernels[0]
         raise DetentError(
@@ -94,9 +94,9 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, values: dict[s
             " pass --trust_remote_code if you trust it, or take the entry out"
         )
     with _transformers(str(folder / CONFIG_NAME), trust_remote_code):
-        if values is None or "auto_map" in values:
-            return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-        return AutoConfig.for_model(**values)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    vars(config).pop("quantization_config", None)  # weights are decoded by Detent, not by transformers
+    return config
 
 
 def model_on_meta(config: Any, *, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> nn.Module:

@@ -55,7 +55,7 @@ def _check_shapes(checkpoint: QuantizedCheckpoint) -> None:
     from detent.pretrained.loading import load_config, model_on_meta
 
     try:
-        model = model_on_meta(load_config(checkpoint.path, values=checkpoint.config))
+        model = model_on_meta(load_config(checkpoint.path))
     except DetentError:
         return
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -55,7 +55,7 @@ def evaluate_checkpoint(
         raise DetentError(f"{folder} is not quantized: its config.json has no quantization_config")
     trust = model_options.trust_remote_code
     checkpoint = None if method is None else open_quantized(folder)
-    config = load_config(folder, trust_remote_code=trust, values=checkpoint.config if checkpoint else None)
+    config = load_config(folder, trust_remote_code=trust)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust)
     measure = Measure(evaluation, tokenizer, config, builtin, run)
     common: dict[str, Any] = {

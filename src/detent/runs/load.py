@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from detent.checkpoints import Activation, LayerCheckpoint, QuantizedCheckpoint, open_quantized
 from detent.config import QuantizerAttributeConfig
+from detent.errors import DetentError
 from detent.formats import Scales, decode
 from detent.model.conversion import replace_quant_module, set_quantizer_attribute
 from detent.nn import TensorQuantizer
 from detent.nn.attention import attention_modules, route_attention
 from detent.pretrained.loading import load_config, load_model, model_dtype, read_weights
+from detent.pretrained.names import CheckpointNames
 from detent.progress import track
 from detent.runs.online import attach_online
 
@@ -42,7 +45,7 @@ def load_quantized(
     """
     checkpoint = open_quantized(folder)
     source = checkpoint.source
-    config = load_config(folder, trust_remote_code=trust_remote_code, values=checkpoint.config)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
     dtype = model_dtype(data_type, config, source)
     state = read_weights(source, checkpoint.kept)
     records = {}
@@ -61,25 +64,36 @@ def load_quantized(
         state_dict=state,
         notify=notify,
     )
-    _attach(model, checkpoint, records)
+    names = CheckpointNames(model, dict.fromkeys([*checkpoint.kept, *(f"{name}.weight" for name in records)]))
+    _attach(model, checkpoint, names, [_in_model(record, names, folder) for record in records.values()])
     return model
 
 
-def _attach(model: nn.Module, checkpoint: QuantizedCheckpoint, records: dict[str, LayerCheckpoint]) -> None:
+def _in_model(record: LayerCheckpoint, names: CheckpointNames, folder: Path) -> LayerCheckpoint:
+    """A record under the name of the module that it belongs to."""
+    parameter = names.parameter(f"{record.name}.weight")
+    if parameter is None:
+        raise DetentError(f"{folder}: {record.name} is quantized, but the model of its config.json has no such layer")
+    return replace(record, name=parameter.removesuffix(".weight"))
+
+
+def _attach(
+    model: nn.Module, checkpoint: QuantizedCheckpoint, names: CheckpointNames, records: list[LayerCheckpoint]
+) -> None:
     """Put the activation quantizers of a checkpoint into a model of decoded weights."""
     replace_quant_module(model)
-    for name, record in records.items():
+    for record in records:
         for side in ("input", "output"):
             activation = getattr(record, side)
             if activation is not None:
-                _set_activation(model, f"{name}.{side}_quantizer", activation)
-    attach_online(model, checkpoint.formats, records.values())
+                _set_activation(model, f"{record.name}.{side}_quantizer", activation)
+    attach_online(model, checkpoint.formats, records)
     kv = checkpoint.formats.kv_cache
     if kv is not None:
         scales = checkpoint.kv_scales()
         for name, _ in attention_modules(model):
             for index, which in enumerate(("k_bmm_quantizer", "v_bmm_quantizer")):
-                calibrated = None if kv.dynamic else scales[name][index]
+                calibrated = None if kv.dynamic else scales[names.container(name)][index]
                 _set_activation(model, f"{name}.{which}", Activation(kv, calibrated))
     route_attention(model)
 

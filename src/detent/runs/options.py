@@ -72,6 +72,9 @@ class SchemeOptions:
         group_size_per_layer: (wildcard on module names, group size) pairs; the last match wins.
         exclude: wildcards on module names; None for the usual ones.
         overrides: a JSON file of what to use in place of the model's structure as it is found; see `find_structure`.
+        export: ``hf_format`` for compressed-tensors where it holds the model and else Detent's own layout, or
+            ``compressed-tensors`` for that or an error.
+        allow_unfused: whether layers that engines run as one may have different formats.
     """
 
     name: str | None = None
@@ -83,6 +86,8 @@ class SchemeOptions:
     min_kv_scale: float = 0.0
     exclude: list[str] | None = None
     overrides: str | None = None
+    export: str = "hf_format"
+    allow_unfused: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from detent.checkpoints import Source
 from detent.config import QuantizeAlgorithmConfig, Scheme, kv_cache_format, parse_scheme
@@ -18,7 +19,7 @@ from detent.errors import DetentError
 from detent.external.files import user_path
 from detent.external.output import add_to_manifest, check_target
 from detent.formats import Format
-from detent.model.kv_cache import floor_kv_scales
+from detent.model.kv_cache import check_cache, floor_kv_scales
 from detent.notices import collected_notices
 from detent.plan.plan import Plan, make_plan, with_scale_dtype
 from detent.pretrained.facts import max_sequence_length, vocabulary_size
@@ -31,15 +32,18 @@ from detent.pretrained.loading import (
 )
 from detent.report.run_report import REPORT_NAME, BeforeAfterBytes, Perplexity, RunReport
 from detent.runs.evaluate import Measure
+from detent.runs.load import load_quantized
 from detent.runs.options import AlgorithmOptions, CalibrationOptions, EvaluationOptions, ModelOptions, SchemeOptions
 from detent.runs.parts import calibration_report, layer_report, planned_weights
-from detent.runs.run import BUILTIN_MODEL, Run, model_folder
+from detent.runs.run import BUILTIN_MODEL, Run, check_one_process, model_folder
 from detent.runs.simulate import Simulation, simulate
 from detent.runs.write import write
 
 DEFAULT_SCHEME = "w_int4_per_group_sym"
 #: The part of a model that may stay in floating point unasked before the user is told.
 OVERLOOKED_SHARE = 0.2
+#: The relative error from which on a weight counts as lost: rounding noise stays far below, a weight of zeros has 1.
+LOST_ERROR = 0.9
 
 
 def quantize_checkpoint(
@@ -64,6 +68,7 @@ def quantize_checkpoint(
         DetentError: anything that the user can mend; the output folder is then as it was.
     """
     run = run or Run()
+    check_one_process()
     calibration, evaluation = calibration or CalibrationOptions(), evaluation or EvaluationOptions()
     output = user_path(output_dir)
     folder, builtin = model_folder(model_options)
@@ -98,10 +103,12 @@ def quantize_checkpoint(
         trust_remote_code=trust,
         notify=run.notify,
     )
+    if kv_cache is not None:
+        check_cache(model)
     before = measure(model)
     with collected_notices() as notices:
         simulation = simulate(model, plan, None if batches is None else (lambda m: run_batches(m, batches)))
-    for notice in [*notices, *_noteworthy(simulation)]:
+    for notice in [*notices, *_noteworthy(simulation), *_lost(simulation)]:
         run.notify(notice)
     if kv_cache is not None:
         floor_kv_scales(model, scheme_options.min_kv_scale)
@@ -125,7 +132,28 @@ def quantize_checkpoint(
         add_to_manifest(folder, REPORT_NAME)
 
     convert = model_options.data_type != "auto"
-    write(output, source, plan, model, simulation, dtype=dtype, convert=convert, overwrite=overwrite, complete=complete)
+
+    def load(folder: Path) -> nn.Module:
+        return load_quantized(
+            folder,
+            data_type=model_options.data_type,
+            device=model_options.device,
+            attention=model_options.attention,
+            trust_remote_code=trust,
+        )
+
+    write(
+        output,
+        source,
+        plan,
+        model,
+        simulation,
+        dtype=dtype,
+        convert=convert,
+        overwrite=overwrite,
+        load=load,
+        complete=complete,
+    )
     assert report is not None
     return report
 
@@ -196,6 +224,8 @@ def _plan(
         per_layer=groups,
         algorithms=algorithms,
         overrides=options.overrides,
+        only_layout=None if options.export == "hf_format" else options.export,
+        allow_unfused=options.allow_unfused,
     )
 
 
@@ -204,6 +234,23 @@ def _algorithms(options: AlgorithmOptions, run: Run) -> list[QuantizeAlgorithmCo
     for notice in notices:
         run.notify(notice)
     return steps
+
+
+def _lost(simulation: Simulation) -> list[str]:
+    """A line about weights of which hardly anything is left."""
+    lost = {name: layer.relative_error for name, layer in simulation.layers.items() if _is_lost(layer.relative_error)}
+    if not lost:
+        return []
+    worst = max(lost, key=lambda name: lost[name] or 0.0)
+    return [
+        f"WARNING: {len(lost)} of {len(simulation.layers)} weights are lost: {worst} has a relative error of"
+        f" {lost[worst]:.0%} (100% is a weight of zeros); leave {'it' if len(lost) == 1 else 'them'} in floating point,"
+        " or choose smaller groups"
+    ]
+
+
+def _is_lost(error: float | None) -> bool:
+    return error is not None and not error < LOST_ERROR
 
 
 def _noteworthy(simulation: Simulation) -> list[str]:

@@ -37,6 +37,15 @@ VERSION = "0.20.0"
 #: The key of the safetensors header metadata under which Detent leaves what the layout has no place for: the exact
 #: formats (scale rules, signedness), and the outer scales, of which the layout stores rounded reciprocals.
 METADATA_KEY = "detent"
+#: A group that no layer is in. While it merges experts, transformers 5 decodes them by the first group that has "re:"
+#: and "experts" in a target, else by the first group; weights that aren't packed pass through by an FP8 group alone.
+_PLAIN_EXPERTS = {
+    "weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False},
+    "input_activations": None,
+    "output_activations": None,
+    "format": ct.FLOAT,
+    "targets": ["re:experts that stay in floating point$"],
+}
 
 
 class CompressedTensorsLayout:
@@ -96,13 +105,16 @@ class CompressedTensorsLayout:
         for name, layer in formats.layers.items():
             scheme = _scheme(layer)
             group = groups.setdefault(json.dumps(scheme), scheme | {"targets": []})
-            group["targets"].append(_target(name))
+            group["targets"] += _targets(name, formats)
         if len(groups) == 1:
             # "Linear" is part of the names of vLLM's classes too, but not of that of its output embedding, which is
             # looked up by its module's name. It and whatever else lies outside the numbered blocks are named as well.
-            outside = [_target(name) for name in formats.layers if not any(map(str.isdigit, name.split(".")))]
-            next(iter(groups.values()))["targets"] = ["Linear", *outside]
+            outside = [name for name in formats.layers if not any(map(str.isdigit, name.split(".")))]
+            targets = [target for name in outside for target in _targets(name, formats)]
+            next(iter(groups.values()))["targets"] = ["Linear", *targets]
         layouts = {group["format"] for group in groups.values()} - {ct.DENSE}
+        if formats.merges and not _is_fp8(next(iter(groups.values()), {}).get("weights")):
+            groups[""] = _PLAIN_EXPERTS
         config = {
             "quant_method": self.name,
             "version": VERSION,
@@ -115,6 +127,15 @@ class CompressedTensorsLayout:
         if formats.kv_cache is not None:
             config["kv_cache_scheme"] = ct.kv_cache_args(formats.kv_cache)
         return config
+
+
+def _targets(name: str, formats: ModelFormats) -> list[str]:
+    """What names a layer: as in the file, and as transformers' model class has it."""
+    return [_target(each) for each in dict.fromkeys((name, formats.aliases.get(name, name)))]
+
+
+def _is_fp8(weights: dict[str, Any] | None) -> bool:
+    return weights is not None and (weights["type"], weights["num_bits"]) == ("float", 8)
 
 
 def _target(name: str) -> str:

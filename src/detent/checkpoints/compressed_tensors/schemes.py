@@ -174,8 +174,10 @@ def _weight_strategy(fmt: Format, shape: tuple[int, ...]) -> Args:
         return {"strategy": "channel"}
     if rows == 1:
         if shape[1] % columns:
+            fitting = next((size for size in (128, 64, 32, 16) if size < columns and shape[1] % size == 0), None)
             raise NotHeld(
-                f"groups of {columns} in rows of {shape[1]} input features: its reader takes no short last group"
+                f"groups of {columns} in rows of {shape[1]} input features: its reader takes no short last group."
+                + (f" A group size of {fitting} for this layer keeps the model loadable" if fitting else "")
             )
         return {"strategy": "group", "group_size": columns}
     declared = {axis % 2: length for axis, length in granularity.blocks}
