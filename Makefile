@@ -7,6 +7,7 @@ PYTHON ?=
 WORKERS ?= 2
 PYTEST_ARGS ?=
 CONSTRAINTS ?= constraints.txt
+EXTRAS ?= dev
 
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS)
@@ -57,7 +58,8 @@ coverage:
 	@$(MAKE) --no-print-directory pytest SELECT="$(COVERAGE)"
 
 lowest:
-	@$(MAKE) --no-print-directory pytest SELECT="$(QUICK)" VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+	@$(MAKE) --no-print-directory pytest SELECT="$(QUICK)" VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt \
+	  EXTRAS=accelerate,datasets,test
 
 lint: $(DEV)
 	$(PY) -m ruff check .
@@ -94,7 +96,7 @@ $(BASE): $(VENV)/bin/pip $(SPEC)
 
 $(DEV): $(VENV)/bin/pip $(SPEC)
 	@echo 'Installing Detent and its development tools into $(VENV): once, and mostly the download of torch.'
-	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --editable '.[$(EXTRAS)]'
 	@touch $(BASE) $@
 
 $(DOCS): $(VENV)/bin/pip $(SPEC)

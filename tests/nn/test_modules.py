@@ -297,6 +297,7 @@ def test_copies(preset: str, packed: bool) -> None:
     assert torch.equal(torch.load(stored, weights_only=False)(x), expected)
 
 
+@pytest.mark.slow
 def test_compiled_model_computes_the_same() -> None:
     x = torch.randn(3, 8)
     model = detent.quantize(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), detent.INT8_DEFAULT_CFG, lambda m: m(x)).eval()
