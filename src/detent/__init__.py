@@ -50,6 +50,8 @@ _HOMES = {
     "set_quantizer_by_cfg": "detent.model.conversion",
     "set_quantizer_by_cfg_context": "detent.model.conversion",
     "set_quantizer_attribute": "detent.model.conversion",
+    "set_quantizer_attributes_full": "detent.model.conversion",
+    "set_quantizer_attributes_partial": "detent.model.conversion",
     "enable_quantizer": "detent.model.conversion",
     "disable_quantizer": "detent.model.conversion",
     "print_quant_summary": "detent.model.weights",
@@ -113,6 +115,8 @@ if TYPE_CHECKING:
         enable_quantizer,
         replace_quant_module,
         set_quantizer_attribute,
+        set_quantizer_attributes_full,
+        set_quantizer_attributes_partial,
         set_quantizer_by_cfg,
         set_quantizer_by_cfg_context,
     )

@@ -205,8 +205,16 @@ class Call:
     def position(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> None:
         model(ids, mask)
 
+    @staticmethod
+    def part(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        model.model(input_ids=ids, attention_mask=mask)
 
-@pytest.mark.parametrize("call", [Call.keyword, Call.position])
+    @staticmethod
+    def part_by_position(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        model.model(ids, mask)
+
+
+@pytest.mark.parametrize("call", [Call.keyword, Call.position, Call.part, Call.part_by_position])
 def test_padding_never_enters_statistics(call: Callable[..., None]) -> None:
     """Padding tokens whose embedding is huge change no range: of linear inputs, keys, values."""
     cfg = detent.update_quant_cfg_with_kv_cache_quant(detent.FP8_DEFAULT_CFG, detent.FP8_AFFINE_KV_CFG["quant_cfg"])
@@ -230,3 +238,22 @@ def test_progress_of_bias_needs_data() -> None:
     cfg = {"quant_cfg": {"*input_quantizer": {"type": "dynamic", "bias": {-1: None, "type": "static"}}}}
     with pytest.raises(DetentError, match="pass a forward_loop"):
         detent.quantize(mlp(), cfg)
+
+
+def test_a_mask_added_to_scores_is_no_padding_mask() -> None:
+    """[tokens, tokens] of 0 and -inf, in a batch of as many sequences: every token counts."""
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+            return self.linear(x)
+
+    x = torch.randn(3, 3, 4, generator=torch.Generator().manual_seed(0))
+    x[2, 0, 0] = 50.0
+    causal = torch.full((3, 3), float("-inf")).triu(1)
+    model = nn.ModuleDict({"part": Part()})
+    detent.quantize(model, detent.INT8_DEFAULT_CFG, lambda m: m["part"](x, attention_mask=causal))
+    assert model["part"].linear.input_quantizer.amax == 50.0

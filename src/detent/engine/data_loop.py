@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from detent.algorithms.modes import ForwardLoop
 from detent.data.batches import CalibrationBatches
@@ -167,27 +168,35 @@ def _takes_an_argument(function: Callable[..., Any]) -> bool:
 
 @contextmanager
 def _mask_from_arguments(model: nn.Module) -> Iterator[None]:
-    """Padding never enters statistics: where a call passes an `attention_mask` [batch, seq], its zeros are left out."""
+    """Padding never enters statistics: where a call passes an `attention_mask` [batch, seq], its zeros are left out.
+
+    The call may be of the model or of a part of it (``model.model(...)``): the outermost module that is given a mask
+    says it for all that it calls.
+    """
     active: list[ExitStack] = []
-    try:
-        signature = inspect.signature(model.forward)
-    except ValueError:
-        signature = inspect.Signature()
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = _mask_argument(signature, args, kwargs) if current_token_mask() is None else None
-        stack = ExitStack()
-        if mask is not None:
-            stack.enter_context(token_mask(mask))
-        active.append(stack)
+    def watch(module: nn.Module, signature: inspect.Signature) -> list[RemovableHandle]:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            mask = _mask_argument(signature, args, kwargs) if current_token_mask() is None else None
+            stack = ExitStack()
+            if mask is not None:
+                stack.enter_context(token_mask(mask))
+            active.append(stack)
 
-    def after(*_: Any) -> None:
-        active.pop().close()
+        def after(*_: Any) -> None:
+            if active:  # empty where an earlier hook raised
+                active.pop().close()
 
-    hooks = [
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after, always_call=True),
-    ]
+        return [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after, always_call=True),
+        ]
+
+    hooks: list[RemovableHandle] = []
+    for module in model.modules():
+        signature = _signature(module)
+        if module is model or "attention_mask" in signature.parameters:
+            hooks += watch(module, signature)
     try:
         yield
     finally:
@@ -195,6 +204,13 @@ def _mask_from_arguments(model: nn.Module) -> Iterator[None]:
             hook.remove()
         while active:
             active.pop().close()
+
+
+def _signature(module: nn.Module) -> inspect.Signature:
+    try:
+        return inspect.signature(module.forward)
+    except (TypeError, ValueError):  # a function of C without a signature
+        return inspect.Signature()
 
 
 def _mask_argument(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -207,7 +223,11 @@ def _mask_argument(signature: inspect.Signature, args: tuple[Any, ...], kwargs: 
             return None
     if mask is None and args and isinstance(args[0], Mapping):
         mask = args[0].get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    if mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all()):
+        return None  # [tokens, tokens], added to attention's scores
+    return mask
 
 
 def run_batches(model: nn.Module, batches: CalibrationBatches, task: str = "Calibrating") -> None:

@@ -13,6 +13,7 @@ from detent.config import QuantizeConfig
 from detent.engine import calibration
 from detent.engine.calibration import Calibrated, Fold
 from detent.engine.data_loop import DataLoop
+from detent.model.adapters import adapter_names, asked_for
 from detent.model.conversion import (
     check_something_enabled,
     named_quantizers,
@@ -94,7 +95,7 @@ def run(
         DetentError: as `quantize` does; the model is then in no state to be used.
     """
     loop = DataLoop(forward_loop)
-    replace_quant_module(model)
+    replace_quant_module(model, adapters=asked_for(model, config.rules, adapter_names(model)))
     set_quantizer_by_cfg(model, config.quant_cfg, strict=strict)
     check_something_enabled(model, config.quant_cfg, strict=strict)
     done = calibration.run(model, config.algorithm, loop, structure=structure, fold=fold)

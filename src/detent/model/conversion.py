@@ -6,7 +6,7 @@ Invariant: a conversion that fails leaves the model as it was.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,7 +19,9 @@ from detent.config.attributes import Attributes, SequentialConfig, merged, parse
 from detent.config.matching import check_matches, match
 from detent.config.quant_cfg import Rule, class_name, normalize
 from detent.errors import DetentError
+from detent.model.adapters import adapter_names, rules_for_adapters
 from detent.model.rollback import remember, unchanged_on_failure
+from detent.model.save_guard import guard_save_pretrained
 from detent.nn import (
     QuantModuleRegistry,
     QuantWeightBase,
@@ -31,6 +33,7 @@ from detent.nn.attention import add_attention_quantizers, route_attention
 from detent.nn.instance_forward import float_forward
 from detent.nn.sequential import Quantizer, members_of
 from detent.nn.torch_transformer import leave_fast_path, weight_used_from_outside
+from detent.notices import notify
 
 _log = logging.getLogger(__name__)
 
@@ -56,20 +59,32 @@ def is_quantized(model: nn.Module) -> bool:
     return any(isinstance(m, TensorQuantizer) for m in model.modules())
 
 
-def replace_quant_module(model: nn.Module) -> None:
+def replace_quant_module(model: nn.Module, *, adapters: Collection[str] = ()) -> None:
     """Convert every registered module in place, with quantizers that are all off. What is converted already stays.
 
     Modules that look as if they should be converted and can't be (a subclass of a registered class with a forward of
     its own, attention that goes around its linear layer, recurrent layers, experts in one tensor) are named in a
     warning.
 
+    Args:
+        model: any module.
+        adapters: names of the modules of adapters (LoRA) that are converted too; the others stay in float.
+
     Raises:
         DetentError: nothing in the model can be converted; the model is then as it was.
+
+    Example:
+        >>> import torch, detent
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> detent.replace_quant_module(model)
+        >>> model[0].weight_quantizer
+        TensorQuantizer(disabled)
     """
     with unchanged_on_failure(model):
+        left = adapter_names(model) - set(adapters)
         old = {id(quantizer) for quantizer in model.modules() if isinstance(quantizer, TensorQuantizer)}
         for name, module in list(model.named_modules()):
-            if isinstance(module, TensorQuantizer) or type(module) not in QuantModuleRegistry:
+            if isinstance(module, TensorQuantizer) or type(module) not in QuantModuleRegistry or name in left:
                 continue
             if not weight_used_from_outside(model, name):
                 _check_initialized(name, module)
@@ -81,12 +96,19 @@ def replace_quant_module(model: nn.Module) -> None:
                 f"{type(model).__name__} has no module that Detent can quantize (known: {known}); see detent.register()"
             )
         leave_fast_path(model)
+        guard_save_pretrained(model)
         for name, quantizer in named_quantizers(model):
             quantizer.name = name
             if not any(id(member) in old for member in members_of(quantizer)):
                 quantizer.disable()
     for name, why in unconverted(model):
         _log.warning("%s stays unquantized: %s", name, why)
+    in_float = [name for name in left if type(model.get_submodule(name)) in QuantModuleRegistry]
+    if in_float:
+        notify(
+            f"{len(in_float)} layers of adapters (for instance {min(in_float)}) stay in float; to quantize them, give"
+            " them an entry in quant_cfg whose pattern matches nothing else"
+        )
 
 
 def _check_initialized(name: str, module: nn.Module) -> None:
@@ -145,9 +167,12 @@ def set_quantizer_by_cfg(model: nn.Module, quant_cfg: Any, *, strict: bool = Tru
     if not names:
         raise DetentError(f"{type(model).__name__} has no quantizers; call quantize() or replace_quant_module() first")
     warnings = check_matches(rules, names, strict=strict, must_enable=False)
+    adapters = adapter_names(model)
+    inside = {name for name in names if name.rpartition(".")[0] in adapters}
+    for_adapters = rules_for_adapters(rules, names, inside) if inside else []
     with unchanged_on_failure(model):
         for name, parents in names.items():
-            _apply(model, rules, name, parents)
+            _apply(model, for_adapters if name in inside else rules, name, parents)
         _settle(model)
     for warning in warnings:
         _log.warning("%s", warning)

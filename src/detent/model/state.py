@@ -29,6 +29,7 @@ from detent.model.rollback import unchanged_on_failure
 from detent.nn import QuantWeightBase, SequentialQuantizer, TensorQuantizer
 from detent.nn.attention import route_attention
 from detent.nn.packed_weight import packed_layout, unpack_codes
+from detent.nn.quant_module import check_module
 from detent.nn.sequential import Quantizer, members_of
 
 #: What a weight can have been before it was packed.
@@ -83,7 +84,8 @@ def restore_from_detent_state(model: nn.Module, state: dict[str, Any]) -> nn.Mod
     state = _checked(state, "the saved state")
     try:
         with unchanged_on_failure(model):
-            replace_quant_module(model)
+            owners = {name.rpartition(".")[0] for name in state["quantizers"]}
+            replace_quant_module(model, adapters=owners)
             _restore_quantizers(model, state["quantizers"])
             _restore_packed(model, state["packed"])
     except (AttributeError, TypeError) as error:
@@ -207,7 +209,7 @@ def restore(model: nn.Module | Callable[[], nn.Module], path: str | Path) -> nn.
     """
     path = user_path(path)
     if not isinstance(model, nn.Module):
-        model = model()
+        model = check_module(model() if callable(model) else model)
     tensors, state = _read(path)
     aliases = state.get("aliases", {})
     missing = [name for name in aliases.values() if name not in tensors]

@@ -1,0 +1,36 @@
+"""Every example in a docstring of the package runs and shows what it says."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "detent"
+
+
+def examples() -> Iterator[doctest.DocTest]:
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if ">>> " not in path.read_text(encoding="utf-8"):
+            continue
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
+        yield from (test for test in finder.find(module) if test.examples)
+
+
+@pytest.mark.parametrize("example", list(examples()), ids=lambda test: test.name)
+def test_example(example: doctest.DocTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an empty folder, with the names that the example imports and those of its module."""
+    monkeypatch.chdir(tmp_path)
+    report: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    failed, _ = runner.run(example, out=report.append)
+    assert not failed, "".join(report)
+
+
+def test_there_are_examples() -> None:
+    assert sum(1 for _ in examples()) > 5
