@@ -37,7 +37,7 @@ LAYERS = (
     "external",
 )
 #: Modules beneath the layers: everyone may import them, and they import nothing of the package.
-GROUND = ("errors", "progress", "notices", "padding", "distributed", "_version")
+GROUND = ("errors", "progress", "notices", "padding", "threads", "distributed", "_version")
 #: The package itself (its public names) and `python -m detent`. Only the command line, on top, may import the former.
 ROOT, MAIN = "__init__", "__main__"
 

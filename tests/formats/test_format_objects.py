@@ -6,6 +6,7 @@ import json
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
+import torch
 
 from detent import formats as df
 from detent.errors import DetentError
@@ -121,3 +122,35 @@ def test_impossible_formats_are_refused() -> None:
         df.micro_exponent(5)
     with pytest.raises(DetentError, match="unknown float element"):
         df.fp8("e9m9")
+
+
+def test_who_stores_an_outer_scale() -> None:
+    for fmt in (df.integer(4), df.mx("e2m1"), df.nvfp4(), df.progressive(), df.nf4()):
+        q = df.encode(torch.ones(2, 64), fmt)
+        assert fmt.has_outer_scale == (q.outer_scale is not None), str(fmt)
+    assert df.nvfp4().scale.outer
+    assert not df.progressive().scale.outer  # its outer scale is that of the base
+
+
+def test_scales_move_and_map() -> None:
+    scales = df.encode(torch.randn(4, 16), df.integer(4, df.per_channel(0), signed=False, symmetric=False)).scales
+    doubled = scales.map(lambda t: t * 2)
+    assert torch.equal(doubled.scale, scales.scale * 2)
+    assert torch.equal(doubled.zero_point, scales.zero_point * 2)
+    assert doubled.outer_scale is None
+    assert scales.to("meta").scale.is_meta
+
+
+def test_finite() -> None:
+    assert df.all_finite(torch.empty(0))
+    assert df.all_finite(torch.tensor([1.0, -1e38]))
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        assert not df.all_finite(torch.tensor([1.0, bad], dtype=torch.bfloat16))
+
+
+def test_same_bits() -> None:
+    zero, nan = torch.tensor([0.0]), torch.tensor([float("nan")])
+    assert df.same_bits(nan, nan.clone())
+    assert not df.same_bits(zero, -zero)
+    assert not df.same_bits(zero, zero.half())
+    assert not df.same_bits(zero, torch.zeros(2))

@@ -44,6 +44,15 @@ def test_negative_codes_are_twos_complement(width: int) -> None:
     assert torch.equal(unpack_int32(pack_int32(codes, width), width, len(codes), torch.int8), codes)
 
 
+@pytest.mark.parametrize("width", range(2, 9))
+def test_flipped_codes_are_offsets(width: int) -> None:
+    half = 2 ** (width - 1)
+    for n in LENGTHS:
+        codes = torch.randint(-half, half, (2, n), dtype=torch.int64).to(torch.int8)
+        for row, packed in zip(codes.tolist(), pack(codes, width, flip=True), strict=True):
+            assert bytes(packed.tolist()) == packed_by_hand([code + half for code in row], width)
+
+
 def test_any_rank_and_strides() -> None:
     codes = torch.randint(0, 8, (4, 5, 6), dtype=torch.uint8)
     for view in (codes, codes.transpose(0, 2), codes[..., ::2], codes[:1].expand(3, 5, 6), codes[0, 0]):

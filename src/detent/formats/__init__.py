@@ -14,7 +14,18 @@ from detent.formats.format import (
     small_float,
 )
 from detent.formats.granularity import Granularity, per_block, per_channel, per_group, per_tensor, per_token
-from detent.formats.qtensor import QTensor, Scales, decode, encode, fake_quantize, scales_from_range
+from detent.formats.qtensor import (
+    QTensor,
+    Scales,
+    all_finite,
+    decode,
+    encode,
+    encode_packed,
+    fake_quantize,
+    same_bits,
+    scales_from_range,
+    tile_scale,
+)
 from detent.formats.scales import FloatScale, PowerOfTwoScale
 
 __all__ = [
@@ -34,9 +45,11 @@ __all__ = [
     "QTensor",
     "Scales",
     "Table",
+    "all_finite",
     "bfp16",
     "decode",
     "encode",
+    "encode_packed",
     "fake_quantize",
     "fp8",
     "integer",
@@ -50,6 +63,8 @@ __all__ = [
     "per_tensor",
     "per_token",
     "progressive",
+    "same_bits",
     "scales_from_range",
     "small_float",
+    "tile_scale",
 ]

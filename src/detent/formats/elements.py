@@ -167,10 +167,15 @@ class Float:
         return ((negative if self.signed else 0) | magnitude).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
-        if self in _NATIVE:
+        if self in _NATIVE and (codes.is_cuda or codes.numel() < 1024):
             return codes.to(torch.float32)
-        table = torch.tensor(self.values(), dtype=torch.float32, device=codes.device)
-        return table[codes.long()]
+        return _look_up(self.table(codes.device), codes.view(torch.uint8))  # for E4M3 on a CPU, six times as fast
+
+    def table(self, device: torch.device) -> Tensor:
+        """The float32 value of every code, in code order; NaN or infinity where a code is set aside for them."""
+        if self in _NATIVE:
+            return torch.arange(256, dtype=torch.uint8, device=device).view(self.storage_dtype).to(torch.float32)
+        return torch.tensor(self.values(), dtype=torch.float32, device=device)
 
     def values(self) -> list[float]:
         """The value of every code, in code order (negative codes last, as sign and magnitude)."""
@@ -223,7 +228,16 @@ class Table:
         return self._index(grid).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
-        return torch.tensor(self.entries, dtype=torch.float32, device=codes.device)[codes.long()]
+        return _look_up(self.table(codes.device), codes)
+
+    def table(self, device: torch.device) -> Tensor:
+        """The float32 value of every code."""
+        return torch.tensor(self.entries, dtype=torch.float32, device=device)
+
+
+def _look_up(table: Tensor, codes: Tensor) -> Tensor:
+    """The value of each code, in the shape of `codes`."""
+    return table.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)
 
 
 Element = Integer | Float | Table

@@ -5,7 +5,7 @@ vector instructions for float64 conversions or for the bit patterns of floats. S
 
 Why the bits agree. Let y be x / s rounded to float32. Rounding never passes a float32 number, and every tie of a grid
 is one (it has at most 10 significant bits). So y lies on the same side of each tie as the exact quotient does, or is
-that very tie; only then could the wrong neighbour be chosen. `_off_false_ties` computes the sign of x - y s exactly for
+that very tie; only then could the wrong neighbour be chosen. `off_false_ties` computes the sign of x - y s exactly for
 such a y and moves it to the side where the exact quotient lies. A quotient by a power of two is exact anyway.
 """
 
@@ -52,7 +52,7 @@ def values(x: Tensor, fmt: Format, unit: Tensor, zero_point: Tensor | None) -> T
     scaled, divisor = x.to(torch.float32) * factor, torch.where(unit == 0, torch.inf, unit * factor)
     quotient = scaled / divisor
     if not isinstance(fmt.scale, PowerOfTwoScale):
-        quotient = _off_false_ties(quotient, scaled, divisor)
+        quotient = off_false_ties(quotient, scaled, divisor)
     if zero_point is None:
         return nearest(fmt.element, quotient) * unit
     bounded = quotient.clamp(-1024.0, 1024.0)  # beyond any distance from the zero point
@@ -78,7 +78,7 @@ def nearest(element: Element, v: Tensor, *, over: bool = False) -> Tensor:
     return torch.copysign((magnitude + magic) - magic, v)
 
 
-def _off_false_ties(quotient: Tensor, x: Tensor, divisor: Tensor) -> Tensor:
+def off_false_ties(quotient: Tensor, x: Tensor, divisor: Tensor) -> Tensor:
     """`quotient`, the rounded x / divisor, moved towards the exact one where it has 12 significant bits or fewer.
 
     For such a quotient both products below are exact (12 + 12 bits), the first difference is exact because the operands

@@ -77,6 +77,11 @@ class Format:
         return self.zero_point in ("none", "midpoint")
 
     @property
+    def has_outer_scale(self) -> bool:
+        """Whether a `QTensor` stores an outer scale: that of the scales (``scale.outer``), or that of the base."""
+        return self.scale.outer or self.base is not None
+
+    @property
     def bits(self) -> int:
         """Bits of one code, scales aside."""
         return self.element.bits
@@ -94,11 +99,11 @@ class Format:
             per_scale += 32
         shared = self.granularity.elements_per_scale(shape)
         bits = self.element.bits + (0.0 if math.isinf(shared) else per_scale / shared if shared else 0.0)
-        if isinstance(self.scale, PowerOfTwoScale) and self.scale.micro:
+        if self.scale.micro:
             last = shape[-1] if shape else 0
             bits += -(-last // self.scale.micro) / last if last else 1 / self.scale.micro
         count = math.prod(shape) if shape is not None else 0
-        if count and (self.base is not None or getattr(self.scale, "outer", False)):
+        if count and self.has_outer_scale:
             bits += 32 / count
         return bits
 

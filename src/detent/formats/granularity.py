@@ -123,7 +123,7 @@ def to_tiles(x: Tensor, granularity: Granularity, repeat_edge: bool = False) -> 
             x = x.index_select(axis, index)
         elif short:
             x = torch.nn.functional.pad(x, [0, 0] * (x.dim() - 1 - axis) + [0, short])
-    if _rows_suffice(lengths, shape):
+    if _lie_in_rows(lengths, shape):
         return x.reshape(-1, math.prod(lengths))
     split = [n for pair in zip(grid, lengths, strict=True) for n in pair]
     order = list(range(0, 2 * len(shape), 2)) + list(range(1, 2 * len(shape), 2))
@@ -136,7 +136,7 @@ def from_tiles(tiles: Tensor, granularity: Granularity, shape: tuple[int, ...]) 
         return tiles.reshape(shape)
     lengths, grid = granularity.lengths(shape), granularity.grid(shape)
     padded = [blocks * length for blocks, length in zip(grid, lengths, strict=True)]
-    if _rows_suffice(lengths, shape):
+    if _lie_in_rows(lengths, shape):
         x = tiles.reshape(padded)
     else:
         order = [n for axis in range(len(shape)) for n in (axis, len(shape) + axis)]
@@ -144,9 +144,17 @@ def from_tiles(tiles: Tensor, granularity: Granularity, shape: tuple[int, ...]) 
     return x[tuple(slice(0, size) for size in shape)].contiguous()
 
 
-def _rows_suffice(lengths: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+def _lie_in_rows(lengths: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     """Whether tiles lie one after the other in row-major memory: 1s, then one partial axis, then whole axes."""
     axis = 0
     while axis < len(shape) and lengths[axis] == 1:
         axis += 1
     return all(length == size for length, size in zip(lengths[axis + 1 :], shape[axis + 1 :], strict=True))
+
+
+def rows_suffice(granularity: Granularity, shape: tuple[int, ...]) -> bool:
+    """Whether the elements of a tensor that isn't empty keep their order in its tiles, without padding."""
+    if granularity.kind == "per_tensor":
+        return True
+    lengths = granularity.lengths(shape)
+    return _lie_in_rows(lengths, shape) and all(n % length == 0 for n, length in zip(shape, lengths, strict=True))

@@ -1,60 +1,112 @@
 """Bits on disk: dense packing of small codes, least significant bit first.
 
-``unpack(pack(codes, bits), bits, n, codes.dtype) == codes`` for any width from 1 to 8 and any length. Eight codes of b
-bits fill exactly b bytes, so every width is the same few shifts.
+``unpack(pack(codes, bits), bits, n, codes.dtype) == codes`` for any width from 1 to 8 and any length. Eight codes
+lie in a 64-bit word, one to a byte. Moving the upper of each two down beside the lower, then of each two pairs, then of
+the two fours, leaves b bytes at the low end: three steps for any width, fewer where they fill bytes before.
 """
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
+if sys.byteorder != "little":
+    raise ImportError("Detent packs codes through little-endian words, and this machine is big-endian")
 
-def pack(codes: Tensor, bits: int, word_bytes: int = 1) -> Tensor:
+_WORDS = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
+
+
+def pack(codes: Tensor, bits: int, word_bytes: int = 1, *, flip: bool = False) -> Tensor:
     """Codes [..., n] of `bits` bits as bytes [..., ceil(n * bits / 8)], rounded up to whole words.
 
     Code i occupies bits [i * b, (i + 1) * b) of the little-endian bit string; a negative int8 code goes there in two's
-    complement, a float8 code as its bit pattern. The unused end is zero.
+    complement, a float8 code as its bit pattern. The unused end is zero. `flip` inverts the top bit of each code, which
+    turns two's complement into an offset: -2^(b-1) becomes 0.
     """
-    if codes.is_floating_point():
-        codes = codes.view(torch.uint8)
-    n = codes.shape[-1]
-    blocks = -(-n // 8)
-    wide = torch.nn.functional.pad(codes.to(torch.int64) & (2**bits - 1), (0, blocks * 8 - n))
-    wide = wide.reshape(*codes.shape[:-1], blocks, 8)
-    block = (wide << (torch.arange(8, device=codes.device) * bits)).sum(-1)
-    bytes_ = (block[..., None] >> (torch.arange(bits, device=codes.device) * 8)) & 0xFF
-    flat = bytes_.to(torch.uint8).reshape(*codes.shape[:-1], blocks * bits)
+    n, lead = codes.shape[-1], codes.shape[:-1]
+    codes = codes.view(torch.uint8)
+    if flip:
+        codes = codes ^ (1 << (bits - 1))
+    if n % 8:
+        codes = torch.nn.functional.pad(codes, (0, -n % 8))
+    words = _words(codes) & _spread(bits, 8)
+    field, used = 8, bits  # each field has its codes in its lowest bits
+    while used % 8:
+        upper = words >> (field - used)
+        field, used = 2 * field, 2 * used
+        if 2 * used <= field:
+            words.bitwise_or_(upper).bitwise_and_(_spread(used, field))
+        else:  # the lower half overlaps where the upper one goes
+            words.bitwise_and_(_spread(used // 2, field))
+            words.bitwise_or_(upper.bitwise_and_(_spread(used // 2, field, used // 2)))
+    flat = _low_bytes(words, field, used).view(*lead, -(-n // 8) * bits)
     length = -(-n * bits // 8)
     length = -(-length // word_bytes) * word_bytes
     if length > flat.shape[-1]:
         return torch.nn.functional.pad(flat, (0, length - flat.shape[-1]))
-    return _fresh(flat[..., :length])
+    return flat if length == flat.shape[-1] else _fresh(flat[..., :length])
 
 
 def unpack(packed: Tensor, bits: int, n: int, dtype: torch.dtype = torch.uint8) -> Tensor:
     """The first `n` codes [..., n] of bytes that `pack` wrote, as the dtype that they had: uint8, int8 or a float8."""
     blocks = -(-n // 8)
-    bytes_ = packed[..., : blocks * bits].to(torch.int64)
-    bytes_ = torch.nn.functional.pad(bytes_, (0, blocks * bits - bytes_.shape[-1]))
-    bytes_ = bytes_.reshape(*packed.shape[:-1], blocks, bits)
-    block = (bytes_ << (torch.arange(bits, device=packed.device) * 8)).sum(-1)
-    codes = (block[..., None] >> (torch.arange(8, device=packed.device) * bits)) & (2**bits - 1)
-    if dtype == torch.int8:
-        codes = codes - ((codes >> (bits - 1)) << bits)  # the top bit is the sign
-    codes = codes.to(torch.int8 if dtype == torch.int8 else torch.uint8)
-    return codes.reshape(*packed.shape[:-1], blocks * 8)[..., :n].contiguous().view(dtype)
+    bytes_ = packed[..., : blocks * bits]
+    if bytes_.shape[-1] < blocks * bits:
+        bytes_ = torch.nn.functional.pad(bytes_, (0, blocks * bits - bytes_.shape[-1]))
+    field, used = 8, bits
+    while used % 8:
+        field, used = 2 * field, 2 * used
+    words = _from_low_bytes(bytes_, field, used)
+    while field > 8:
+        field, used = field // 2, used // 2
+        upper = (words << (field - used)).bitwise_and_(_spread(used, 2 * field, field))
+        words.bitwise_and_(_spread(used, 2 * field)).bitwise_or_(upper)
+    codes = words.view(torch.uint8)
+    if dtype == torch.int8 and bits < 8:
+        codes.bitwise_xor_(1 << (bits - 1)).sub_(1 << (bits - 1))  # the top bit is the sign
+    return _fresh(codes.view(*packed.shape[:-1], blocks * 8)[..., :n]).view(dtype)
 
 
-def pack_int32(codes: Tensor, bits: int) -> Tensor:
+def pack_int32(codes: Tensor, bits: int, *, flip: bool = False) -> Tensor:
     """The same bits as int32 words [..., ceil(n * bits / 32)] (little-endian)."""
-    packed = pack(codes, bits, word_bytes=4)
+    packed = pack(codes, bits, word_bytes=4, flip=flip)
     return packed.view(torch.int32) if packed.shape[-1] else packed.to(torch.int32)  # nothing to view: no last axis
 
 
 def unpack_int32(packed: Tensor, bits: int, n: int, dtype: torch.dtype = torch.uint8) -> Tensor:
     """The inverse of `pack_int32`."""
     return unpack(_fresh(packed).view(torch.uint8), bits, n, dtype)
+
+
+def _spread(ones: int, field: int, start: int = 0) -> int:
+    """A 64-bit mask, as a signed number: in each field of `field` bits, `ones` ones from bit `start` on."""
+    mask = sum(((1 << ones) - 1) << (at + start) for at in range(0, 64, field))
+    return mask - (1 << 64) if mask >> 63 else mask
+
+
+def _words(codes: Tensor) -> Tensor:
+    """uint8 codes, a multiple of 8 to a row, as int64 words in one row; a view where memory allows it."""
+    flat = codes.reshape(-1)
+    return (flat.clone() if flat.storage_offset() % 8 else flat).view(torch.int64)
+
+
+def _low_bytes(words: Tensor, field: int, used: int) -> Tensor:
+    """The lowest used / 8 bytes of each field, one after the other."""
+    if used == 8:
+        return words.view(_WORDS[field]).to(torch.uint8)
+    return words.view(torch.uint8).view(-1, field // 8)[:, : used // 8].reshape(-1)
+
+
+def _from_low_bytes(bytes_: Tensor, field: int, used: int) -> Tensor:
+    """The inverse of `_low_bytes`; always fresh memory."""
+    if used == 8:
+        narrow = bytes_.reshape(-1)
+        return (narrow.clone() if field == 8 else narrow.to(_WORDS[field])).view(torch.int64)
+    words = torch.zeros(bytes_.numel() * field // used // 8, dtype=torch.int64, device=bytes_.device)
+    words.view(torch.uint8).view(-1, field // 8)[:, : used // 8] = bytes_.reshape(-1, used // 8)
+    return words
 
 
 def _fresh(x: Tensor) -> Tensor:

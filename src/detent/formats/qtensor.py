@@ -10,7 +10,8 @@ Invariants:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,9 +20,18 @@ from detent.errors import DetentError
 from detent.formats import tiles as tl
 from detent.formats.elements import power_of_two
 from detent.formats.format import Format
-from detent.formats.granularity import from_tiles, to_tiles
-from detent.formats.kernels import simulate_dynamic, simulate_static
-from detent.formats.scales import FloatScale, PowerOfTwoScale
+from detent.formats.granularity import from_tiles, rows_suffice, to_tiles
+from detent.formats.kernels import (
+    decode_tiles,
+    encode_packed_tiles,
+    encode_tiles,
+    own_scale,
+    simulate_dynamic,
+    simulate_static,
+)
+from detent.formats.memory import new_tensor
+from detent.formats.packing import pack
+from detent.formats.scales import PowerOfTwoScale
 from detent.formats.tiles import TileScale
 
 
@@ -38,6 +48,13 @@ class Scales:
     scale: Tensor
     zero_point: Tensor | None = None
     outer_scale: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Scales:
+        """`function` of each tensor that there is."""
+        return Scales(*(None if t is None else function(t) for t in vars(self).values()))  # type: ignore[arg-type]
+
+    def to(self, device: torch.device | str) -> Scales:
+        return self.map(lambda t: t.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,11 +85,8 @@ class QTensor:
         if not isinstance(other, QTensor):
             return NotImplemented
         ours, theirs = self.tensors(), other.tensors()
-        return (
-            (self.format, self.shape, ours.keys()) == (other.format, other.shape, theirs.keys())
-            and all(ours[name].dtype == theirs[name].dtype for name in ours)
-            and all(torch.equal(_bits(ours[name]), _bits(theirs[name])) for name in ours)
-        )
+        same_form = (self.format, self.shape, ours.keys()) == (other.format, other.shape, theirs.keys())
+        return same_form and all(same_bits(ours[name], theirs[name]) for name in ours)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -107,9 +121,24 @@ class QTensor:
         return QTensor(self.format, shape, **{name: cut(name, x) for name, x in self.tensors().items()})
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors agree in dtype, shape and every bit: unlike values, bits tell 0 from -0, and a NaN is itself.
+
+    Decoding never needs to be compared: equal bits mean equal values. This reads each byte once.
+    """
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
+
+
 def _bits(x: Tensor) -> Tensor:
-    """A tensor's bit patterns: unlike values, they tell 0 from -0 and find NaN equal to itself."""
-    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
+    if x.numel() % 8 == 0 and x.is_contiguous() and x.storage_offset() % 8 == 0:
+        return x.reshape(-1).view(torch.int64)  # eight bytes at a time
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether a float tensor holds neither NaN nor infinity: the extremes of one with NaN are NaN, and unlike isfinite
+    they need no second tensor."""
+    return not x.numel() or bool(torch.isfinite(torch.stack(x.detach().aminmax())).all())
 
 
 def scales_from_range(fmt: Format, low: Tensor, high: Tensor, *, amax_tensor: Tensor | None = None) -> Scales:
@@ -129,10 +158,10 @@ def scales_from_range(fmt: Format, low: Tensor, high: Tensor, *, amax_tensor: Te
     if not bool((torch.isfinite(low) & torch.isfinite(high) & (low <= high)).all()):
         raise DetentError("calibrated ranges must be finite with low <= high; was the calibration data finite?")
     outer = None
-    if isinstance(fmt.scale, FloatScale) and fmt.scale.outer:
+    if fmt.scale.outer:
         if amax_tensor is None:
             amax_tensor = torch.maximum(-low, high).amax() if low.numel() else low.new_zeros(())
-        outer = fmt.scale.outer_scale(amax_tensor, fmt.element)
+        outer = tl.outer_scale_of(fmt, amax_tensor)
     return _stored(fmt, tl.scale_from_range(fmt, low, high, outer), tuple(low.shape))
 
 
@@ -162,22 +191,67 @@ def encode(
     if fmt.base is not None:
         return _encode_progressive(x, fmt, scales, name)
     shape = tuple(x.shape)
-    tiles = _tiles(x, fmt)
-    _check_values(x, fmt, name)
-    _check_scales(scales, fmt, x, name)
-    tile_scale = _own_scale(x, tiles, fmt, outer_scale, name) if scales is None else _tile_scale(fmt, scales)
-    grid, _, micro = tl.round_tiles(tiles, fmt, tile_scale)
-    stored = _stored(fmt, tile_scale, fmt.granularity.grid(shape)) if scales is None else scales
-    codes = from_tiles(fmt.element.encode(grid), fmt.granularity, shape)
-    return QTensor(fmt, shape, codes.contiguous(), **vars(stored), micro=_micro_out(micro, fmt, shape))
+    tiles, scale, scales = _scaled_tiles(x, fmt, scales, outer_scale, name)
+    codes, micro = encode_tiles(tiles, fmt, scale)
+    codes = from_tiles(codes, fmt.granularity, shape).contiguous()
+    return QTensor(fmt, shape, codes, **vars(scales), micro=_micro_out(micro, fmt, shape))
+
+
+def encode_packed(
+    x: Tensor,
+    fmt: Format,
+    scales: Scales | None = None,
+    *,
+    outer_scale: Tensor | None = None,
+    word_bytes: int = 1,
+    flip: bool = False,
+    name: str = "tensor",
+) -> tuple[Tensor, Scales]:
+    """``pack(encode(x, fmt, ...).codes, fmt.bits, word_bytes)`` and its scales, where it can without unpacked codes.
+
+    Args:
+        x, fmt, scales, outer_scale, name: as for `encode`.
+        word_bytes, flip: as for `packing.pack`.
+
+    Returns:
+        Bytes [..., ceil(n * bits / 8)], rounded up to whole words, of x [..., n]; and the scales. View them as
+        ``torch.int32`` for `word_bytes` 4.
+
+    Raises:
+        DetentError: as `encode`; the format has micro-exponents, which lie beside codes and scales.
+
+    Example:
+        >>> packed, scales = encode_packed(torch.randn(4, 256), df.integer(4, df.per_group(128)))
+        >>> packed.shape
+        torch.Size([4, 128])
+    """
+    if fmt.scale.micro:
+        raise DetentError(f"{name}: packed codes leave out the micro-exponents of [{fmt}]; use encode")
+    shape = tuple(x.shape)
+    whole = shape and shape[-1] and (shape[-1] * fmt.bits) % (8 * word_bytes) == 0
+    if fmt.base is not None or not whole or not x.numel() or not rows_suffice(fmt.granularity, shape):
+        q = encode(x, fmt, scales, outer_scale=outer_scale, name=name)
+        return pack(q.codes.reshape(shape or (1,)), fmt.bits, word_bytes, flip=flip), q.scales
+    _check_input(x, name)
+    tiles, scale, scales = _scaled_tiles(x, fmt, scales, outer_scale, name)
+    packed = new_tensor((*shape[:-1], shape[-1] * fmt.bits // 8), torch.uint8, x.device)
+    encode_packed_tiles(tiles, fmt, scale, packed.view(-1), flip)
+    return packed, scales
 
 
 def decode(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values of `q`: computed in float32, rounded once to `dtype`, saturating (finite values stay finite)."""
-    if q.format.base is not None:
+    fmt = q.format
+    if fmt.base is not None:
         assert q.outer_scale is not None
-        return tl.narrow(_decode_float32(q, _tile_scale(q.format, Scales(q.scale))) * q.outer_scale, dtype)
-    return tl.narrow(_decode_float32(q, _tile_scale(q.format, q.scales)), dtype)
+        plain = QTensor(replace(fmt, base=None), q.shape, q.codes, q.scale)
+        return tl.narrow(decode(plain) * q.outer_scale, dtype)
+    if q.micro is not None:
+        return tl.narrow(_decode_micro(q, q.micro), dtype)
+    if not q.codes.numel():
+        return q.codes.to(dtype)
+    tiles = to_tiles(q.codes, fmt.granularity)
+    return from_tiles(decode_tiles(tiles, fmt, tile_scale(fmt, q.scales), dtype), fmt.granularity, q.shape)
 
 
 def fake_quantize(
@@ -236,7 +310,7 @@ def _fake_quantize(x: Tensor, fmt: Format, scales: Scales | None, outer_scale: T
         _check_values(x, fmt, name)
     if scales is not None:
         _check_scales(scales, fmt, x, name)
-        out, largest = simulate_static(tiles, fmt, _tile_scale(fmt, scales))
+        out, largest = simulate_static(tiles, fmt, tile_scale(fmt, scales))
     else:
         out, largest = simulate_dynamic(tiles, fmt, outer_scale)
     if not bool(torch.isfinite(largest)):
@@ -248,22 +322,29 @@ def _tiles(x: Tensor, fmt: Format) -> Tensor:
     return to_tiles(x.detach(), fmt.granularity, repeat_edge=fmt.zero_point == "float")
 
 
-def _own_scale(x: Tensor, tiles: Tensor, fmt: Format, outer_scale: Tensor | None, name: str) -> TileScale:
-    """The scales that the values themselves ask for."""
-    return tl.scale_tiles(tiles, fmt, _outer(x, fmt, name, outer_scale))
-
-
-def _outer(x: Tensor, fmt: Format, name: str, given: Tensor | None) -> Tensor | None:
-    if not (isinstance(fmt.scale, FloatScale) and fmt.scale.outer):
-        return None
-    if given is not None:
-        return given
-    if x.numel() == 0:
-        return torch.ones((), dtype=torch.float32, device=x.device)
-    amax = torch.maximum(*(bound.abs() for bound in torch.aminmax(x))).to(torch.float32)
-    if not bool(torch.isfinite(amax)):
+def _scaled_tiles(
+    x: Tensor, fmt: Format, scales: Scales | None, outer_scale: Tensor | None, name: str
+) -> tuple[Tensor, TileScale, Scales]:
+    """The tiles of `x`, found to be what `fmt` can hold, and their scales: those given, or else their own."""
+    tiles, grid = _tiles(x, fmt), fmt.granularity.grid(tuple(x.shape))
+    _check_scales(scales, fmt, x, name)
+    if scales is not None or not x.numel() or tl.needs_nonnegative(fmt):
+        _check_values(x, fmt, name)
+    if scales is not None:
+        return tiles, tile_scale(fmt, scales), scales
+    if not x.numel():
+        empty = tl.scale_tiles(tiles, fmt, _outer_of_nothing(fmt, outer_scale, x.device))
+        return tiles, empty, _stored(fmt, empty, grid)
+    scale, largest = own_scale(tiles, fmt, outer_scale)
+    if not bool(torch.isfinite(largest)):
         raise _not_finite(name, x)
-    return fmt.scale.outer_scale(amax, fmt.element)
+    return tiles, scale, _stored(fmt, scale, grid)
+
+
+def _outer_of_nothing(fmt: Format, given: Tensor | None, device: torch.device) -> Tensor | None:
+    if not fmt.scale.outer or given is not None:
+        return given
+    return torch.ones((), dtype=torch.float32, device=device)
 
 
 def _stored(fmt: Format, scale: TileScale, shape: tuple[int, ...]) -> Scales:
@@ -274,8 +355,8 @@ def _stored(fmt: Format, scale: TileScale, shape: tuple[int, ...]) -> Scales:
     return Scales(fmt.scale.store(scale.value).reshape(shape), zero_point, scale.outer)
 
 
-def _tile_scale(fmt: Format, scales: Scales) -> TileScale:
-    """Stored scales as the tile functions take them."""
+def tile_scale(fmt: Format, scales: Scales) -> TileScale:
+    """Stored scales as the tile functions take them (`detent.formats.tiles`)."""
     zero_point = scales.zero_point
     value = fmt.scale.load(scales.scale).reshape(-1, 1)
     if fmt.zero_point == "midpoint":
@@ -285,16 +366,18 @@ def _tile_scale(fmt: Format, scales: Scales) -> TileScale:
     return TileScale(value, zero_point, None if fmt.base is not None else scales.outer_scale)
 
 
-def _decode_float32(q: QTensor, scale: TileScale) -> Tensor:
-    fmt = q.format
+#: The name that it had; other rooms still import it.
+_tile_scale = tile_scale
+
+
+def _decode_micro(q: QTensor, micro: Tensor) -> Tensor:
+    fmt, rule = q.format, q.format.scale
+    assert isinstance(rule, PowerOfTwoScale)
+    spread = micro.repeat_interleave(rule.micro, -1)[..., : q.shape[-1]]
+    exponent = tile_scale(fmt, q.scales).value + rule.unit_exponent(fmt.element)
+    unit = power_of_two(exponent - to_tiles(spread.to(torch.int64), fmt.granularity))
     tiles = to_tiles(fmt.element.decode(q.codes), fmt.granularity)
-    unit = tl.multiplier(fmt, scale)
-    if q.micro is not None:
-        assert isinstance(fmt.scale, PowerOfTwoScale)
-        spread = q.micro.repeat_interleave(fmt.scale.micro, -1)[..., : q.shape[-1]]
-        micro = to_tiles(spread.to(torch.int64), fmt.granularity)
-        unit = power_of_two(scale.value + fmt.scale.unit_exponent(fmt.element) - micro)
-    return from_tiles(tl.rebuild(tiles, fmt, scale, unit), fmt.granularity, q.shape)
+    return from_tiles(tl.rebuild(tiles, fmt, tile_scale(fmt, q.scales), unit), fmt.granularity, q.shape)
 
 
 def _micro_out(micro: Tensor | None, fmt: Format, shape: tuple[int, ...]) -> Tensor | None:
@@ -314,15 +397,10 @@ def _encode_progressive(x: Tensor, fmt: Format, scales: Scales | None, name: str
     outer = None if scales is None or scales.outer_scale is None else Scales(scales.outer_scale)
     base = encode(x, fmt.base, outer, name=name)
     values = fmt.base.element.decode(base.codes)
-    plain = _without_base(fmt)
-    q = encode(values, plain, None if scales is None else Scales(scales.scale, scales.zero_point), name=name)
+    q = encode(
+        values, replace(fmt, base=None), None if scales is None else Scales(scales.scale, scales.zero_point), name=name
+    )
     return QTensor(fmt, q.shape, q.codes, q.scale, q.zero_point, base.scale.to(torch.float32))
-
-
-def _without_base(fmt: Format) -> Format:
-    from dataclasses import replace
-
-    return replace(fmt, base=None)
 
 
 def _check_input(x: Tensor, name: str) -> None:
@@ -360,9 +438,3 @@ def _not_finite(name: str, x: Tensor) -> DetentError:
         f"{name}: {bad} of {x.numel()} values are NaN or infinite; quantization needs finite values,"
         " so check the checkpoint or the data that produced them"
     )
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether a float tensor holds neither NaN nor infinity: the extremes of one with NaN are NaN, and unlike isfinite
-    they need no second tensor."""
-    return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())

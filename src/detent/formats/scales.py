@@ -58,6 +58,8 @@ class FloatScale:
     outer: bool = False
     four_over_six: bool = False
 
+    micro = 0
+
     def __post_init__(self) -> None:
         _known("scale dtype", self.dtype, [*_TORCH_DTYPES, *_SMALL_FLOATS])
         _known("scale rule", self.rule, ["qmax", "half_range"])
@@ -143,6 +145,8 @@ class PowerOfTwoScale:
 
     bits = 8
     stored_dtype = torch.uint8
+    outer = False
+    four_over_six = False
 
     def __post_init__(self) -> None:
         _known("exponent rule", self.rounding, ["even", "floor", "ceil", "fit", "carry"])

@@ -100,6 +100,13 @@ def _affine_scale(fmt: Format, rule: FloatScale, low: Tensor, high: Tensor) -> T
     return TileScale(scale, zero_point.clamp(element.minimum, element.maximum).to(torch.float32))
 
 
+def outer_scale_of(fmt: Format, amax: Tensor) -> Tensor | None:
+    """The scale of the scales that a tensor's largest magnitude asks for, where the format has one."""
+    if isinstance(fmt.scale, FloatScale) and fmt.scale.outer:
+        return fmt.scale.outer_scale(amax, fmt.element)
+    return None
+
+
 def multiplier(fmt: Format, scale: TileScale) -> Tensor:
     """The number that one unit of the element stands for: float32 for float scales, float64 for powers of two."""
     if isinstance(fmt.scale, PowerOfTwoScale):
@@ -170,7 +177,7 @@ def choose_four_or_six(tiles: Tensor, fmt: Format, low: Tensor, high: Tensor, ou
 def scale_tiles(tiles: Tensor, fmt: Format, outer: Tensor | None = None) -> TileScale:
     """The scale that each tile's own values ask for."""
     low, high = tile_range(tiles, fmt)
-    if isinstance(fmt.scale, FloatScale) and fmt.scale.four_over_six:
+    if fmt.scale.four_over_six:
         return choose_four_or_six(tiles, fmt, low, high, outer)
     return scale_from_range(fmt, low, high, outer)
 
