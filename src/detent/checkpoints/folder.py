@@ -13,12 +13,14 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -98,6 +100,8 @@ class CheckpointWriter:
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[dict[str, int]] = []
+        #: {tensor name: `digest` of what was written}
+        self.digests: dict[str, int] = {}
         if source is not None:
             check_apart(self.out_dir, source.path.resolve())
         for notice in clear_leftovers(self.out_dir):
@@ -133,24 +137,32 @@ class CheckpointWriter:
         self._pending[name] = tensor.detach().cpu()
         self._pending_bytes += size
 
-    def finish(
+    @property
+    def nbytes(self) -> int:
+        """The size of all tensors in bytes."""
+        return sum(size for shard in self._shards for size in shard.values())
+
+    def finish(self, config: dict[str, Any], **more: Any) -> Path:
+        """`close`, with its arguments, and `commit`."""
+        self.close(config, **more)
+        return self.commit()
+
+    def close(
         self,
         config: dict[str, Any],
         *,
         metadata: dict[str, str] | None = None,
         files: dict[str, str] | None = None,
-        check: Callable[[Path], None] | None = None,
     ) -> Path:
-        """Write the rest and make the folder appear.
+        """Write the rest; the folder is then whole, but still under its temporary name.
 
         Args:
             config: the content of config.json.
             metadata: strings for the header of the last safetensors file.
             files: further text files, by name.
-            check: looks at the finished folder before it takes its place; what it raises keeps that from happening.
 
         Returns:
-            The folder.
+            The temporary folder.
         """
         # The last shard is written here, never by `add`, so that it can carry what is known only at the end.
         self._write_shard(metadata or {})
@@ -166,24 +178,30 @@ class CheckpointWriter:
             _write_json(self._temporary / CONFIG_NAME, config)
             write_manifest(self._temporary)
             self._set_permissions()
-        with _clear_errors(self.out_dir):
-            if check is not None:
-                self._check(check)
-            self._replace()
-        return self.out_dir
+        return self._temporary
 
-    def _check(self, check: Callable[[Path], None]) -> None:
-        """`check`, whose errors are about the folder that the user named rather than the hidden one."""
+    @contextmanager
+    def examined(self) -> Iterator[None]:
+        """For a look at the folder between `close` and `commit`: errors name it as the user did, not the hidden one."""
         try:
-            check(self._temporary)
+            with _clear_errors(self.out_dir):
+                yield
         except DetentError as error:
             message = str(error).replace(str(self._temporary), str(self.out_dir))
             raise DetentError(f"{message}; nothing was written to {self.out_dir}") from error
 
+    def commit(self) -> Path:
+        """Put the folder in its place; returns it."""
+        with _clear_errors(self.out_dir):
+            self._replace()
+        return self.out_dir
+
     def _write_shard(self, metadata: dict[str, str]) -> None:
         path = self._temporary / f"shard-{len(self._shards)}.safetensors"
+        separate = _separate(self._pending)
+        self.digests |= {name: digest(tensor) for name, tensor in separate.items()}
         with _clear_errors(self.out_dir):
-            save_file(_separate(self._pending), path, metadata={"format": "pt", **metadata})
+            save_file(separate, path, metadata={"format": "pt", **metadata})
         self._shards.append({name: t.numel() * t.element_size() for name, t in self._pending.items()})
         self._pending, self._pending_bytes = {}, 0
 
@@ -197,8 +215,7 @@ class CheckpointWriter:
             file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             (self._temporary / f"shard-{number}.safetensors").rename(self._temporary / file)
             weight_map.update(dict.fromkeys(shard, file))
-        total = sum(size for shard in self._shards for size in shard.values())
-        _write_json(self._temporary / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_json(self._temporary / INDEX_NAME, {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map})
 
     def _set_permissions(self) -> None:
         """The usual ones: temporary folders, and files that safetensors writes, are for their owner alone."""
@@ -246,6 +263,12 @@ def _copy(path: Path, target: Path) -> None:
         if error.filename is not None and Path(error.filename) == path:
             raise unreadable(path, error) from error
         raise
+
+
+def digest(tensor: Tensor) -> int:
+    """A checksum (CRC-32) of a tensor's bytes, which tells damage and mix-ups at nearly the speed of a copy."""
+    flat = tensor.cpu().contiguous().flatten()
+    return zlib.crc32(flat.view(torch.uint8).numpy()) if flat.numel() else 0  # type: ignore[arg-type]
 
 
 def _missing_parents(path: Path) -> list[Path]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -154,17 +155,47 @@ class QuantizedWriter:
         for name, tensor in self.layout.kv_tensors(module, key, value).items():
             self._folder.add(name, tensor)
 
-    def finish(self, files: dict[str, str] | None = None, *, check: Callable[[Path], None] | None = None) -> Path:
-        """Make the folder appear; `files` are further text files, by name, and `check` looks at it first.
+    @property
+    def digests(self) -> dict[str, int]:
+        """{tensor name: checksum of what was written}; see `folder.digest`."""
+        return self._folder.digests
+
+    @property
+    def nbytes(self) -> int:
+        """The size of what was written, in bytes."""
+        return self._folder.nbytes
+
+    def finish(self, config: dict[str, Any] | None = None) -> Path:
+        """`close` and `commit`."""
+        self.close(config)
+        return self.commit()
+
+    def examined(self) -> AbstractContextManager[None]:
+        """See `CheckpointWriter.examined`."""
+        return self._folder.examined()
+
+    def commit(self) -> Path:
+        """Put the folder in its place; returns it."""
+        return self._folder.commit()
+
+    def close(self, config: dict[str, Any] | None = None) -> Path:
+        """Write the rest; the folder is then whole, but still under its temporary name.
+
+        Args:
+            config: the content of config.json; that of the source by default. What says how to read the weights is
+                added.
+
+        Returns:
+            The temporary folder.
 
         Raises:
             DetentError: a layer that `formats` announced wasn't written.
         """
         if self._missing:
             raise DetentError(f"{len(self._missing)} layers were not written: {', '.join(sorted(self._missing)[:3])}")
-        config = {**self.source.config, "quantization_config": self.layout.quantization_config(self.formats)}
+        how = {"quantization_config": self.layout.quantization_config(self.formats)}
         metadata = self.layout.metadata(self.formats, self._exact)
-        return self._folder.finish(config, metadata=metadata, files=files, check=check)
+        return self._folder.close({**(config or self.source.config), **how}, metadata=metadata)
 
 
 class QuantizedCheckpoint:

@@ -102,11 +102,21 @@ class Plan:
         chosen = [[n for n in group if (fmt := formats.get(n)) is not None and has_outer(fmt)] for group in groups]
         return [group for group in chosen if len(group) > 1]
 
+    def tensor_of(self, layer: str) -> str:
+        """The tensor of the file that is the weight of a layer: its own, or that of the layer it is tied to."""
+        parameter = f"{layer}.weight"
+        tied: Any = getattr(self.skeleton, "all_tied_weights_keys", None) or {}
+        group = self.names.of_parameter(parameter) or self.names.of_parameter(tied.get(parameter, parameter))
+        if group is None or len(group.tensors) != 1:
+            raise DetentError(f"{layer}: its weight is not one tensor of the checkpoint")
+        return group.tensors[0]
+
     @property
     def streams(self) -> bool:
         """Whether each weight can be quantized by itself: without data, and without a change to any other."""
         alone = (MaxCalibConfig, MseCalibConfig, HQQConfig)
-        return not self.needs_data and all(isinstance(step, alone) for step in self.algorithms)
+        data_free = not self.needs_data and self.formats.kv_cache is None
+        return data_free and all(isinstance(step, alone) for step in self.algorithms)
 
 
 def make_plan(

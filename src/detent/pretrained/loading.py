@@ -145,17 +145,19 @@ def model_dtype(data_type: str, config: Any, source: Source) -> torch.dtype:
     return dtype
 
 
-def read_weights(source: Source, names: Iterable[str], task: str = "Reading weights") -> dict[str, Tensor]:
-    """Tensors of a checkpoint by name.
+def read_weights(
+    source: Source, names: Iterable[str], *, tensor: Callable[[str], Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Tensors of a checkpoint by name. `tensor` reads one, in place of the source.
 
     Raises:
         DetentError: one can't be read, or holds NaN or infinity.
     """
     names = list(names)
     state = {}
-    for name in track(names, task, len(names)):
-        state[name] = tensor = source.tensor(name)
-        if tensor.dtype in _COMPUTED and not all_finite(tensor):
+    for name in track(names, "Reading weights", len(names)):
+        state[name] = value = (tensor or source.tensor)(name)
+        if value.dtype in _COMPUTED and not all_finite(value):
             raise DetentError(
                 f"{source.path / source.info(name).file}: {name} holds NaN or infinity, so the model is damaged;"
                 " download or train it again"

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from detent.checkpoints import Activation, LayerCheckpoint, QuantizedCheckpoint, open_quantized
+from detent.checkpoints import Activation, LayerCheckpoint, ModelFormats, Source, open_quantized
 from detent.config import QuantizerAttributeConfig
 from detent.errors import DetentError
 from detent.formats import Scales, decode
 from detent.model.conversion import replace_quant_module, set_quantizer_attribute
 from detent.nn import TensorQuantizer
 from detent.nn.attention import attention_modules, route_attention
-from detent.pretrained.loading import load_config, load_model, model_dtype, read_weights
+from detent.pretrained.loading import load_config, load_model, model_dtype, model_on_meta, read_weights
 from detent.pretrained.names import CheckpointNames
 from detent.progress import track
 from detent.runs.online import attach_online
@@ -28,44 +30,100 @@ def load_quantized(
     folder: Path,
     *,
     data_type: str = "auto",
+    dtype: torch.dtype | None = None,
     device: str = "cpu",
     attention: str | None = None,
     trust_remote_code: bool = False,
     notify: Callable[[str], None] = _log.warning,
+    config: Any = None,
 ) -> nn.Module:
     """The simulated model of a quantized checkpoint: weights decoded, activations and cache quantized as calibrated.
 
     Args:
         folder: a checkpoint in a layout that Detent reads.
-        data_type: the dtype to hold it in: a key of `models.DTYPES`, or ``auto`` for what config.json says.
+        data_type: the dtype to hold it in: a key of `DTYPES`, or ``auto`` for what config.json says.
+        dtype: the same, where it is known.
         device, attention, trust_remote_code, notify: as for `load_model`.
+        config: a transformers configuration in place of the folder's: of a model with fewer blocks.
 
     Raises:
         DetentError: the checkpoint isn't readable or doesn't fit its model.
     """
     checkpoint = open_quantized(folder)
-    source = checkpoint.source
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    dtype = model_dtype(data_type, config, source)
-    state = read_weights(source, checkpoint.kept)
-    records = {}
-    for name in track(checkpoint.formats.layers, "Decoding weights", len(checkpoint.formats.layers)):
-        record = checkpoint.layer(name)
-        if record.weight is not None:
-            state[f"{name}.weight"] = decode(record.weight, dtype)
-        records[name] = record
-    model = load_model(
-        source,
+    cut = config is not None
+    config = config or load_config(folder, trust_remote_code=trust_remote_code)
+    stored = Stored(checkpoint.source, checkpoint.formats, checkpoint.kept, checkpoint.layer, checkpoint.tensor)
+    return simulated_model(
+        stored,
         config,
-        dtype=dtype,
+        checkpoint.kv_scales,
+        cut=cut,
+        dtype=dtype or model_dtype(data_type, config, checkpoint.source),
         device=device,
         attention=attention,
         trust_remote_code=trust_remote_code,
-        state_dict=state,
         notify=notify,
     )
-    names = CheckpointNames(model, dict.fromkeys([*checkpoint.kept, *(f"{name}.weight" for name in records)]))
-    _attach(model, checkpoint, names, [_in_model(record, names, folder) for record in records.values()])
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a simulated model is made of; names are those in the file.
+
+    Attributes:
+        source: for messages: where it comes from.
+        formats: of the layers.
+        kept: the tensors that aren't quantized.
+        layer: gives the contents of a layer.
+        tensor: gives a tensor that isn't quantized.
+    """
+
+    source: Source
+    formats: ModelFormats
+    kept: Sequence[str]
+    layer: Callable[[str], LayerCheckpoint]
+    tensor: Callable[[str], Tensor]
+
+
+def simulated_model(
+    stored: Stored,
+    config: Any,
+    kv_scales: Callable[[], Mapping[str, tuple[Scales, Scales]]],
+    *,
+    cut: bool = False,
+    dtype: torch.dtype,
+    **options: Any,
+) -> nn.Module:
+    """A model whose weights are decoded and whose activations and cache are quantized as calibrated.
+
+    Args:
+        stored: what it is made of.
+        config: its transformers configuration.
+        kv_scales: gives the calibrated scales of keys and values.
+        cut: whether `config` describes fewer blocks than are stored; what it has no place for is left out.
+        dtype: to hold it in.
+        options: as for `load_model`.
+
+    Raises:
+        DetentError: a layer is stored that the model doesn't have, or the other way round.
+    """
+    where = stored.source.path
+    everything = dict.fromkeys([*stored.kept, *(f"{name}.weight" for name in stored.formats.layers)])
+    if cut:
+        skeleton = model_on_meta(config, trust_remote_code=options.get("trust_remote_code", False))
+        place = CheckpointNames(skeleton, everything)
+        everything = {name: None for name in everything if place.of_tensor(name).parameters}
+    state = read_weights(stored.source, [n for n in stored.kept if n in everything], tensor=stored.tensor)
+    records = []
+    layers = [name for name in stored.formats.layers if f"{name}.weight" in everything]
+    for name in track(layers, "Decoding weights", len(layers)):
+        record = stored.layer(name)
+        if record.weight is not None:
+            state[f"{name}.weight"] = decode(record.weight, dtype)
+        records.append(record)
+    model = load_model(stored.source, config, dtype=dtype, state_dict=state, **options)
+    names = CheckpointNames(model, everything)
+    _attach(model, stored.formats, kv_scales, names, [_in_model(record, names, where) for record in records])
     return model
 
 
@@ -78,7 +136,11 @@ def _in_model(record: LayerCheckpoint, names: CheckpointNames, folder: Path) -> 
 
 
 def _attach(
-    model: nn.Module, checkpoint: QuantizedCheckpoint, names: CheckpointNames, records: list[LayerCheckpoint]
+    model: nn.Module,
+    formats: ModelFormats,
+    kv_scales: Callable[[], Mapping[str, tuple[Scales, Scales]]],
+    names: CheckpointNames,
+    records: list[LayerCheckpoint],
 ) -> None:
     """Put the activation quantizers of a checkpoint into a model of decoded weights."""
     replace_quant_module(model)
@@ -87,10 +149,10 @@ def _attach(
             activation = getattr(record, side)
             if activation is not None:
                 _set_activation(model, f"{record.name}.{side}_quantizer", activation)
-    attach_online(model, checkpoint.formats, records)
-    kv = checkpoint.formats.kv_cache
+    attach_online(model, formats, records)
+    kv = formats.kv_cache
     if kv is not None:
-        scales = checkpoint.kv_scales()
+        scales = kv_scales()
         for name, _ in attention_modules(model):
             for index, which in enumerate(("k_bmm_quantizer", "v_bmm_quantizer")):
                 calibrated = None if kv.dynamic else scales[names.container(name)][index]

@@ -9,7 +9,7 @@ from detent.checkpoints import LayerFormats, QuantizedCheckpoint, Source
 from detent.data.batches import CalibrationBatches
 from detent.plan.plan import Plan
 from detent.report.run_report import AlgorithmReport, Calibration, LayerReport, Weights
-from detent.runs.simulate import SimulatedLayer
+from detent.runs.write import LayerResult
 
 
 def planned_weights(source: Source, plan: Plan) -> Weights:
@@ -38,9 +38,9 @@ def stored_parts(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
     return {"weights": weights, "layers": [_layer(name, formats, None) for name, formats in layers.items()]}
 
 
-def layer_report(name: str, layer: SimulatedLayer) -> LayerReport:
+def layer_report(name: str, layer: LayerResult) -> LayerReport:
     """One quantized layer of a run."""
-    report = _layer(name, layer.record.formats, layer.relative_error)
+    report = _layer(name, layer.formats, layer.relative_error)
     report.algorithms = [AlgorithmReport(**outcome.to_dict()) for outcome in layer.outcomes]
     return report
 

@@ -1,13 +1,13 @@
-"""Whole runs: quantize a checkpoint, evaluate one, reload one; each from options to a report."""
+"""Quantizing a checkpoint into a new folder, from options to a report."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from detent.checkpoints import Source
 from detent.config import QuantizeAlgorithmConfig, Scheme, kv_cache_format, parse_scheme
@@ -19,7 +19,7 @@ from detent.errors import DetentError
 from detent.external.files import user_path
 from detent.external.output import add_to_manifest, check_target
 from detent.formats import Format
-from detent.model.kv_cache import check_cache, floor_kv_scales
+from detent.model.kv_cache import check_cache
 from detent.notices import collected_notices
 from detent.plan.plan import Plan, make_plan, with_scale_dtype
 from detent.pretrained.facts import max_sequence_length, vocabulary_size
@@ -35,9 +35,12 @@ from detent.runs.evaluate import Measure
 from detent.runs.load import load_quantized
 from detent.runs.options import AlgorithmOptions, CalibrationOptions, EvaluationOptions, ModelOptions, SchemeOptions
 from detent.runs.parts import calibration_report, layer_report, planned_weights
+from detent.runs.probe import compare_few_blocks
 from detent.runs.run import BUILTIN_MODEL, Run, check_one_process, model_folder
-from detent.runs.simulate import Simulation, simulate
-from detent.runs.write import write
+from detent.runs.simulate import Quantized, simulate
+from detent.runs.stream import LayerStream
+from detent.runs.verify import check_logits, probe_logits, verify
+from detent.runs.write import LayerResult, written
 
 DEFAULT_SCHEME = "w_int4_per_group_sym"
 #: The part of a model that may stay in floating point unasked before the user is told.
@@ -80,6 +83,8 @@ def quantize_checkpoint(
         run.tell_about_texts(calibration if calibrates else None, evaluation)
     for notice in check_target(output, source=folder, overwrite=overwrite):
         run.notify(notice)
+
+    # The plan: whatever can be refused is refused here, before a weight is read.
     source = Source(folder)
     trust = model_options.trust_remote_code
     config = load_config(folder, trust_remote_code=trust)
@@ -93,68 +98,60 @@ def quantize_checkpoint(
     elif calibration.dataset is not None:
         check_source(calibration.dataset)  # not read, but a misspelled name shouldn't pass for a used one
     measure = Measure(evaluation, tokenizer, config, builtin, run)
+    loading: dict[str, Any] = {
+        "device": model_options.device,
+        "attention": model_options.attention,
+        "trust_remote_code": trust,
+    }
 
-    model = load_model(
-        source,
-        config,
-        dtype=dtype,
-        device=model_options.device,
-        attention=model_options.attention,
-        trust_remote_code=trust,
-        notify=run.notify,
-    )
-    if kv_cache is not None:
-        check_cache(model)
-    before = measure(model)
+    # The work: weight by weight from disk where nothing needs data, else in a model.
+    streams = plan.streams and model_options.data_type == "auto"
+    quantized: Quantized
+    before = after = expected = None
+    held: dict[str, torch.dtype] = {}
     with collected_notices() as notices:
-        simulation = simulate(model, plan, None if batches is None else (lambda m: run_batches(m, batches)))
-    for notice in [*notices, *_noteworthy(simulation), *_lost(simulation)]:
-        run.notify(notice)
-    if kv_cache is not None:
-        floor_kv_scales(model, scheme_options.min_kv_scale)
-    after = measure(model)
-    report: RunReport | None = None
+        if streams:
+            if not evaluation.skip:
+                before = measure(load_model(source, config, dtype=dtype, notify=run.notify, **loading))
+            quantized = LayerStream(source, plan, dtype, model_options.device)
+        else:
+            model = load_model(source, config, dtype=dtype, notify=run.notify, **loading)
+            if kv_cache is not None:
+                check_cache(model)
+            before = measure(model)
+            loop = None if batches is None else (lambda m: run_batches(m, batches))
+            quantized = simulate(model, plan, loop, min_kv_scale=scheme_options.min_kv_scale)
+            after, expected = measure(model), probe_logits(model)
+            if model_options.data_type != "auto":
+                held = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+            model.to("meta")  # never two models in memory
 
-    def complete(folder: Path, size: int) -> None:
-        nonlocal report
-        report = run.report(
-            model=model_options.model_dir or BUILTIN_MODEL,
-            scheme=scheme.name,
-            perplexity=None if evaluation.skip else Perplexity(before=before, after=after),
-            evaluation=measure.details,
-            size_bytes=BeforeAfterBytes(before=source.nbytes, after=size),
-            weights=planned_weights(source, plan),
-            layers=[layer_report(name, layer) for name, layer in simulation.layers.items()],
-            calibration=None if batches is None else calibration_report(batches),
-            output_dir=str(output),
-        )
-        report.write(folder)
-        add_to_manifest(folder, REPORT_NAME)
-
-    convert = model_options.data_type != "auto"
-
-    def load(folder: Path) -> nn.Module:
-        return load_quantized(
-            folder,
-            data_type=model_options.data_type,
-            device=model_options.device,
-            attention=model_options.attention,
-            trust_remote_code=trust,
-        )
-
-    write(
-        output,
-        source,
-        plan,
-        model,
-        simulation,
-        dtype=dtype,
-        convert=convert,
-        overwrite=overwrite,
-        load=load,
-        complete=complete,
-    )
-    assert report is not None
+        # The folder: written under a temporary name, proved, reported on, and only then put in its place.
+        with written(output, source, plan, quantized, dtype=dtype, held=held, overwrite=overwrite) as out:
+            with out.examined():
+                verify(out.folder, out.expected, source)
+                if expected is not None:
+                    check_logits(expected, probe_logits(load_quantized(out.folder, dtype=dtype, **loading)))
+                else:
+                    compare_few_blocks(out.folder, source, plan, quantized, config, dtype=dtype, **loading)
+                    if not evaluation.skip:
+                        after = measure(load_quantized(out.folder, dtype=dtype, **loading))
+            for notice in [*notices, *_noteworthy(out.layers), *_lost(out.layers)]:
+                run.notify(notice)
+            report = run.report(
+                model=model_options.model_dir or BUILTIN_MODEL,
+                scheme=scheme.name,
+                perplexity=None if evaluation.skip else Perplexity(before=before, after=after),
+                evaluation=measure.details,
+                size_bytes=BeforeAfterBytes(before=source.nbytes, after=out.nbytes),
+                weights=planned_weights(source, plan),
+                layers=[layer_report(name, layer) for name, layer in out.layers.items()],
+                calibration=None if batches is None else calibration_report(batches),
+                output_dir=str(output),
+            )
+            report.write(out.folder)
+            add_to_manifest(out.folder, REPORT_NAME)
+            out.commit()
     return report
 
 
@@ -236,14 +233,14 @@ def _algorithms(options: AlgorithmOptions, run: Run) -> list[QuantizeAlgorithmCo
     return steps
 
 
-def _lost(simulation: Simulation) -> list[str]:
+def _lost(layers: Mapping[str, LayerResult]) -> list[str]:
     """A line about weights of which hardly anything is left."""
-    lost = {name: layer.relative_error for name, layer in simulation.layers.items() if _is_lost(layer.relative_error)}
+    lost = {name: layer.relative_error for name, layer in layers.items() if _is_lost(layer.relative_error)}
     if not lost:
         return []
     worst = max(lost, key=lambda name: lost[name] or 0.0)
     return [
-        f"WARNING: {len(lost)} of {len(simulation.layers)} weights are lost: {worst} has a relative error of"
+        f"WARNING: {len(lost)} of {len(layers)} weights are lost: {worst} has a relative error of"
         f" {lost[worst]:.0%} (100% is a weight of zeros); leave {'it' if len(lost) == 1 else 'them'} in floating point,"
         " or choose smaller groups"
     ]
@@ -253,15 +250,15 @@ def _is_lost(error: float | None) -> bool:
     return error is not None and not error < LOST_ERROR
 
 
-def _noteworthy(simulation: Simulation) -> list[str]:
+def _noteworthy(layers: Mapping[str, LayerResult]) -> list[str]:
     """One line for each reason why an algorithm kept round-to-nearest somewhere, or needed damping."""
     reasons: dict[tuple[str, str], list[str]] = {}
-    for name, layer in simulation.layers.items():
+    for name, layer in layers.items():
         for outcome in layer.outcomes:
             if outcome.noteworthy:
                 reasons.setdefault((outcome.algorithm, outcome.notice), []).append(name)
     return [
-        f"{algorithm}: {len(names)} of {len(simulation.layers)} layers, such as {names[0]}: {notice}"
+        f"{algorithm}: {len(names)} of {len(layers)} layers, such as {names[0]}: {notice}"
         for (algorithm, notice), names in reasons.items()
     ]
 

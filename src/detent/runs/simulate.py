@@ -1,31 +1,28 @@
-"""From a checkpoint folder to a quantized one: simulate in the model, write what was simulated, read it back."""
+"""A loaded model quantized by its plan, and what is known of each layer then."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from detent.algorithms.modes import ForwardLoop
 from detent.algorithms.outcome import Outcome
-from detent.checkpoints import (
-    Activation,
-    LayerCheckpoint,
-)
+from detent.checkpoints import Activation, LayerCheckpoint, ModelFormats
 from detent.checkpoints.records import exported_format
 from detent.config import QuantizeConfig
 from detent.engine import quantization
-from detent.formats import QTensor, decode
+from detent.formats import QTensor, Scales, decode
 from detent.model import edit
-from detent.model.kv_cache import stored_scales
+from detent.model.kv_cache import floor_kv_scales, kv_scales, stored_scales
 from detent.nn import QuantWeightBase, TensorQuantizer
 from detent.plan.plan import Plan
 from detent.progress import track
-from detent.runs.online import with_online
+from detent.runs.online import with_online, with_online_formats
 
 #: Elements of a weight whose error is measured at once.
 PIECE = 1 << 18
@@ -46,26 +43,58 @@ class SimulatedLayer:
     outcomes: list[Outcome] = field(default_factory=list)
 
 
+class Quantized(Protocol):
+    """What was made of a model or checkpoint by its plan, as it is handed to the writer."""
+
+    @property
+    def formats(self) -> ModelFormats:
+        """Of everything, with what transforms left for run time."""
+        ...
+
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """Other parameters that have new values, by their names in the model."""
+        ...
+
+    @property
+    def kv(self) -> Mapping[str, tuple[Scales, Scales]]:
+        """The calibrated scales of keys and values, by attention module."""
+        ...
+
+    @property
+    def untied(self) -> bool:
+        """Whether the output embedding has a tensor of its own now."""
+        ...
+
+    def layer(self, name: str) -> SimulatedLayer:
+        """One of the layers of `formats`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Simulation:
-    """A model quantized by its plan.
-
-    Attributes:
-        layers: by name, with codes, scales and errors.
-        changed: names of other parameters that algorithms gave new values.
-    """
+    """A model in memory quantized by its plan: a `Quantized`."""
 
     layers: dict[str, SimulatedLayer]
-    changed: set[str]
+    formats: ModelFormats
+    values: Mapping[str, Tensor]
+    kv: Mapping[str, tuple[Scales, Scales]]
+    untied: bool
+
+    def layer(self, name: str) -> SimulatedLayer:
+        return self.layers[name]
 
 
-def simulate(model: nn.Module, plan: Plan, forward_loop: ForwardLoop | None) -> Simulation:
+def simulate(
+    model: nn.Module, plan: Plan, forward_loop: ForwardLoop | None, *, min_kv_scale: float = 0.0
+) -> Simulation:
     """Quantize a loaded model by its plan; afterwards its weights hold exactly what their codes decode to.
 
     Args:
         model: the float model; changed in place.
         plan: from `make_plan`.
         forward_loop: runs calibration data, where `plan.needs_data`.
+        min_kv_scale: the least scale of keys and values.
 
     Raises:
         DetentError: NaN or infinity in a weight or an activation; data is needed and missing; an algorithm can't serve
@@ -80,7 +109,17 @@ def simulate(model: nn.Module, plan: Plan, forward_loop: ForwardLoop | None) -> 
         module = model.get_submodule(name)
         assert isinstance(module, QuantWeightBase)
         layers[name] = _simulate_layer(name, module, plan, done.outcomes.get(name, []))
-    return Simulation(layers, done.changed)
+    if plan.formats.kv_cache is not None:
+        floor_kv_scales(model, min_kv_scale)
+    records = [layer.record for layer in layers.values()]
+    weights = {f"{record.name}.weight" for record in records if record.weight is not None}
+    return Simulation(
+        layers,
+        with_online_formats(plan.formats, records, model),
+        {name: model.get_parameter(name).detach() for name in sorted(done.changed - weights)},
+        kv_scales(model),
+        not getattr(getattr(model, "config", None), "tie_word_embeddings", True),
+    )
 
 
 def _share_outer_scale(model: nn.Module, names: list[str]) -> None:

@@ -7,14 +7,16 @@ computes what the simulated model computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from detent.checkpoints import LayerCheckpoint, QuantizedCheckpoint, Source, open_quantized
+from detent.checkpoints import LayerCheckpoint, ModelFormats, QuantizedCheckpoint, Source, open_quantized
+from detent.checkpoints.folder import digest
 from detent.errors import DetentError
 from detent.formats import Scales
 from detent.formats.qtensor import all_finite
@@ -24,6 +26,7 @@ from detent.progress import track
 #: A tensor that stays: None as it is in the source, a dtype for that cast to it, or new values.
 Kept = Tensor | torch.dtype | None
 
+_CHECKED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 #: Relative difference of logits, by dtype, that another order of the same sums may make.
 _TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-8}
 _COARSE = 2e-2
@@ -31,55 +34,71 @@ _COARSE = 2e-2
 _PROBE_LENGTH = 8
 
 
-def verify(
-    folder: Path,
-    *,
-    records: Mapping[str, LayerCheckpoint],
-    kept: Mapping[str, Kept],
-    source: Source,
-    kv: Mapping[str, tuple[Scales, Scales]] | None = None,
-    expected_logits: Tensor | None = None,
-    load: Callable[[Path], nn.Module] | None = None,
-) -> None:
-    """Prove that a written folder holds what was simulated.
+@dataclass(frozen=True)
+class Expected:
+    """What has to be found in a written folder; names are those in the file.
+
+    Attributes:
+        formats: of all layers.
+        examples: the contents of a layer of each form, which are read back and compared bit for bit.
+        kept: checksums of the tensors that stay, as they should be.
+        kv: scales of keys and values, by attention module.
+        digests: checksums of all tensors, as they were handed to the file system.
+    """
+
+    formats: ModelFormats
+    examples: list[LayerCheckpoint]
+    kept: dict[str, int]
+    kv: Mapping[str, tuple[Scales, Scales]]
+    digests: dict[str, int]
+
+
+def verify(folder: Path, expected: Expected, source: Source) -> None:
+    """Prove that a written folder holds what was quantized.
 
     Args:
         folder: with everything in it.
-        records: what was simulated, by the name of the layer in the file.
-        kept: by the name of the tensor in the file.
+        expected: what it should hold.
         source: the original checkpoint.
-        kv: scales of keys and values, by the name of the attention module in the file.
-        expected_logits: of the simulated model, from `probe_logits`; None compares what is stored alone.
-        load: loads the folder as its user would; needed with `expected_logits`.
 
     Raises:
-        DetentError: a tensor is missing, there twice, changed or not finite; a layer or scale differs; the reloaded
-            model computes something else.
+        DetentError: a tensor is missing, there twice or changed; a layer, format or scale differs.
     """
     checkpoint = open_quantized(folder)
-    _check_names(checkpoint, records, kept, source)
-    for name, record in track(records.items(), "Reading back", len(records)):
-        _check_layer(name, record, checkpoint.layer(name))
-    for name, how in kept.items():
-        _check_kept(name, checkpoint.tensor(name), kept_tensor(name, how, source))
+    _check_names(checkpoint, expected, source)
+    tensors = checkpoint.source.tensors
+    for name in track(tensors, "Reading back", len(tensors)):
+        found = digest(checkpoint.source.tensor(name))
+        if found != expected.digests.get(name) or found != expected.kept.get(name, found):
+            raise DetentError(f"the written checkpoint is wrong: {name} differs from what it should be")
+    for name, formats in expected.formats.layers.items():
+        if checkpoint.formats.layers[name] != formats:
+            raise DetentError(f"{name}: read back as {checkpoint.formats.layers[name]}, but {formats} was simulated")
+    for record in expected.examples:
+        _check_layer(record.name, record, checkpoint.layer(record.name))
     read_kv = checkpoint.kv_scales()
-    for module, pair in (kv or {}).items():
+    for module, pair in expected.kv.items():
         for which, ours, theirs in zip(("key", "value"), pair, read_kv[module], strict=True):
             _check_tensors(f"{module}: the scale of its {which}", vars(ours), vars(theirs))
     checkpoint.source.close()
-    if expected_logits is not None and load is not None:
-        _check_logits(expected_logits, probe_logits(load(folder)))
 
 
 def kept_tensor(name: str, how: Kept, source: Source) -> Tensor:
     """A tensor that stays, as it is to be written.
 
     Raises:
-        DetentError: a value is too large for the dtype that it is cast to.
+        DetentError: a value is not finite, or too large for the dtype that it is cast to.
     """
     if isinstance(how, Tensor):
+        if not all_finite(how):
+            raise DetentError(f"{name} has come to hold NaN or infinity, so it is not written")
         return how.cpu()
     tensor = source.tensor(name)
+    if tensor.dtype in _CHECKED and not all_finite(tensor):
+        raise DetentError(
+            f"{source.path / source.info(name).file}: {name} holds NaN or infinity, so the model is damaged; download"
+            " or train it again"
+        )
     if how is None or how == tensor.dtype:
         return tensor
     cast = tensor.to(how)
@@ -107,16 +126,16 @@ def probe_logits(model: nn.Module) -> Tensor:
     return logits.cpu()
 
 
-def _check_names(
-    checkpoint: QuantizedCheckpoint, records: Mapping[str, LayerCheckpoint], kept: Mapping[str, Kept], source: Source
-) -> None:
-    weights = {f"{name}.weight" for name, record in records.items() if record.weight is not None}
+def _check_names(checkpoint: QuantizedCheckpoint, expected: Expected, source: Source) -> None:
+    layers, kept, there = expected.formats.layers, expected.kept.keys(), set(checkpoint.kept)
+    weights = {f"{name}.weight" for name, formats in layers.items() if formats.weight is not None}
     problems = [
-        ("is neither quantized nor kept", source.tensors.keys() - weights - kept.keys()),
-        ("is both quantized and kept", weights & kept.keys()),
-        ("was kept and isn't there", kept.keys() - set(checkpoint.kept)),
-        ("is there, although nothing asked for it", set(checkpoint.kept) - kept.keys()),
-        ("was quantized and isn't there", records.keys() - checkpoint.formats.layers.keys()),
+        ("is neither quantized nor kept", source.tensors.keys() - weights - kept),
+        ("is both quantized and kept", weights & kept),
+        ("was kept and isn't there", kept - there),
+        ("is there, although nothing asked for it", there - kept),
+        ("was quantized and isn't there", layers.keys() - checkpoint.formats.layers.keys()),
+        ("was written and isn't there", expected.digests.keys() - checkpoint.source.tensors.keys()),
     ]
     for problem, names in problems:
         if names:
@@ -150,13 +169,6 @@ def _check_tensors(what: str, simulated: Mapping[str, Tensor | None], read: Mapp
             raise DetentError(f"{what} read back differs from the one that was simulated")
 
 
-def _check_kept(name: str, read: Tensor, wanted: Tensor) -> None:
-    if read.shape != wanted.shape or not _identical(read, wanted):
-        raise DetentError(f"the written checkpoint is wrong: {name} differs from what it should be")
-    if read.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16) and not all_finite(read):
-        raise DetentError(f"{name} holds NaN or infinity, so it is not written")
-
-
 def _identical(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same bits, whatever their shapes."""
     if a.dtype != b.dtype or a.numel() != b.numel():
@@ -169,7 +181,12 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.cpu().contiguous().flatten().view(integers[tensor.element_size()])
 
 
-def _check_logits(expected: Tensor, found: Tensor) -> None:
+def check_logits(expected: Tensor, found: Tensor) -> None:
+    """Refuse a reloaded model whose `probe_logits` aren't those of the simulated one, up to the order of sums.
+
+    Raises:
+        DetentError: they differ.
+    """
     if expected.shape != found.shape:
         raise DetentError(
             f"the model read back gives logits of shape {tuple(found.shape)}, not {tuple(expected.shape)}"
@@ -179,5 +196,5 @@ def _check_logits(expected: Tensor, found: Tensor) -> None:
     if not difference <= tolerance:  # NaN too
         raise DetentError(
             f"the model read back computes something else than the one that was simulated: its logits differ by"
-            f" {difference:.2%}; nothing is written"
+            f" {difference:.2%}"
         )

@@ -1,121 +1,145 @@
-"""From a simulated model to a checkpoint folder: write, read back, compare."""
+"""From what was quantized to a checkpoint folder, layer by layer, whole or not at all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from detent.checkpoints import LayerCheckpoint, ModelFormats, QuantizedWriter, Source, layouts, open_quantized
-from detent.model.kv_cache import kv_scales
+from detent.algorithms.outcome import Outcome
+from detent.checkpoints import LayerCheckpoint, LayerFormats, ModelFormats, QuantizedWriter, Source, layouts
+from detent.checkpoints.folder import digest
 from detent.plan.plan import Plan
 from detent.pretrained.names import CheckpointNames
 from detent.progress import track
-from detent.runs.online import with_online_formats
-from detent.runs.simulate import Simulation
-from detent.runs.verify import Kept, kept_tensor, probe_logits, verify
+from detent.runs.simulate import Quantized
+from detent.runs.verify import Expected, Kept, kept_tensor
 
 #: Bytes in a file of weights: small enough that progress shows while they are written.
 SHARD_SIZE = 1_000_000_000
 
 
-def write(
+@dataclass(frozen=True)
+class LayerResult:
+    """What a report tells of a layer: its formats, the error of its weight, and what algorithms did to it."""
+
+    formats: LayerFormats
+    relative_error: float | None
+    outcomes: list[Outcome] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint that is written and not yet in its place.
+
+    Attributes:
+        folder: under its temporary name.
+        layers: by the name of the module.
+        expected: what has to be found when it is read back.
+    """
+
+    folder: Path
+    layers: dict[str, LayerResult]
+    expected: Expected
+    _writer: QuantizedWriter
+
+    def examined(self) -> AbstractContextManager[None]:
+        """For looking at the folder: errors name it as the user did, and say that nothing was written."""
+        return self._writer.examined()
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all tensors in bytes."""
+        return self._writer.nbytes
+
+    def commit(self) -> None:
+        """Put the folder in its place."""
+        self._writer.commit()
+
+
+@contextmanager
+def written(
     out_dir: Path,
     source: Source,
     plan: Plan,
-    model: nn.Module,
-    simulation: Simulation,
+    quantized: Quantized,
     *,
     dtype: torch.dtype,
-    convert: bool = False,
+    held: Mapping[str, torch.dtype],
     overwrite: bool = False,
-    load: Callable[[Path], nn.Module] | None = None,
-    complete: Callable[[Path, int], None] = lambda folder, size: None,
-) -> None:
-    """Write the simulated model as a checkpoint, whole or not at all, and prove what was written; see `verify`.
+) -> Iterator[Written]:
+    """Write what was quantized. The folder appears with `Written.commit`; without it, nothing is left.
 
     Args:
         out_dir: the folder to appear.
         source: the original checkpoint; tensors that aren't quantized are copied from it.
-        plan, model, simulation: as planned and simulated.
-        dtype: the dtype that the model was held in, which config.json then names.
-        convert: write tensors that stay in the dtype that the model held them in; else as they are in `source`.
+        plan: of the checkpoint.
+        quantized: by the plan. Its layers are asked for in the order of the source's files.
+        dtype: that config.json then names.
+        held: {parameter: dtype} of those that are written in another dtype than that of the source.
         overwrite: replace a folder that Detent wrote.
-        load: loads the folder as its user would, for a comparison of logits; the model is then emptied (its weights
-            move to the meta device), so that there are never two of it in memory. None compares what is stored alone.
-        complete: called with the folder, under its temporary name, and the bytes of its tensors, once it was written
-            and proved; may add to it.
 
     Raises:
-        DetentError: the folder can't be written, or what is read back differs from what was simulated.
+        DetentError: the folder can't be written; a value that stays is not finite, or not in its new dtype.
     """
-    names, scales = plan.names, kv_scales(model)
+    names, layers = plan.names, dict[str, LayerResult]()
+    formats, kept = in_file(quantized.formats, names), _kept(plan, quantized, held)
+    kv = {names.container(module): pair for module, pair in quantized.kv.items()}
+    examples: dict[LayerFormats, LayerCheckpoint] = {}
+    module_of = {f"{names.layer(name) or name}.weight": name for name in quantized.formats.layers}
+    place = {tensor: index for index, tensor in enumerate(source.tensors)}
+    order = sorted(module_of.keys() | kept.keys(), key=lambda tensor: (place.get(tensor, len(place)), tensor))
+    layout = layouts[plan.layout] if layouts[plan.layout].can_hold(formats) is None else None
+    with QuantizedWriter(
+        out_dir, source=source, formats=formats, layout=layout, overwrite=overwrite, max_shard_size=SHARD_SIZE
+    ) as writer:
+        same: dict[str, int] = {}
+        for tensor in track(order, "Writing", len(order)):
+            if tensor in module_of:
+                simulated = quantized.layer(module_of[tensor])
+                record = replace(simulated.record, name=tensor.removesuffix(".weight"))
+                writer.add_layer(record)
+                layers[module_of[tensor]] = LayerResult(
+                    record.formats, simulated.relative_error, list(simulated.outcomes)
+                )
+                examples.setdefault(record.formats, record)
+            if tensor in kept:
+                value = kept_tensor(tensor, kept[tensor], source)
+                writer.add_tensor(tensor, value)
+                same[tensor] = digest(value)
+        for module, (key, value_scales) in kv.items():
+            writer.add_kv(module, key, value_scales)
+        folder = writer.close(_config(source, plan, quantized, dtype))
+        expected = Expected(formats, list(examples.values()), same, kv, dict(writer.digests))
+        yield Written(folder, layers, expected, writer)
+
+
+def _config(source: Source, plan: Plan, quantized: Quantized, dtype: torch.dtype) -> dict[str, Any]:
     config = {key: value for key, value in source.config.items() if key not in ("torch_dtype", "dtype")}
     config["dtype"] = str(dtype).removeprefix("torch.")
-    if plan.unties or _was_untied(model, config):
+    if plan.unties or (quantized.untied and config.get("tie_word_embeddings", True)):
         config["tie_word_embeddings"] = False
-    source.config = config
-    simulated = [layer.record for layer in simulation.layers.values()]
-    records = {record.name: record for record in (_in_file(record, names) for record in simulated)}
-    formats = _formats_in_file(with_online_formats(plan.formats, simulated, model), names)
-    kv = {names.container(module): pair for module, pair in scales.items()}
-    kept = _kept(plan, model, {name for name in simulation.changed if name not in _weights(simulated)}, convert)
-
-    def check(folder: Path) -> None:
-        expected = None
-        if load is not None:
-            expected = probe_logits(model)
-            model.to("meta")
-        verify(folder, records=records, kept=kept, source=source, kv=kv, expected_logits=expected, load=load)
-        complete(folder, open_quantized(folder).source.nbytes)
-
-    with QuantizedWriter(
-        out_dir,
-        source=source,
-        formats=formats,
-        layout=layouts[plan.layout] if layouts[plan.layout].can_hold(formats) is None else None,
-        overwrite=overwrite,
-        max_shard_size=SHARD_SIZE,
-    ) as writer:
-        for name in track([*records, *kept], "Writing", len(records) + len(kept)):
-            if name in records:
-                writer.add_layer(records[name])
-            else:
-                writer.add_tensor(name, kept_tensor(name, kept[name], source))
-        for module, (key, value) in kv.items():
-            writer.add_kv(module, key, value)
-        writer.finish(check=check)
+    return config
 
 
-def _kept(plan: Plan, model: nn.Module, changed: Iterable[str], convert: bool) -> dict[str, Kept]:
+def _kept(plan: Plan, quantized: Quantized, held: Mapping[str, torch.dtype]) -> dict[str, Kept]:
     """What becomes of each tensor that isn't a quantized weight, by its name in the file."""
-    held: dict[str, torch.dtype] = {}
-    if convert:
-        dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-        for group in plan.names.groups:
-            held |= {tensor: dtypes[p] for p in group.parameters[:1] for tensor in group.tensors if p in dtypes}
-    kept: dict[str, Kept] = {name: held.get(name) for name in plan.kept}
-    values = {name: model.get_parameter(name).detach() for name in sorted(changed)}
-    return kept | dict(plan.names.to_file(values))
+    dtypes = {
+        tensor: held[group.parameters[0]]
+        for group in plan.names.groups
+        for tensor in group.tensors
+        if group.parameters and group.parameters[0] in held
+    }
+    values: dict[str, Tensor] = plan.names.to_file(quantized.values)
+    kept: dict[str, Kept] = {name: dtypes.get(name) for name in plan.kept}
+    return kept | values
 
 
-def _weights(records: Iterable[LayerCheckpoint]) -> set[str]:
-    return {f"{record.name}.weight" for record in records if record.weight is not None}
-
-
-def _in_file(record: LayerCheckpoint, names: CheckpointNames) -> LayerCheckpoint:
-    return replace(record, name=names.layer(record.name) or record.name)
-
-
-def _formats_in_file(formats: ModelFormats, names: CheckpointNames) -> ModelFormats:
+def in_file(formats: ModelFormats, names: CheckpointNames) -> ModelFormats:
+    """`formats` under the names that layers have in the file."""
     return replace(formats, layers={names.layer(name) or name: layer for name, layer in formats.layers.items()})
-
-
-def _was_untied(model: nn.Module, config: Mapping[str, Any]) -> bool:
-    """Whether an algorithm gave the output embedding a tensor of its own."""
-    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", True)
-    return bool(config.get("tie_word_embeddings", True)) and not tied

@@ -1,0 +1,83 @@
+"""A model of few blocks in place of a large one: to compare what is written with what was simulated, cheaply."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from detent.checkpoints import Source
+from detent.errors import DetentError
+from detent.plan.plan import Plan
+from detent.pretrained.loading import model_on_meta
+from detent.runs.load import Stored, load_quantized, simulated_model
+from detent.runs.simulate import Quantized
+from detent.runs.verify import check_logits, kept_tensor, probe_logits
+from detent.runs.write import in_file
+
+#: Blocks of the model that is compared: two, since the first of a model is often of another kind than the rest.
+BLOCKS = 2
+
+
+def with_few_blocks(config: Any, model: nn.Module, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model with `BLOCKS` blocks that is otherwise the same; None if it can't be had.
+
+    Args:
+        config: of the whole model.
+        model: the whole model, on any device: every parameter of the small one has to be one of its own.
+        trust_remote_code: whether Python code that comes with the checkpoint may run.
+    """
+    few = copy.deepcopy(config)
+    cut = False
+    for part in (few, getattr(few, "text_config", None)):
+        count = getattr(part, "num_hidden_layers", None)
+        if part is not None and isinstance(count, int) and count > BLOCKS:
+            cut = True
+            for key, value in vars(part).items():
+                if isinstance(value, list) and len(value) == count:
+                    setattr(part, key, value[:BLOCKS])
+            part.num_hidden_layers = BLOCKS
+    if not cut:
+        return None
+    try:
+        small = model_on_meta(few, trust_remote_code=trust_remote_code)
+    except DetentError:  # a configuration in which other fields depend on the number of blocks
+        return None
+    shapes = {name: p.shape for name, p in model.state_dict().items()}
+    mine = {name: p.shape for name, p in small.state_dict().items()}
+    return few if mine.items() <= shapes.items() and len(mine) < len(shapes) else None
+
+
+def compare_few_blocks(
+    folder: Path, source: Source, plan: Plan, quantized: Quantized, config: Any, *, dtype: torch.dtype, **options: Any
+) -> None:
+    """Load the first blocks of a written folder as its user would, and hold their logits against those of the same
+    blocks as they were quantized.
+
+    Args:
+        folder: with everything in it.
+        source, plan, quantized: what it was made of.
+        config: the configuration of the model; it is cut to few blocks where that is possible.
+        dtype: to hold both in.
+        options: as for `load_model`.
+
+    Raises:
+        DetentError: the logits differ, or the folder can't be loaded.
+    """
+    few = with_few_blocks(config, plan.skeleton, trust_remote_code=options["trust_remote_code"])
+    module_of = {plan.names.layer(name) or name: name for name in plan.formats.layers}
+    stored = Stored(
+        source,
+        in_file(quantized.formats, plan.names),
+        list(plan.kept),
+        lambda name: replace(quantized.layer(module_of[name]).record, name=name),
+        lambda name: kept_tensor(name, None, source),
+    )
+    expected = probe_logits(
+        simulated_model(stored, few or config, lambda: quantized.kv, cut=few is not None, dtype=dtype, **options)
+    )
+    check_logits(expected, probe_logits(load_quantized(folder, dtype=dtype, config=few, **options)))

@@ -1,0 +1,71 @@
+"""Quantizing a checkpoint without data: each weight is read, quantized as planned and handed on; no model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from detent.algorithms.weight_ranges import calibrate_weight
+from detent.checkpoints import Source
+from detent.config import QuantizeAlgorithmConfig
+from detent.formats import Scales
+from detent.nn import QuantWeightBase, TensorQuantizer
+from detent.plan.plan import Plan
+from detent.runs.simulate import SimulatedLayer, layer_as_quantized
+
+
+class LayerStream:
+    """The layers of a plan that `Plan.streams`, each quantized when it is asked for and then let go: a `Quantized`.
+
+    The quantizers are those of the plan's skeleton, so that a layer gets the very bits that it would get in a model.
+
+    Args:
+        source: the checkpoint.
+        plan: of it.
+        dtype: that a model would be held in: weights are rounded to it first.
+        device: where weights are quantized.
+    """
+
+    #: Nothing but the layers changes, and nothing is calibrated.
+    values: Mapping[str, Tensor] = MappingProxyType({})
+    kv: Mapping[str, tuple[Scales, Scales]] = MappingProxyType({})
+    untied = False
+
+    def __init__(self, source: Source, plan: Plan, dtype: torch.dtype, device: str = "cpu") -> None:
+        self.formats = plan.formats
+        self._source, self._plan, self._dtype, self._device = source, plan, dtype, device
+        #: {layer: largest magnitude of all the layers that share its scale of scales}
+        self._common: dict[str, Tensor] = {}
+        for group in plan.groups_with_common_scale:
+            largest = torch.stack([self._weight(name).abs().amax().float() for name in group]).amax()
+            self._common |= dict.fromkeys(group, largest)
+
+    @torch.no_grad()
+    def layer(self, name: str) -> SimulatedLayer:
+        """Quantize one layer.
+
+        Raises:
+            DetentError: its weight can't be read, or holds NaN or infinity.
+        """
+        module = self._plan.skeleton.get_submodule(name)
+        assert isinstance(module, QuantWeightBase)
+        if self._plan.formats.layers[name].weight is None:
+            return layer_as_quantized(name, module, self._plan, None)
+        weight, quantizer = self._weight(name), module.weight_quantizer
+        steps: list[QuantizeAlgorithmConfig | None] = [*self._plan.algorithms] or [None]
+        for step in steps:
+            calibrate_weight(f"{name}.weight", quantizer, weight, step)
+        if name in self._common:
+            assert isinstance(quantizer, TensorQuantizer)
+            quantizer.global_amax = self._common[name]
+        simulated = layer_as_quantized(name, module, self._plan, weight)
+        for member in quantizer.modules():
+            if isinstance(member, TensorQuantizer):
+                member.reset_amax()
+        return simulated
+
+    def _weight(self, name: str) -> Tensor:
+        return self._source.tensor(self._plan.tensor_of(name)).to(self._device, self._dtype)
