@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from detent.errors import DetentError
-from detent.external.files import check_as
+from detent.external.files import check_as, shown
 from detent.external.schemas import LayoutDescription
 from detent.formats import FloatScale, Format, QTensor, Scales
 
@@ -194,8 +194,8 @@ def parse_description(description: dict[str, Any], where: str) -> ModelFormats:
     version = description.get("version")
     if version != DESCRIPTION_VERSION:
         raise DetentError(
-            f"{where}: written in version {version!r} of the layout; this Detent reads version {DESCRIPTION_VERSION}."
-            " Install the Detent that wrote it, or a newer one"
+            f"{where}: written in version {shown(version)} of the layout; this Detent reads version"
+            f" {DESCRIPTION_VERSION}. Install the Detent that wrote it, or a newer one"
         )
     check_as(LayoutDescription, description, f"{where}: the description of its formats is damaged")
     table = [Format.from_dict(fmt) for fmt in description["formats"]]

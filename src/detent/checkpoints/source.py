@@ -187,7 +187,7 @@ def quant_method(config: dict[str, Any]) -> str | None:
         for key in ("quantization_config", "compression_config"):
             quantization = part.get(key)
             if isinstance(quantization, dict) and quantization:
-                return str(quantization.get("quant_method") or "method not named")
+                return str(quantization.get("quant_method") or "method not named")[:80]
     return None
 
 

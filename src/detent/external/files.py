@@ -217,5 +217,10 @@ def _refuse(error: ValidationError, where: str) -> NoReturn:
     if first["type"] == "missing":
         raise DetentError(f"{where}: {field} is missing; the file is damaged, or of another kind")
     wanted = " or ".join(str(e["msg"]).removeprefix("Input should be ") for e in choices)
-    shown = repr(first["input"])
-    raise DetentError(f"{where}: {field} is {shown if len(shown) <= 80 else f'{shown[:77]}...'}; it takes {wanted}")
+    raise DetentError(f"{where}: {field} is {shown(first['input'])}; it takes {wanted}")
+
+
+def shown(value: object) -> str:
+    """A value from a file as a message quotes it: its first 80 characters at most."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -46,6 +46,6 @@ def as_detent_error(
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its name where it has none."""
+    """The first line of an error's text, which may quote a whole file, cut to 400 characters; or its name."""
     lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    return lines[0].strip()[:400] if lines else type(error).__name__

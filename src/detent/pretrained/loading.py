@@ -270,7 +270,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 def _told(error: BaseException, trusted: bool) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines()]
-    text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else first_line(error)
+    text = " ".join(lines[:2])[:400] if lines and lines[0].endswith(":") else first_line(error)
     if isinstance(error, KeyError):
         text = f"unknown value or missing key {text}"
     if "trust_remote_code" in str(error) and not trusted:
