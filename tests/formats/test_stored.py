@@ -51,6 +51,18 @@ def test_scales(value: float, field: str) -> None:
         check_scales(fmt, Scales(**{**vars(good.scales), field: bad}), "m.q")
 
 
+def test_a_weights_scales_may_be_negative_where_algorithms_choose_so() -> None:
+    """Integers with one code more below zero than above; nobody else's scales, and no activation's."""
+    turned = encode(torch.randn(4, 64), f.integer(4, f.per_group(32)))
+    turned.scale.neg_()
+    assert check_stored(turned, "w") is turned
+    with pytest.raises(DetentError, match="positive and finite"):
+        check_scales(turned.format, turned.scales, "m.q")
+    fp8 = encode(torch.randn(4, 64), f.fp8())
+    with pytest.raises(DetentError, match="positive and finite"):
+        check_scales(fp8.format, Scales(-fp8.scale), "m.q", of_weight=True)
+
+
 @pytest.mark.parametrize("value", [-9, 8, 1 << 30])
 def test_zero_points(value: int) -> None:
     good = encode(torch.randn(4, 64), FMT)

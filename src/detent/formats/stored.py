@@ -37,8 +37,15 @@ def stored_layout(fmt: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[
     return layout
 
 
-def check_scales(fmt: Format, scales: Scales, where: str) -> None:
+def check_scales(fmt: Format, scales: Scales, where: str, *, of_weight: bool = False) -> None:
     """Refuse scales that are zero, negative, NaN or infinite, and zero points that are no codes.
+
+    Args:
+        fmt: of the codes.
+        scales: as they were read.
+        where: the file and tensor, for messages.
+        of_weight: whether codes of a weight are under them: integers with one code more below zero than above may then
+            have negative scales, which algorithms choose where the largest number of a tile is positive.
 
     Raises:
         DetentError: naming `where`, and what was found.
@@ -48,7 +55,10 @@ def check_scales(fmt: Format, scales: Scales, where: str) -> None:
         if fmt.scale.rounding != "carry" and bool((stored == _E8M0_NAN).any()):
             raise DetentError(f"{where}: a scale is NaN (byte {_E8M0_NAN}); the file is damaged")
     else:
-        _check_positive(fmt.scale.load(stored), "scale", where)
+        element = fmt.element
+        lopsided = isinstance(element, Integer) and element.signed and not element.narrow and fmt.zero_point == "none"
+        values = fmt.scale.load(stored)
+        _check_positive(values.abs() if of_weight and lopsided else values, "scale", where)
     if scales.outer_scale is not None:
         _check_positive(scales.outer_scale, "outer scale", where)
     zero = scales.zero_point
@@ -102,7 +112,7 @@ def check_stored(q: QTensor, where: str) -> QTensor:
             raise DetentError(
                 f"{where}: {name} is {_told(have)}, but {q.format} of shape {q.shape} has {_told(layout.get(name))}"
             )
-    check_scales(q.format, q.scales, where)
+    check_scales(q.format, q.scales, where, of_weight=True)
     check_codes(q.format, q.codes, where)
     return q
 

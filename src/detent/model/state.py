@@ -332,9 +332,8 @@ def _check_ranges(where: str, quantizer: TensorQuantizer, state: dict[str, Tenso
     ):
         raise DetentError(f"{where}: the low end of a range lies above its high end")
     empty = torch.empty(0, dtype=quantizer.format.scale.stored_dtype)
-    check_scales(
-        quantizer.format, Scales(state.get("_scale", empty), state.get("_zero_point"), state.get("_outer_scale")), where
-    )
+    scales = Scales(state.get("_scale", empty), state.get("_zero_point"), state.get("_outer_scale"))
+    check_scales(quantizer.format, scales, where, of_weight="weight_quantizer" in where)
 
 
 def _check_tiles(where: str, model: nn.Module, name: str, quantizer: TensorQuantizer, state: dict[str, Tensor]) -> None:

@@ -63,13 +63,17 @@ class AlgorithmReport(_Part):
     algorithm: str
     #: What it minimises.
     objective: str
-    #: The objective with plain rounding, and with what was chosen.
+    #: The objective under round-to-nearest, and with what was chosen.
     before: float
     after: float
     #: The objective of a weight of zeros; None if not measured.
     energy: float | None = None
     decided: dict[str, Any] = Field(default_factory=dict)
     notice: str = ""
+    #: Whether the weight stays as round-to-nearest has it.
+    kept_plain: bool = False
+    #: Whether the notice was shown in the summary too.
+    noteworthy: bool = False
 
 
 class LayerReport(_Part):

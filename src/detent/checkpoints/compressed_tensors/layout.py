@@ -330,7 +330,7 @@ class CompressedTensorsReader:
         scale = self._tensor(f"{name}.weight_scale", grid, fmt.scale.stored_dtype)
         outer = self._outer_scale(name, "weight") if has_outer(fmt) else None
         scales = Scales(scale, self._zero_point(name, fmt, grid, shape), outer)
-        check_scales(fmt, scales, self._place(f"{name}.weight_scale"))
+        check_scales(fmt, scales, self._place(f"{name}.weight_scale"), of_weight=True)
         return scales
 
     def _expect_codes(self, name: str, fmt: Format, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...], torch.dtype]:
