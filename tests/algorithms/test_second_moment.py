@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+import detent
 from detent.algorithms import awq
 from detent.algorithms.awq import Clipping, awq_scale
 from detent.algorithms.gptq import Job, factorise, gptq
@@ -178,11 +182,40 @@ def test_gptq_rounds_layers_of_one_site_as_each_by_itself(monkeypatch: pytest.Mo
 
 def test_smoothquant_scale_is_the_papers() -> None:
     x, w = tokens(), weight()
+    seen = x.abs().amax(0)
     scale = smoothquant_scale(statistics_of(x).amax, (2 * w).abs().amax(0), 0.5)
-    wanted = x.abs().amax(0).double().sqrt() / (2 * w.abs().amax(0).double()).sqrt()
-    alive = torch.arange(48) != 7
-    torch.testing.assert_close(scale.double()[alive], wanted[alive], rtol=1e-6, atol=0)
-    assert float(scale[7]) == 1.0
+    live = np.sort(seen[seen > 0].numpy())
+    counted = seen.clamp_min(0.3 * float(live[(len(live) - 1) // 2]))
+    wanted = counted.double().sqrt() / (2 * w.abs().amax(0).double()).sqrt()
+    torch.testing.assert_close(scale.double(), wanted, rtol=1e-6, atol=0)
+    usual = seen > 0.5 * seen.median()
+    paper = seen.double().sqrt() / (2 * w.abs().amax(0).double()).sqrt()
+    torch.testing.assert_close(scale.double()[usual], paper[usual], rtol=1e-6, atol=0)
+    assert torch.equal(smoothquant_scale(seen, torch.zeros(48), 0.5), torch.ones(48))
+    assert torch.equal(smoothquant_scale(torch.zeros(48), w.abs().amax(0), 0.5), torch.ones(48))
+
+
+@pytest.mark.parametrize("level", [0.0, 1e-6, 1e-2, 1.0], ids=str)
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_smoothquant_helps_where_calibration_hardly_saw_some_channels(level: float, alpha: float) -> None:
+    """Sixteen of 256 channels carry `level` of their usual size on calibration data, and all of it on held-out data."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.exp(torch.randn(256, generator=generator) * 0.7)
+    spread[:3] *= 30
+    calibration, held_out = (torch.randn(1024, 256, generator=generator) * spread for _ in range(2))
+    calibration[:, torch.randperm(256, generator=generator)[:16]] *= level
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 64))
+    config = {"*weight_quantizer": {"num_bits": 8, "axis": 0}, "*input_quantizer": {"num_bits": 8}}
+
+    def error(algorithm: Any) -> float:
+        rounded = copy.deepcopy(model)
+        detent.quantize(rounded, {"quant_cfg": config, "algorithm": algorithm}, lambda m: m(calibration))
+        with torch.no_grad():
+            return float((rounded(held_out) - model(held_out)).norm() / model(held_out).norm())
+
+    plain, smooth = error("max"), error({"method": "smoothquant", "alpha": alpha})
+    assert smooth < 0.5 * plain
 
 
 @pytest.mark.parametrize("fmt", [FORMATS[0], FORMATS[2], FORMATS[5]], ids=str)

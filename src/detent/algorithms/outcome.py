@@ -31,5 +31,7 @@ class Outcome:
     noteworthy: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
+        """What the report of a run holds, as JSON values."""
+        values = asdict(self)
+        del values["kept_plain"], values["noteworthy"]
+        return values

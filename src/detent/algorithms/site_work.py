@@ -20,7 +20,7 @@ from detent.algorithms.outcome import Outcome
 from detent.algorithms.site import ObservedSite
 from detent.algorithms.weight_ranges import calibrate_weight
 from detent.config import QuantizeAlgorithmConfig
-from detent.formats import FloatScale, Format, Scales, fake_quantize, scales_from_range
+from detent.formats import FloatScale, Format, QTensor, Scales, decode, fake_quantize, scales_from_range
 from detent.formats.stored import has_outer
 from detent.statistics import SiteStatistics
 
@@ -285,4 +285,6 @@ def _follows_channels(layer: Layer) -> bool:
 def squared_error(layer: Layer) -> float:
     """The squared error of a layer's weight as it is rounded now."""
     weight = layer.matrix()
-    return float((layer.quantizer(layer.module.weight.detach()).float().reshape(weight.shape) - weight).square().sum())
+    rounded = layer.quantizer(layer.module.weight.detach())
+    rounded = decode(rounded) if isinstance(rounded, QTensor) else rounded  # codes, where these were asked for
+    return float((rounded.float().reshape(weight.shape) - weight).square().sum())

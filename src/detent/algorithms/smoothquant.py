@@ -27,6 +27,11 @@ from detent.statistics import SiteStatistics
 
 _log = logging.getLogger(__name__)
 
+#: This to the power of 1 - alpha is the share of the median channel's largest magnitude that any channel counts with
+#: at least: 0.3 for the usual 0.5, and the median itself for 1, where the scaled range leaves no channel room for more
+#: than it was seen to carry. Errors on data with channels that calibration didn't see then stay below those without
+#: channel scales, and those on data like calibration's are as they were.
+_LEAST_SEEN = 0.09
 #: The alphas that a search tries.
 _ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -34,7 +39,9 @@ _ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 def smoothquant_scale(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
     """s of SmoothQuant, float32 [channels]: what columns are multiplied with and the activation is divided by.
 
-    Channels that never carry a value, or that no weight reads, get 1.
+    A channel that calibration hardly saw may carry more later: with a scale as small as what it was seen to carry, it
+    would then be clipped in a static range. So no channel counts as smaller than a share of the median one. Channels
+    that no weight reads get 1.
 
     Args:
         activation: the largest magnitude of each channel.
@@ -42,9 +49,10 @@ def smoothquant_scale(activation: Tensor, weight: Tensor, alpha: float) -> Tenso
         alpha: how much of the range moves, from 0 to 1.
     """
     a, w = activation.double(), weight.double()
-    scale = a**alpha / w.clamp_min(1e-300) ** (1 - alpha)
-    dead = (a == 0) | (w == 0)
-    return torch.where(dead, 1.0, scale.clamp(LEAST, MOST)).float()
+    live = a[a > 0]
+    least = _LEAST_SEEN ** (1 - alpha) * live.median() if len(live) else a.new_zeros(())
+    scale = a.clamp_min(least) ** alpha / w.clamp_min(1e-300) ** (1 - alpha)
+    return torch.where((w == 0) | (least == 0), 1.0, scale.clamp(LEAST, MOST)).float()
 
 
 def smoothquant_search(

@@ -210,6 +210,7 @@ class _Recorder:
         """Run a block on the first sequence of the first batch (all of it, if it can't be cut)."""
         if index and self._handed_on is not None and not torch.equal(hidden.nan_to_num(), self._handed_on.nan_to_num()):
             self.trouble = "what enters a block is not what left the block before it"
+        whole = args, kwargs
         cached = any(kwargs.get(name) is not None for name in _CACHES)
         small = None if cached else cut_call(hidden, call, self.masks[0], slice(0, 1))
         if small is None:
@@ -221,6 +222,11 @@ class _Recorder:
         with token_mask(self.first_mask):
             output = original(*args, **kwargs)
         left = hidden_of(output).detach().clone()
+        if left.shape != entered.shape:  # later batches skip the blocks: what enters one has to fit the next
+            self.trouble = (
+                f"a block changes the shape of what enters it, from {tuple(entered.shape)} to {tuple(left.shape)}"
+            )
+            return output if small is None else original(*whole[0], **whole[1])
         self.first.append((call, entered.detach().clone(), left))
         self._template[index] = output
         self._handed_on = left if small is None else hidden.detach().clone()
@@ -299,6 +305,3 @@ def replaced_outputs(chain: BlockChain, outputs: TensorStore) -> Iterator[None]:
     finally:
         for block in chain.blocks:
             del block.forward
-
-
-# ---- a block's arguments and results --------------------------------------------------------------------------------

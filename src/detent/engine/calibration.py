@@ -19,8 +19,8 @@ from detent.algorithms.site_work import Ledger
 from detent.algorithms.weight_ranges import calibrate_weight, quantized_weights
 from detent.config import MaxCalibConfig, QuantizeAlgorithmConfig, RotationConfig, parse_algorithm
 from detent.distributed import ParallelState
+from detent.engine.chain import Experts, chain_of
 from detent.engine.data_loop import DataLoop
-from detent.engine.experts import Experts, chain_of
 from detent.engine.learn_model import distill_model, predictions
 from detent.engine.options import Traversal
 from detent.engine.solve import Solver

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from detent.errors import DetentError
 
 
 class TensorStore:
@@ -21,10 +24,21 @@ class TensorStore:
         return self._count
 
     def append(self, tensor: Tensor) -> None:
+        """Add a tensor behind the others.
+
+        Raises:
+            DetentError: the folder takes no more.
+        """
         if self._folder is None:
             self._held.append(tensor)
         else:
-            save_file({"x": tensor.contiguous().cpu()}, self._path(self._count))
+            try:
+                save_file({"x": tensor.contiguous().cpu()}, self._path(self._count))
+            except (OSError, SafetensorError) as error:
+                raise DetentError(
+                    f"spill: the inputs of blocks can't be written to {self._folder.parent} ({error}); have TMPDIR name"
+                    " a folder with more space, or leave spill out"
+                ) from None
         self._count += 1
 
     def get(self, index: int, device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ from detent.algorithms.layer import Layer, layers_of
 from detent.algorithms.registry import LayerFacts, handler_of
 from detent.algorithms.site import ObservedSite, Wanted
 from detent.engine.blocks import BlockChain, NoChain, Run, record_chain, replaced_outputs
-from detent.engine.experts import Experts, chain_of
+from detent.engine.chain import Experts, chain_of
 from detent.engine.learn_block import train_block
 from detent.engine.learning import coarse
 from detent.engine.observe import AllLayersSeen, SiteObserver
