@@ -15,6 +15,7 @@ from detent.checkpoints import Source
 from detent.errors import DetentError
 from detent.nn import QuantWeightBase
 from detent.nn.attention import attention_modules
+from detent.pretrained.facts import is_multimodal, outside_language
 from detent.pretrained.names import CheckpointNames
 
 #: Modules that stay in floating point unless the user says otherwise, beside the output embedding: routers choose
@@ -38,9 +39,12 @@ def exclusions(model: nn.Module, linears: list[str], exclude: list[str] | None) 
     if exclude is None:
         get_head: Any = getattr(model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
+        outside = outside_language(model)
         for name in linears:
             if head is not None and model.get_submodule(name) is head:
                 why[name] = "output embedding, kept by default"
+            elif outside(name):
+                why[name] = "outside of the language model, kept by default"
             elif any(fnmatchcase(name, pattern) for pattern in DEFAULT_EXCLUSIONS):
                 why[name] = "router or vision part, kept by default"
         return list(why), why
@@ -74,12 +78,28 @@ def check_pattern(flag: str, pattern: str, linears: list[str]) -> list[str]:
     return found
 
 
-def check_attention(model: nn.Module) -> None:
-    if not any(True for _ in attention_modules(model)):
+def unreached(model: nn.Module, unread: Iterable[str], linears: list[str]) -> dict[str, str]:
+    """{module name: reason} of the linear layers of a model of several modalities that no text reaches."""
+    if not is_multimodal(model):
+        return {}
+    found = {name for name in unread if name in linears}
+    return dict.fromkeys(found, "text alone doesn't reach it, so nothing can be learnt about its input")
+
+
+def check_attention(model: nn.Module) -> list[str]:
+    """The names of the attention modules whose keys and values stay, though those of the others are quantized.
+
+    Raises:
+        DetentError: there are no others.
+    """
+    outside = outside_language(model)
+    names = [name for name, _ in attention_modules(model)]
+    if all(map(outside, names)):
         raise DetentError(
             f"--kv_cache_dtype: {type(model).__name__} has no attention module that fetches its attention function by"
             " name, so keys and values cannot be reached; leave the key/value cache unquantized"
         )
+    return [name for name in names if outside(name)]
 
 
 def without_a_name(names: CheckpointNames, linears: list[str]) -> dict[str, str]:

@@ -32,6 +32,7 @@ from detent.plan.kept import (
     left_in_float,
     overlooked,
     reason_kept,
+    unreached,
     why_nothing,
     without_a_name,
 )
@@ -156,8 +157,10 @@ def make_plan(
     replace_quant_module(model)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     patterns, why = exclusions(model, linears, exclude)
-    fused = without_a_name(names, linears)
-    patterns, why = [*patterns, *fused], {**why, **fused}
+    more = without_a_name(names, linears)
+    if structure is not None and (scheme.needs_data or any(step.needs_data for step in algorithms or [])):
+        more |= unreached(model, structure.unread, linears)
+    patterns, why = [*patterns, *more], {**why, **more}
     quant_cfg = quant_cfg_for(scheme)
     for pattern, special in (per_layer or {}).items():
         check_pattern("--group_size_per_layer", pattern, linears)
@@ -166,8 +169,9 @@ def make_plan(
                 quant_cfg.append({**entry, "quantizer_name": f"{pattern}.{entry['quantizer_name'].lstrip('*')}"})
     quant_cfg.extend({"quantizer_name": f"{pattern}.*", "enable": False} for pattern in patterns)
     if kv_cache is not None:
-        check_attention(model)
+        elsewhere = check_attention(model)
         quant_cfg.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"format": kv_cache}})
+        quant_cfg.extend({"quantizer_name": f"{name}.*", "enable": False} for name in elsewhere)
     # Exclusions are checked above, in the user's words: a warning about them here would say it twice.
     set_quantizer_by_cfg(model, quant_cfg)
     layers = {name: _layer_formats(module) for name, module in _quantized(model)}

@@ -8,6 +8,7 @@ from torch import nn
 
 from detent.checkpoints import ModelFormats
 from detent.nn.attention import attention_modules
+from detent.pretrained.facts import outside_language
 
 #: compressed-tensors quantizes the cache of modules that have one of these, whose class is called an attention, and
 #: whose forward takes the cache.
@@ -22,6 +23,7 @@ def misread(model: nn.Module, formats: ModelFormats) -> dict[str, str]:
         formats: what is going to be written.
     """
     reasons = []
+    outside = outside_language(model)
     taken_apart = _taken_apart(model)
     if taken_apart:
         reasons.append(
@@ -33,7 +35,7 @@ def misread(model: nn.Module, formats: ModelFormats) -> dict[str, str]:
             f"compressed-tensors does not hold the key/value cache of {name}: its reader doesn't take a"
             f" {type(module).__name__} for attention with a cache, and would ignore the scales"
             for name, module in attention_modules(model)
-            if not _reads_cache_scales(module)
+            if not _reads_cache_scales(module) and not outside(name)
         ][:1]
     return {"compressed-tensors": reasons[0]} if reasons else {}
 

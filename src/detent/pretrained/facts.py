@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,23 @@ def input_device(model: nn.Module) -> torch.device:
                 if tensor.device.type != "meta":
                     return tensor.device
     return torch.device("cpu")
+
+
+def is_multimodal(model: nn.Module) -> bool:
+    """Whether a model's configuration has a part of its own for text."""
+    config: Any = getattr(model, "config", None)
+    get_text: Any = getattr(config, "get_text_config", None)
+    return get_text is not None and get_text() is not config
+
+
+def outside_language(model: nn.Module) -> Callable[[str], bool]:
+    """Tells of a module's name whether it lies outside the language part of a model of several modalities."""
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    if get_decoder is None or not is_multimodal(model):
+        return lambda name: False
+    decoder = get_decoder()
+    inside = next((name for name, module in model.named_modules() if module is decoder), "")
+    return lambda name: bool(inside) and not name.startswith(f"{inside}.")
 
 
 def _text_configs(config: Any) -> list[Any]:

@@ -103,18 +103,30 @@ def model_on_meta(config: Any, *, trust_remote_code: bool = False, dtype: torch.
     """The model of a configuration without memory for its weights.
 
     Raises:
-        DetentError: the architecture is no causal language model, or cannot be built from its configuration.
+        DetentError: the architecture is neither a causal language model nor one that reads images too, or cannot be
+            built from its configuration.
     """
-    from transformers import AutoModelForCausalLM
-
     kind = getattr(config, "model_type", "?")
     with (
         torch.device("meta"),
         _transformers(f"cannot build a {kind} language model from its config.json", trust_remote_code),
     ):
-        return AutoModelForCausalLM.from_config(
+        return _auto_class(config).from_config(
             config, trust_remote_code=trust_remote_code, dtype=dtype or torch.float32
         )
+
+
+def _auto_class(config: Any) -> Any:
+    """transformers' door to a language model, or to one that reads images too where config.json names its class or
+    the architecture has no other."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
+
+    kind = getattr(config, "model_type", "")
+    seeing = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
+    named = seeing in (getattr(config, "architectures", None) or ())
+    only = kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not hasattr(config, "auto_map")
+    return AutoModelForImageTextToText if seeing and (named or only) else AutoModelForCausalLM
 
 
 def model_dtype(data_type: str, config: Any, source: Source) -> torch.dtype:
@@ -207,6 +219,13 @@ def load_model(
             **options,
         )
     _check_complete(source.path, info)
+    if dtype == torch.float16:  # its range is the narrowest by far
+        for name, parameter in model.named_parameters():
+            if not all_finite(parameter):
+                raise DetentError(
+                    f"{source.path}: {name} has a value that float16, which ends at 65504, can't hold; keep the model"
+                    " in bfloat16 or float32"
+                )
     unused = sorted(info.get("unexpected_keys") or [])
     if unused:
         notify(

@@ -18,6 +18,7 @@ from detent.formats import Scales, decode
 from detent.model.conversion import replace_quant_module, set_quantizer_attribute
 from detent.nn import TensorQuantizer
 from detent.nn.attention import attention_modules, route_attention
+from detent.pretrained.facts import outside_language
 from detent.pretrained.loading import load_config, load_model, model_dtype, model_on_meta, read_weights
 from detent.pretrained.names import CheckpointNames
 from detent.progress import track
@@ -152,8 +153,8 @@ def _attach(
     attach_online(model, formats, records)
     kv = formats.kv_cache
     if kv is not None:
-        scales = kv_scales()
-        for name, _ in attention_modules(model):
+        scales, outside = kv_scales(), outside_language(model)
+        for name in [name for name, _ in attention_modules(model) if not outside(name)]:
             for index, which in enumerate(("k_bmm_quantizer", "v_bmm_quantizer")):
                 calibrated = None if kv.dynamic else scales[names.container(name)][index]
                 _set_activation(model, f"{name}.{which}", Activation(kv, calibrated))
