@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import field_serializer, field_validator, model_validator
 
 from detent.config import attribute_values as av
-from detent.config.base import ConfigField, ConfigModel
+from detent.config.base import ConfigField, ConfigModel, shown
 from detent.config.format_names import parse_format
 from detent.errors import DetentError
 from detent.formats import (
@@ -116,8 +116,8 @@ class QuantizerAttributeConfig(ConfigModel):
         if isinstance(value, bool | RotateConfig):
             return value
         if isinstance(value, Mapping):
-            return RotateConfig(**value)
-        raise DetentError(f"rotate: True, False or a RotateConfig, not {value!r}")
+            return RotateConfig(**{str(name): v for name, v in value.items()})
+        raise DetentError(f"rotate: True, False or a RotateConfig, not {shown(value)}")
 
     @field_validator("format", mode="before")
     @classmethod
@@ -129,7 +129,7 @@ class QuantizerAttributeConfig(ConfigModel):
         if isinstance(value, str):
             parse_format(value)
             return value
-        raise DetentError(f"format: a Format, its dictionary or a format name, not {value!r}")
+        raise DetentError(f"format: a Format, its dictionary or a format name, not {shown(value)}")
 
     @field_serializer("format")
     def _format_out(self, value: Format | str | None) -> Any:
@@ -287,7 +287,7 @@ def parse_attributes(value: Any) -> Attributes:
     if isinstance(value, Mapping):
         return QuantizerAttributeConfig(**{str(name): v for name, v in value.items()})
     raise DetentError(
-        f"attributes are a dictionary, or a list of them for several quantizers in sequence, not {value!r}"
+        f"attributes are a dictionary, or a list of them for several quantizers in sequence, not {shown(value)}"
     )
 
 
@@ -304,7 +304,7 @@ def merged(current: QuantizerAttributeConfig, given: Any) -> QuantizerAttributeC
     if isinstance(given, QuantizerAttributeConfig):
         return given
     if not isinstance(given, Mapping):
-        raise DetentError(f"attributes are a dictionary such as {{'num_bits': 8}}, not {given!r}")
+        raise DetentError(f"attributes are a dictionary such as {{'num_bits': 8}}, not {shown(given)}")
     said = {name: getattr(current, name) for name in current.model_fields_set}
     return QuantizerAttributeConfig(**{**said, **{str(name): value for name, value in given.items()}})
 

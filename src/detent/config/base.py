@@ -84,6 +84,19 @@ def nearest(word: str, known: Mapping[str, Any] | list[str], count: int = 1) -> 
     return difflib.get_close_matches(word, list(known), n=count, cutoff=0.6)
 
 
+def shown(value: Any) -> str:
+    """`value` as an error message shows it: `repr`, cut where it is long, and something else where it has none."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; an object that holds itself
+        return f"a {type(value).__name__} too long to show"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+#: Characters of a value that a message shows.
+_SHOWN = 200
+
+
 def _one_sentence(cls: type[BaseModel], error: ValidationError) -> DetentError:
     return DetentError(f"{cls.__name__}: " + "; ".join(_problem(cls, problem) for problem in error.errors()))
 
@@ -99,4 +112,4 @@ def _problem(cls: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "value_error":  # raised by our own validators: complete sentences already
         return str(problem["ctx"]["error"])
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{where}: {message}, not {problem['input']!r}"
+    return f"{where}: {message}, not {shown(problem['input'])}"

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from detent.config.attributes import Attributes, QuantizerAttributeConfig, SequentialConfig, parse_attributes
-from detent.config.base import nearest
+from detent.config.base import nearest, shown
 from detent.config.exclusions import is_default_exclusion
 from detent.errors import DetentError
 
@@ -104,7 +104,7 @@ class QuantCfg(list[dict[str, Any]]):
         found = [entry for entry in self if _key(entry) == key]
         if not found:
             close = nearest(str(key), [str(known) for known in self.keys()])
-            raise KeyError(f"{key!r} is not in quant_cfg" + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise KeyError(f"{shown(key)} is not in quant_cfg" + (f"; did you mean {close[0]!r}?" if close else ""))
         if found[0].get("parent_class") is not None:
             return {entry["quantizer_name"]: _live_attributes(entry) for entry in found}
         return _live_attributes(found[-1])
@@ -175,7 +175,7 @@ def normalize(quant_cfg: Any) -> list[Rule]:
     if isinstance(quant_cfg, Mapping | list | tuple):
         entries = quant_cfg if isinstance(quant_cfg, QuantCfg) else QuantCfg(quant_cfg)
     else:
-        raise DetentError(f"quant_cfg: a dictionary of patterns or a list of entries, not {quant_cfg!r}")
+        raise DetentError(f"quant_cfg: a dictionary of patterns or a list of entries, not {shown(quant_cfg)}")
     rules = [_rule(entry) for entry in entries]
     first = [r for r in rules if r.pattern == "default" and r.parent_class is None]
     return first + [rule for rule in rules if rule not in first]
@@ -203,19 +203,21 @@ def class_name(cls: type) -> str:
 def _rule(entry: Any) -> Rule:
     source = _describe(entry)
     if not isinstance(entry, Mapping):
-        raise DetentError(f"quant_cfg: an entry is a dictionary with a quantizer_name, not {entry!r}")
+        raise DetentError(f"quant_cfg: an entry is a dictionary with a quantizer_name, not {shown(entry)}")
     unknown = [key for key in entry if key not in _ENTRY_FIELDS]
     if unknown:
-        raise DetentError(f"quant_cfg entry {source}: unknown field {unknown[0]!r}; fields: {', '.join(_ENTRY_FIELDS)}")
+        raise DetentError(
+            f"quant_cfg entry {source}: unknown field {shown(unknown[0])}; fields: {', '.join(_ENTRY_FIELDS)}"
+        )
     pattern, parent, cfg, enable = (entry.get(field) for field in _ENTRY_FIELDS)
     if not (isinstance(pattern, str) or callable(pattern)) or pattern == "":
-        raise DetentError(f"quant_cfg entry {source}: quantizer_name is a wildcard or a callable, not {pattern!r}")
+        raise DetentError(f"quant_cfg entry {source}: quantizer_name is a wildcard or a callable, not {shown(pattern)}")
     if isinstance(parent, type):
         parent = class_name(parent)
     if parent is not None and not isinstance(parent, str):
-        raise DetentError(f"quant_cfg entry {source}: parent_class is a class or its name, not {parent!r}")
+        raise DetentError(f"quant_cfg entry {source}: parent_class is a class or its name, not {shown(parent)}")
     if enable is not None and not isinstance(enable, bool):
-        raise DetentError(f"quant_cfg entry {source}: enable is True or False, not {enable!r}")
+        raise DetentError(f"quant_cfg entry {source}: enable is True or False, not {shown(enable)}")
     attributes, switch = _attributes(cfg, enable, source)
     return Rule(
         pattern=pattern,
@@ -257,7 +259,7 @@ def _entries(key: Any, value: Any) -> list[dict[str, Any]]:
     if isinstance(key, type):
         raise DetentError(f"quant_cfg[{class_name(key)}]: a class maps patterns to attributes, such as {{'*': ...}}")
     if not isinstance(value, Mapping | list | tuple):
-        raise DetentError(f"quant_cfg[{key!r}]: attributes are a dictionary or a list of them, not {value!r}")
+        raise DetentError(f"quant_cfg[{shown(key)}]: attributes are a dictionary or a list of them, not {shown(value)}")
     return [{"quantizer_name": key, "cfg": value}]
 
 
@@ -314,9 +316,9 @@ def _live_attributes(entry: dict[str, Any]) -> Any:
 def _describe(entry: Any) -> str:
     """The entry as a short text: its pattern, with the class that limits it."""
     if not isinstance(entry, Mapping):
-        return repr(entry)
+        return shown(entry)
     pattern, parent = entry.get("quantizer_name"), entry.get("parent_class")
-    name = repr(str(pattern)) if isinstance(pattern, str) else getattr(pattern, "__name__", repr(pattern))
+    name = repr(str(pattern)) if isinstance(pattern, str) else getattr(pattern, "__name__", shown(pattern))
     if parent is None:
         return name
     return f"{name} of {class_name(parent) if isinstance(parent, type) else parent}"

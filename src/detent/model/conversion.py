@@ -31,6 +31,7 @@ from detent.nn import (
 )
 from detent.nn.attention import add_attention_quantizers, route_attention
 from detent.nn.instance_forward import float_forward
+from detent.nn.quant_module import check_module
 from detent.nn.sequential import Quantizer, members_of
 from detent.nn.torch_transformer import leave_fast_path, weight_used_from_outside
 from detent.notices import notify
@@ -39,7 +40,8 @@ _log = logging.getLogger(__name__)
 
 
 def named_quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    """(full name, quantizer) of every quantizer; a sequence counts once."""
+    """(full name, quantizer) of every quantizer; a sequence counts once. Raises DetentError for what isn't a module."""
+    check_module(model)
     sequences = tuple(f"{n}." if n else "" for n, m in model.named_modules() if isinstance(m, SequentialQuantizer))
     for name, module in model.named_modules():
         if isinstance(module, SequentialQuantizer) or (
@@ -56,7 +58,7 @@ def named_members(model: nn.Module) -> Iterator[TensorQuantizer]:
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether the model has quantizers, on or off."""
-    return any(isinstance(m, TensorQuantizer) for m in model.modules())
+    return any(isinstance(m, TensorQuantizer) for m in check_module(model).modules())
 
 
 def replace_quant_module(model: nn.Module, *, adapters: Collection[str] = ()) -> None:

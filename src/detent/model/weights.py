@@ -17,6 +17,7 @@ from detent.errors import DetentError
 from detent.model import edit
 from detent.model.conversion import named_quantizers
 from detent.nn import QuantWeightBase, TensorQuantizer, quantizers_of
+from detent.nn.quant_module import check_module
 from detent.nn.sequential import Quantizer, members_of
 from detent.progress import track
 
@@ -26,7 +27,7 @@ SUMMARY_FILE = ".quant_summary.txt"
 
 def quant_summary(model: nn.Module) -> str:
     """One line for each quantizer, with its state, and their number."""
-    members = [(n, m) for n, m in model.named_modules() if isinstance(m, TensorQuantizer)]
+    members = [(n, m) for n, m in check_module(model).named_modules() if isinstance(m, TensorQuantizer)]
     lines = [f"{name:80} {quantizer}" for name, quantizer in members]
     return "\n".join([*lines, f"{len(members)} TensorQuantizers found in model"])
 
@@ -129,7 +130,7 @@ def compress(model: nn.Module, config: Mapping[str, Any] | None = None) -> nn.Mo
     rules = given["compress"] if isinstance(given, Mapping) and isinstance(given.get("compress"), Mapping) else given
     if not isinstance(rules, Mapping) or not all(isinstance(v, bool) for v in rules.values()):
         raise DetentError(f"compress: a dictionary {{wildcard of module names: True or False}}, not {config!r}")
-    modules = [(n, m) for n, m in model.named_modules() if isinstance(m, QuantWeightBase)]
+    modules = [(n, m) for n, m in check_module(model).named_modules() if isinstance(m, QuantWeightBase)]
     for pattern in rules:
         if not any(fnmatchcase(name, pattern) for name, _ in modules):
             raise DetentError(f"compress: {pattern!r} matches no module with a quantized weight")

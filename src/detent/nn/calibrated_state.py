@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from detent.config.attributes import QuantizerAttributeConfig
+from detent.config.base import shown
 from detent.distributed import all_reduce_max
 from detent.errors import DetentError
 from detent.formats import FloatScale, Format, Scales, scales_from_range
@@ -28,6 +29,19 @@ _revisions = itertools.count(1)
 def stamp(x: Tensor) -> tuple[int, int, int]:
     """Tells whether a tensor has been replaced or changed in place, as long as somebody keeps it alive."""
     return (id(x), x.data_ptr(), -1 if x.is_inference() else x._version)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether a tensor is neither sparse nor nested."""
+    return x.layout is torch.strided and not x.is_nested
+
+
+def kind_of(x: Any) -> str:
+    """What a message calls a value that was given for a tensor of real numbers."""
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+    return " ".join([layout] * (not is_plain(x)) + ["meta"] * x.is_meta + [str(x.dtype).removeprefix("torch.")])
 
 
 class CalibratedState(nn.Module):
@@ -110,7 +124,7 @@ class CalibratedState(nn.Module):
     def amax(self, value: Tensor | float | None) -> None:
         if value is None:
             raise DetentError(f"{self.name}: amax cannot be set to None; use reset_amax()")
-        value = torch.as_tensor(value, dtype=torch.float32).detach().clone()
+        value = self._real(value, "amax").to(torch.float32)
         if not bool(torch.isfinite(value).all()) or bool((value < 0).any()):
             raise DetentError(f"{self.name}: amax must be finite and not negative")
         before = self.amax
@@ -122,6 +136,16 @@ class CalibratedState(nn.Module):
             self.global_amax = value
         else:
             self.set_range(-value, value)
+
+    def _real(self, value: Any, what: str) -> Tensor:
+        """A copy of real numbers that have values."""
+        try:
+            tensor = torch.as_tensor(value).detach().clone()
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise DetentError(f"{self.name}: {what}: a tensor or a number, not {shown(value)}: {error}") from None
+        if tensor.is_complex() or not is_plain(tensor) or tensor.is_meta:
+            raise DetentError(f"{self.name}: {what}: a dense tensor of real numbers with values, not {kind_of(tensor)}")
+        return tensor
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Set the range of each tile, float32 in the shape of the scales."""
@@ -147,10 +171,11 @@ class CalibratedState(nn.Module):
         return self._global_amax
 
     @global_amax.setter
-    def global_amax(self, value: Tensor) -> None:
+    def global_amax(self, value: Tensor | float) -> None:
+        value = self._real(value, "global_amax")
         if value.numel() != 1:
             raise DetentError(f"{self.name}: one tensor has one global amax, not {tuple(value.shape)}")
-        self._set_buffer("_global_amax", value.detach().to(torch.float32).reshape(()).clone())
+        self._set_buffer("_global_amax", value.to(torch.float32).reshape(()))
 
     @property
     def pre_quant_scale(self) -> Tensor | None:
@@ -160,7 +185,7 @@ class CalibratedState(nn.Module):
     @pre_quant_scale.setter
     def pre_quant_scale(self, value: Tensor | float | None) -> None:
         if value is not None:
-            value = torch.as_tensor(value).detach().clone()
+            value = self._real(value, "pre_quant_scale")
             if not bool(torch.isfinite(value).all()):
                 raise DetentError(f"{self.name}: pre_quant_scale must be finite")
         self._set_buffer("_pre_quant_scale", value)

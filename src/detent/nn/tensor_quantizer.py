@@ -17,7 +17,7 @@ from detent.errors import DetentError
 from detent.formats import FloatScale, Format, QTensor, encode, fake_quantize, per_tensor
 from detent.nn.backends import run_backend
 from detent.nn.bias import BiasObserver, bias_of, is_static
-from detent.nn.calibrated_state import CalibratedState
+from detent.nn.calibrated_state import CalibratedState, is_plain, kind_of
 from detent.nn.hadamard import hadamard_transform
 from detent.nn.observers import MinMaxObserver, Observer, make_observer
 from detent.padding import drop_padding
@@ -66,7 +66,7 @@ class TensorQuantizer(CalibratedState):
             QuantizerAttributeConfig() if quant_attribute_cfg is None else quant_attribute_cfg
         )
         if amax is not None:
-            self.amax = torch.as_tensor(amax, dtype=torch.float32)
+            self.amax = amax
 
     # ---- attributes -------------------------------------------------------------------------------------------------
 
@@ -251,6 +251,7 @@ class TensorQuantizer(CalibratedState):
         Raises:
             DetentError: NaN or infinity in it.
         """
+        self._check_tensor(x)
         self.enable_calib()
         try:
             self._observe(self.transform(x))
@@ -309,6 +310,9 @@ class TensorQuantizer(CalibratedState):
     # ---- work -------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor | QTensor:
+        if not self.transforms:
+            return x
+        self._check_tensor(x)
         if x.numel() == 0:
             return x
         x = self.transform(x)
@@ -321,6 +325,13 @@ class TensorQuantizer(CalibratedState):
         if rotation is not None and rotation.mode == "rotate_back" and isinstance(y, Tensor):
             return self._rotate(y, rotation, inverse=True)
         return y
+
+    def _check_tensor(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or not is_plain(x):
+            raise DetentError(
+                f"{self.name}: quantizers take dense floating-point tensors, not {kind_of(x)}; switch it off for"
+                " this layer"
+            )
 
     def transform(self, x: Tensor) -> Tensor:
         """What comes before quantization: ``x * pre_quant_scale``, then the rotation."""
