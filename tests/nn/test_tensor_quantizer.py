@@ -264,3 +264,76 @@ def test_format_can_be_set_directly() -> None:
     q.format = q.format.with_granularity(per_channel(0))
     x = torch.randn(3, 4)
     assert torch.equal(q(x), plain_quant.integers(x, x.abs().amax(1, keepdim=True)))
+
+
+@pytest.mark.parametrize("bad", [torch.complex64, torch.int64, torch.bool])
+def test_tensors_that_are_not_floating_point(bad: torch.dtype) -> None:
+    q = TensorQuantizer()
+    kind = str(bad).removeprefix("torch.")
+    with pytest.raises(DetentError, match=f"tensor: quantizers take dense floating-point tensors, not {kind};"):
+        q(torch.ones(2, 2).to(bad))
+    q.disable()
+    assert q(torch.ones(2, 2).to(bad)).dtype == bad
+
+
+def test_tensors_without_plain_values() -> None:
+    q = TensorQuantizer()
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    for odd, kind in ((torch.eye(2).to_sparse(), "sparse_coo float32"), (nested, "nested float32")):
+        with pytest.raises(DetentError, match=f"not {kind}"):
+            q(odd)
+    for name in ("amax", "pre_quant_scale", "global_amax"):
+        for odd, words in (
+            (torch.ones(1, device="meta"), "not meta float32"),
+            (torch.ones(1, dtype=torch.complex64), "not complex64"),
+            (torch.eye(2).to_sparse(), "not sparse_coo float32"),
+            ("x", "a tensor or a number, not 'x'"),
+            (10**400, "a tensor or a number"),
+        ):
+            with pytest.raises(DetentError, match=f"{name}: .*{words}"):
+                setattr(q, name, odd)
+
+
+def test_a_dictionary_changes_what_it_names() -> None:
+    q = TensorQuantizer({"num_bits": 8, "axis": 0, "enable": False, "narrow_range": True})
+    q.set_from_attribute_config({"num_bits": 4})
+    assert (q.num_bits, q.axis, q.attributes.narrow_range, q.is_enabled) == (4, 0, True, False)
+    q.set_from_attribute_config(QuantizerAttributeConfig(num_bits=4))
+    assert (q.axis, q.attributes.narrow_range, q.is_enabled) == (None, False, True)
+    with pytest.raises(DetentError, match="attributes are a dictionary"):
+        q.set_from_attribute_config(4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("style", ["keyword", "keywords", "quantizer"])
+def test_a_backends_arguments_reach_it(style: str) -> None:
+    import detent
+
+    functions = {
+        "keyword": lambda x, quantizer, by=1: x / by,
+        "keywords": lambda x, quantizer, **options: x / options["by"],
+        "quantizer": lambda x, quantizer: x / quantizer.backend_extra_args["by"],
+    }
+    register_quant_backend("divide", functions[style])
+    try:
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False))
+        weight = model[0].weight.detach().clone()
+        divide = {"num_bits": 8, "backend": "divide", "backend_extra_args": {"by": 4}}
+        model = detent.quantize(model, {"quant_cfg": {"*weight_quantizer": divide}})
+        assert torch.equal(model(torch.eye(4)), weight.T / 4)
+        detent.set_quantizer_attribute(model, "*weight_quantizer", {"backend_extra_args": {"by": 2}})
+        assert torch.equal(model(torch.eye(4)), weight.T / 2)
+    finally:
+        unregister_quant_backend("divide")
+
+
+def test_a_backend_that_does_not_fit() -> None:
+    q = TensorQuantizer({"backend": "odd", "backend_extra_args": {"by": 4}})
+    try:
+        register_quant_backend("odd", lambda x, quantizer, step: x)
+        with pytest.raises(DetentError, match=r"tensor: backend 'odd' doesn't go with backend_extra_args \{'by': 4\}"):
+            q(torch.ones(2))
+        register_quant_backend("odd", lambda x, quantizer: x[:1])
+        with pytest.raises(DetentError, match=r"has to return a tensor of shape \(2,\), not shape \(1,\)"):
+            q(torch.ones(2))
+    finally:
+        unregister_quant_backend("odd")

@@ -190,16 +190,19 @@ def register(config: type[QuantizeAlgorithmConfig]) -> Callable[[H], H]:
     """Have configurations of this class, and of subclasses without a handler of their own, served by the decorated one.
 
     Example:
-        >>> from detent.algorithms.registry import Handler, register
+        >>> from detent.algorithms.registry import Handler, forget, register
         >>> from detent.config import ConfigField, QuantizeAlgorithmConfig
         >>> class HalfConfig(QuantizeAlgorithmConfig):
         ...     method: str = ConfigField("half")
-        ...     needs_data = False
+        ...     @property
+        ...     def needs_data(self):
+        ...         return False
         >>> @register(HalfConfig)
         ... class Half(Handler):
         ...     scope = "weight"
         ...     def range_of(self, step, weight, fmt):
         ...         return tuple(bound / 2 for bound in weight_range(weight, fmt))
+        >>> forget(HalfConfig)
     """
 
     def add(handler: H) -> H:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from detent.config.base import ConfigField, ConfigModel, nearest
+from detent.config.base import ConfigField, ConfigModel, as_keywords, nearest, shown
 from detent.errors import DetentError
 
 
@@ -350,16 +350,16 @@ def parse_algorithm(
         >>> [step.method for step in parse_algorithm(["awq_lite", {"method": "gptq", "act_order": False}])]
         ['awq_lite', 'gptq']
     """
-    if isinstance(spec, list | tuple):
+    if isinstance(spec, list | tuple) and not any(isinstance(one, list | tuple) for one in spec):
         return [step for one in spec for step in parse_algorithm(one, known)]
     if isinstance(spec, QuantizeAlgorithmConfig) and type(spec) in known.values():
         return [spec]
     if spec is None or isinstance(spec, str):
         return [_config_class(spec, known)(method=spec)]
     if isinstance(spec, Mapping) and "method" in spec and isinstance(spec["method"], str | None):
-        return [_config_class(spec["method"], known)(**spec)]
+        return [_config_class(spec["method"], known)(**as_keywords(spec))]
     raise DetentError(
-        "algorithm: None, a name, a dictionary with 'method' and arguments, or a list of these, not " + repr(spec)
+        "algorithm: None, a name, a dictionary with 'method' and arguments, or a list of these, not " + shown(spec)
     )
 
 
@@ -371,5 +371,5 @@ def _config_class(
     there = ", ".join(str(name) for name in known)
     close = nearest(str(method), [str(name) for name in known])
     raise DetentError(
-        f"unknown algorithm {method!r}" + (f"; did you mean {close[0]!r}?" if close else f"; known: {there}")
+        f"unknown algorithm {shown(method)}" + (f"; did you mean {close[0]!r}?" if close else f"; known: {there}")
     )

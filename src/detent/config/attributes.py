@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import field_serializer, field_validator, model_validator
 
 from detent.config import attribute_values as av
-from detent.config.base import ConfigField, ConfigModel, shown
+from detent.config.base import ConfigField, ConfigModel, as_keywords, shown
 from detent.config.format_names import parse_format
 from detent.errors import DetentError
 from detent.formats import (
@@ -116,7 +116,7 @@ class QuantizerAttributeConfig(ConfigModel):
         if isinstance(value, bool | RotateConfig):
             return value
         if isinstance(value, Mapping):
-            return RotateConfig(**{str(name): v for name, v in value.items()})
+            return RotateConfig(**as_keywords(value))
         raise DetentError(f"rotate: True, False or a RotateConfig, not {shown(value)}")
 
     @field_validator("format", mode="before")
@@ -285,7 +285,7 @@ def parse_attributes(value: Any) -> Attributes:
     if isinstance(value, list | tuple):
         return SequentialConfig(value)
     if isinstance(value, Mapping):
-        return QuantizerAttributeConfig(**{str(name): v for name, v in value.items()})
+        return QuantizerAttributeConfig(**as_keywords(value))
     raise DetentError(
         f"attributes are a dictionary, or a list of them for several quantizers in sequence, not {shown(value)}"
     )
@@ -306,7 +306,7 @@ def merged(current: QuantizerAttributeConfig, given: Any) -> QuantizerAttributeC
     if not isinstance(given, Mapping):
         raise DetentError(f"attributes are a dictionary such as {{'num_bits': 8}}, not {shown(given)}")
     said = {name: getattr(current, name) for name in current.model_fields_set}
-    return QuantizerAttributeConfig(**{**said, **{str(name): value for name, value in given.items()}})
+    return QuantizerAttributeConfig(**{**said, **as_keywords(given)})
 
 
 def _channels(axis: int | tuple[int, ...] | None, ndim: int | None) -> Granularity:

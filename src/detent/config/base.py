@@ -93,6 +93,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
+def as_keywords(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """`values` for ``**``: what isn't text as a key becomes the text that a message about it shows."""
+    return {name if isinstance(name, str) else shown(name): value for name, value in values.items()}
+
+
 #: Characters of a value that a message shows.
 _SHOWN = 200
 
@@ -106,7 +111,7 @@ def _problem(cls: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         close = nearest(where, list(cls.model_fields))
         hint = f"did you mean {close[0]!r}?" if close else f"fields: {', '.join(cls.model_fields)}"
-        return f"unknown field {where!r}; {hint}"
+        return f"unknown field {shown(where)}; {hint}"
     if problem["type"] == "missing":
         return f"field {where!r} is required"
     if problem["type"] == "value_error":  # raised by our own validators: complete sentences already

@@ -10,7 +10,7 @@ from pydantic import field_validator
 
 from detent.config.algorithm import parse_algorithm
 from detent.config.attributes import QuantizerAttributeConfig, SequentialConfig
-from detent.config.base import ConfigField, ConfigModel, shown
+from detent.config.base import ConfigField, ConfigModel, as_keywords, shown
 from detent.config.quant_cfg import QuantCfg, Rule, normalize
 from detent.errors import DetentError
 
@@ -64,7 +64,7 @@ class QuantizeConfig(ConfigModel):
                 "config: a dictionary with 'quant_cfg' and 'algorithm', such as detent.INT8_DEFAULT_CFG, not "
                 + shown(config)
             )
-        return cls(**{str(key): value for key, value in config.items()})
+        return cls(**as_keywords(config))
 
 
 def need_calibration(config: Any) -> bool:

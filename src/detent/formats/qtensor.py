@@ -102,7 +102,9 @@ class QTensor:
         """Some indices of the first axis, as views; both bounds lie between blocks that share a scale.
 
         Example:
-            >>> q = encode(torch.randn(8, 64), df.integer(4, df.per_group(32)))
+            >>> import torch
+            >>> from detent.formats import decode, encode, integer, per_group
+            >>> q = encode(torch.randn(8, 64), integer(4, per_group(32)))
             >>> torch.equal(decode(q.rows(2, 4)), decode(q)[2:4])
             True
         """

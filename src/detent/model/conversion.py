@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from detent.config import QuantizerAttributeConfig
 from detent.config.attributes import Attributes, SequentialConfig, merged, parse_attributes
+from detent.config.base import shown
 from detent.config.matching import check_matches, match
 from detent.config.quant_cfg import Rule, class_name, normalize
 from detent.errors import DetentError
@@ -276,7 +277,7 @@ def _matching(
         chosen = [name for name, _ in named_quantizers(model) if fnmatchcase(name, wildcard_or_filter)]
     else:
         raise DetentError(
-            f"quantizers are chosen by a wildcard on their names or a function of it, not {wildcard_or_filter!r}"
+            f"quantizers are chosen by a wildcard on their names or a function of it, not {shown(wildcard_or_filter)}"
         )
     if parent_class is not None:
         kind = class_name(parent_class) if isinstance(parent_class, type) else parent_class

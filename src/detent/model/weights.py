@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from detent.config import RotateConfig
+from detent.config.base import shown
 from detent.errors import DetentError
 from detent.model import edit
 from detent.model.conversion import named_quantizers
@@ -129,11 +130,11 @@ def compress(model: nn.Module, config: Mapping[str, Any] | None = None) -> nn.Mo
     given: Any = {"*": True} if config is None else config
     rules = given["compress"] if isinstance(given, Mapping) and isinstance(given.get("compress"), Mapping) else given
     if not isinstance(rules, Mapping) or not all(isinstance(v, bool) for v in rules.values()):
-        raise DetentError(f"compress: a dictionary {{wildcard of module names: True or False}}, not {config!r}")
+        raise DetentError(f"compress: a dictionary {{wildcard of module names: True or False}}, not {shown(config)}")
     modules = [(n, m) for n, m in check_module(model).named_modules() if isinstance(m, QuantWeightBase)]
     for pattern in rules:
-        if not any(fnmatchcase(name, pattern) for name, _ in modules):
-            raise DetentError(f"compress: {pattern!r} matches no module with a quantized weight")
+        if not isinstance(pattern, str) or not any(fnmatchcase(name, pattern) for name, _ in modules):
+            raise DetentError(f"compress: {shown(pattern)} matches no module with a quantized weight")
     chosen = []
     for name, module in modules:
         last = [wanted for pattern, wanted in rules.items() if fnmatchcase(name, pattern)][-1:]

@@ -108,12 +108,15 @@ def _function(name: str, module: nn.Module) -> Callable[..., Any]:
     """The attention function called `name`; "eager" is the one that the module's own file defines."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    found: Callable[..., Any]
     if name != "eager":
-        return ALL_ATTENTION_FUNCTIONS[name]
+        found = ALL_ATTENTION_FUNCTIONS[name]
+        return found
     for kind in type(module).__mro__:
         source = sys.modules.get(kind.__module__)
         if source is not None and hasattr(source, "eager_attention_forward"):
-            return source.eager_attention_forward
+            found = source.eager_attention_forward
+            return found
     raise DetentError(
         f"{type(module).__name__} defines no eager attention; load the model with attn_implementation='sdpa'"
     )

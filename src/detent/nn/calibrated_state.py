@@ -351,7 +351,8 @@ class CalibratedState(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Ranges and scales follow a model to another device, but never to another dtype."""
         before = {name: t for name in self._STATE if (t := getattr(self, name)) is not None}
-        super()._apply(fn, recurse)
+        parent: Any = super()  # torch doesn't say its types
+        parent._apply(fn, recurse)
         for name, tensor in before.items():
             moved = getattr(self, name)
             if moved.dtype != tensor.dtype:

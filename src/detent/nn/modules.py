@@ -20,7 +20,8 @@ class QuantLinear(QuantLinearConvBase, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         y = F.linear(self.input_quantizer(input), self.quantized_weight(), self.bias)
-        return self.output_quantizer(add_low_rank(self, input, y))
+        out: Tensor = self.output_quantizer(add_low_rank(self, input, y))
+        return out
 
 
 class _QuantConv(QuantLinearConvBase):
@@ -29,7 +30,8 @@ class _QuantConv(QuantLinearConvBase):
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.input_quantizer(input)
-        return self.output_quantizer(self._conv_forward(x, self.quantized_weight(), self.bias))
+        out: Tensor = self.output_quantizer(self._conv_forward(x, self.quantized_weight(), self.bias))
+        return out
 
 
 @QuantModuleRegistry.register({nn.Conv1d: "nn.Conv1d"})
@@ -82,7 +84,8 @@ class _QuantConvTranspose(QuantLinearConvBase):
         y = type(self)._functional(
             x, self.quantized_weight(), self.bias, self.stride, self.padding, padding, self.groups, self.dilation
         )
-        return self.output_quantizer(y)
+        out: Tensor = self.output_quantizer(y)
+        return out
 
 
 @QuantModuleRegistry.register({nn.ConvTranspose1d: "nn.ConvTranspose1d"})
@@ -130,7 +133,8 @@ class QuantEmbedding(QuantWeightBase, nn.Embedding):
         if self.max_norm is not None and not own:
             norm = rows.detach().norm(self.norm_type, dim=-1, keepdim=True)
             rows = torch.where(norm > self.max_norm, rows * (self.max_norm / (norm + 1e-7)), rows)
-        return self.output_quantizer(rows)
+        out: Tensor = self.output_quantizer(rows)
+        return out
 
 
 def _register_input_modules() -> None:

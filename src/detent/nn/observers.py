@@ -204,7 +204,8 @@ def make_observer(calibrator: Any, fmt: Format) -> Observer:
     """
     name, *arguments = calibrator if isinstance(calibrator, (tuple, list)) else (calibrator,)
     if isinstance(name, type):
-        return name(fmt, *arguments)
+        own: Observer = name(fmt, *arguments)
+        return own
     if name == "max":
         return MinMaxObserver(fmt)
     method = "percentile" if name == "histogram" else name

@@ -83,9 +83,9 @@ class QuantWeightBase(QuantModule):
         packed = self.packed_weight
         if packed is not None:
             return self.from_output_first(decode(packed, self._packed_dtype), self)
-        if "weight" in self.__dict__:
-            return self.__dict__["weight"]
-        inherited = getattr(super(), "weight", None)
+        inherited: Tensor | None = self.__dict__.get("weight")
+        if inherited is None:
+            inherited = getattr(super(), "weight", None)
         if inherited is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'")
         return inherited
@@ -175,7 +175,8 @@ class QuantWeightBase(QuantModule):
         """A packed weight follows a model to another device; another dtype changes what it is dequantized to."""
         self.refresh_weight()
         before = {name: t for name, t in self._buffers.items() if name.startswith(self._PACKED) and t is not None}
-        super()._apply(fn, recurse)
+        parent: Any = super()  # torch doesn't say its types
+        parent._apply(fn, recurse)
         for name, tensor in before.items():
             moved = self._buffers[name]
             if moved is not None and moved.dtype != tensor.dtype:
