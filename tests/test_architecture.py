@@ -6,6 +6,7 @@ docs/architecture.md explains the layers; this file is what keeps them.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -182,6 +183,60 @@ def test_file_keeps_the_architecture(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
     assert upward_imports(source, path) == []
     assert unwanted(source, layer) == []
+
+
+#: A file has one subject and is read in one go. Tables of numbers may be longer.
+LONGEST_FILE = 450
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_file_is_short(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= LONGEST_FILE, f"{lines} lines: which of its subjects deserves a file of its own?"
+
+
+def repeated_classes(files: dict[str, str]) -> dict[str, list[str]]:
+    """{name: files} of top-level classes that several files define. A word has one meaning."""
+    homes: dict[str, list[str]] = {}
+    for file, source in files.items():
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(file)
+    return {name: found for name, found in homes.items() if len(found) > 1}
+
+
+def test_a_class_name_has_one_meaning() -> None:
+    files = {str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8") for path in sources()}
+    assert repeated_classes(files) == {}
+    assert repeated_classes({"a.py": "class Site: ...", "b.py": "class Site: ...\nclass X: ..."}) == {
+        "Site": ["a.py", "b.py"]
+    }
+
+
+#: Options of the command line are told to Python users too by code below it, so its messages don't name flags.
+def flags_named(source: str) -> list[str]:
+    """Flags (``--like_this``) in the string literals of code that aren't docstrings."""
+    tree = ast.parse(source)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    texts = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+    ]
+    return [flag for text in texts for flag in re.findall(r"(?<![\w-])--[a-z]\w+", text)]
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in sources() if layer_of(p) not in ("cli", MAIN)], ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_messages_below_the_command_line_name_no_flags(path: Path) -> None:
+    assert flags_named(path.read_text(encoding="utf-8")) == []
 
 
 def test_import_leaves_heavy_libraries_alone() -> None:

@@ -221,7 +221,7 @@ class TestExistingFolder:
     def test_any_content_is_refused(self, tmp_path: Path) -> None:
         out = write(tmp_path / "out")
         before = contents(tmp_path)
-        with pytest.raises(DetentError, match="--overwrite"):
+        with pytest.raises(DetentError, match="overwrite"):
             write(out)
         assert contents(tmp_path) == before
 
@@ -359,7 +359,7 @@ class TestLeftovers:
         path = left(out, "old")
         out.rename(path / "old")
         left(out, "writing", "half")
-        with pytest.raises(DetentError, match="--overwrite"):
+        with pytest.raises(DetentError, match="overwrite"):
             check_target(out, source=None, overwrite=False)
         assert contents(tmp_path) == before
         assert check_target(out, source=None, overwrite=True) == []

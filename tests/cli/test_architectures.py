@@ -68,4 +68,4 @@ def test_key_value_cache_out_of_reach(place: Workplace, tmp_path: Path) -> None:
     place = with_model(place, tmp_path, "bloom", MODELS["bloom"])
     outcome = place.quantize("--kv_cache_dtype", "fp8", run=detent)
     assert outcome.code == 2
-    assert "--kv_cache_dtype: BloomForCausalLM" in outcome.err
+    assert "kv_cache_dtype: BloomForCausalLM" in outcome.err

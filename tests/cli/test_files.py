@@ -60,7 +60,7 @@ def test_code_on_the_hub_needs_trust(values: dict[str, Any], copy: Workplace, mo
         detent("evaluate", copy.model, "--eval_dataset", copy.evaluation),
         detent("structure", copy.model),
     ):
-        refused(outcome, "org/name", "--trust_remote_code", "implementation")
+        refused(outcome, "org/name", "trust_remote_code", "implementation")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_broken_tokenizer_configs(values: dict[str, Any], copy: Workplace) -> No
 
 
 EARLY: dict[str, tuple[Callable[[Workplace], list[object]], str]] = {
-    "output exists": (lambda p: [(p.out.mkdir(), (p.out / "x").write_text("mine"))][:0], "--overwrite"),
+    "output exists": (lambda p: [(p.out.mkdir(), (p.out / "x").write_text("mine"))][:0], "overwrite"),
     "missing texts": (lambda p: ["--dataset", "missing.json"], "missing.json"),
     "missing evaluation": (lambda p: ["--eval_dataset", "nonsense"], "nonsense"),
     "missing model": (lambda p: ["--model_dir", "./nowhere"], "nowhere"),
@@ -167,7 +167,7 @@ def test_what_a_killed_run_left(place: Workplace) -> None:
     half = Workspace(place.out, "writing")
     half.close()
     outcome = place.quantize("--skip_evaluation", run=detent)
-    refused(outcome, "--overwrite")
+    refused(outcome, "overwrite")
     assert contents(place.out) == before
     half = Workspace(place.out, "writing")
     half.close()

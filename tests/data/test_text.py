@@ -212,7 +212,7 @@ class TestNoNetwork:
         assert source.notice is not None
         assert "huggingface.co cannot be reached" in source.notice
         assert "built-in text" in source.notice
-        assert ("--dataset FILE" if purpose == "calibration" else "--eval_dataset FILE") in source.notice
+        assert ("dataset FILE" if purpose == "calibration" else "eval_dataset FILE") in source.notice
 
     @pytest.mark.parametrize("name", ["pileval", "HuggingFaceH4/ultrachat_200k", "org/texts"])
     def test_named_is_an_error(self, name: str) -> None:

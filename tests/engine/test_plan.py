@@ -71,7 +71,7 @@ def test_later_layer_rules_win_and_exclusions_win_over_all(llama: Path) -> None:
     assert formats["model.layers.1.mlp.down_proj"] == "int4 per_group(64)"
     assert formats["model.layers.1.self_attn.q_proj"] == "int4 per_group(128)"
     assert "model.layers.0.mlp.up_proj" not in formats
-    with pytest.raises(DetentError, match="--group_size_per_layer"):
+    with pytest.raises(DetentError, match="group_size_per_layer"):
         planned(llama, per_layer={"*.nothing": parse_scheme("w_mx6")})
 
 

@@ -112,7 +112,7 @@ def test_every_short_number_under_scales_beside_ratios(fmt: Format, dtype: str) 
     divisor = codes32.divisor_of(fmt, tl.TileScale(scale), kind, 1 << 20)
     assert divisor.check == (dtype == "float16" and element.bits == 8 and isinstance(element, df.Integer))
     codes = torch.empty(tiles.shape, dtype=element.storage_dtype)
-    codes32.codes(tiles, fmt, divisor, codes32.Workspace(codes.numel()), codes)
+    codes32.codes(tiles, fmt, divisor, codes32.Scratch(codes.numel()), codes)
     exact = element.encode(element.nearest(tiles.double() / scale.double()))
     assert df.same_bits(codes, exact)
 

@@ -93,7 +93,7 @@ class Source:
         if method is not None and not quantized:
             raise DetentError(
                 f"{self.path} is quantized already ({method}); quantize the original checkpoint instead."
-                " What Detent wrote can be read with `detent evaluate` or --model_reload"
+                " What Detent wrote can be read with `detent evaluate`"
             )
         self.metadata: dict[str, str] = {}
         self._open: dict[str, Any] = {}

@@ -29,7 +29,7 @@ BUILTIN = "builtin"
 #: What is loaded when no source is named and the hub can be reached.
 DEFAULT_SOURCES: dict[Purpose, str] = {"calibration": "pileval", "evaluation": "wikitext"}
 
-_OPTIONS: dict[Purpose, str] = {"calibration": "--dataset", "evaluation": "--eval_dataset"}
+_OPTIONS: dict[Purpose, str] = {"calibration": "dataset", "evaluation": "eval_dataset"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -172,7 +172,7 @@ def _builtin_notice(purpose: Purpose, error: HubUnavailable) -> str:
     use = "Calibrating on" if purpose == "calibration" else "Measuring perplexity on"
     return (
         f"No {purpose} text was named and the default one is not available: {str(error).rstrip('.')}. "
-        f"{use} the built-in text. For results that count, pass your own: {_OPTIONS[purpose]} FILE"
+        f"{use} the built-in text. For meaningful results, pass your own: {_OPTIONS[purpose]} FILE"
         f" ({', '.join(SUFFIXES)})."
     )
 

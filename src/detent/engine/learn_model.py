@@ -20,7 +20,7 @@ from detent.engine.calls import Call, regrouped
 from detent.engine.data_loop import DataLoop
 from detent.engine.learning import coarse, only_these_learn, products
 from detent.errors import DetentError
-from detent.model.edit import Weights
+from detent.model.edit import WeightEdits
 from detent.model.scopes import quantizers_off, without_cache
 from detent.nn import QuantWeightBase, TensorQuantizer
 from detent.notices import notify
@@ -130,7 +130,7 @@ def distill_model(
         return set()
     weights = learned_weights(layers, ledger)
     others = _norm_parameters(model) if config.train_norms else {}
-    weights_of = Weights(model)
+    weights_of = WeightEdits(model)
     for name, parameter in others.items():
         weights_of.put(name, parameter)  # learned in memory of its own
     held = _held_out(config, len(lessons))

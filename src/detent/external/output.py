@@ -118,7 +118,7 @@ def check_replaceable(out_dir: str | Path, *, overwrite: bool) -> None:
             raise DetentError(f"{path} exists and holds folders; name another folder")
         return
     if not overwrite:
-        raise DetentError(f"{path} exists and is not empty; name another folder, or replace it with --overwrite")
+        raise DetentError(f"{path} exists and is not empty; name another folder, or allow overwrite to replace it")
     ours = _manifest(path)
     foreign = [name for name in present if name not in ours and (name != MANIFEST_NAME or not ours)]
     changed = [name for name in present if name in ours and not _as_written(path / name, ours[name])]

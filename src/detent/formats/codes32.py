@@ -64,7 +64,7 @@ class Divisor(NamedTuple):
         return Divisor(value, zero_point, regular, self.check, self.cut)
 
 
-class Workspace:
+class Scratch:
     """Memory for one piece after the other: fresh memory costs more than the arithmetic."""
 
     def __init__(self, count: int) -> None:
@@ -101,7 +101,7 @@ def divisor_of(fmt: Format, scale: TileScale, dtype: torch.dtype, length: int) -
     return Divisor(unit * fold, scale.zero_point, regular, check, wide or check)
 
 
-def codes(x: Tensor, fmt: Format, divisor: Divisor, room: Workspace, out: Tensor) -> None:
+def codes(x: Tensor, fmt: Format, divisor: Divisor, room: Scratch, out: Tensor) -> None:
     """Write the codes of `x` [tiles, n], finite, into `out`: contiguous, of the element's storage dtype."""
     element = fmt.element
     v = room.floats[: x.numel()].view(x.shape)
@@ -137,7 +137,7 @@ def _has_linear_codes(element: Element) -> TypeGuard[Float]:
     return isinstance(element, Float) and not element.storage_dtype.is_floating_point
 
 
-def _small_float_codes(v: Tensor, element: Float, cut: bool, room: Workspace, out: Tensor) -> None:
+def _small_float_codes(v: Tensor, element: Float, cut: bool, room: Scratch, out: Tensor) -> None:
     """`v` counts steps of the first binade, in which it is the code itself."""
     count, magnitude_bits = v.numel(), element.bits - 1
     if cut:
@@ -156,7 +156,7 @@ def _small_float_codes(v: Tensor, element: Float, cut: bool, room: Workspace, ou
     code.bitwise_or_(sign.bitwise_and_((1 << magnitude_bits ^ 0x80) - 0x80))
 
 
-def _round_to_odd(v: Tensor, room: Workspace) -> None:
+def _round_to_odd(v: Tensor, room: Scratch) -> None:
     """Keep 12 significant bits, the last one set where anything was lost: on no other side of a tie than before."""
     bits = v.view(torch.int32)
     lost = room.more[: v.numel()].view(v.shape).view(torch.int32)
@@ -164,7 +164,7 @@ def _round_to_odd(v: Tensor, room: Workspace) -> None:
     bits.bitwise_or_(lost.add_(0xFFF)).bitwise_and_(~0xFFF)
 
 
-def _without_false_ties(v: Tensor, x: Tensor, divisor: Tensor, tie_bits: int, room: Workspace) -> None:
+def _without_false_ties(v: Tensor, x: Tensor, divisor: Tensor, tie_bits: int, room: Scratch) -> None:
     low = room.more[: v.numel()].view(v.shape).view(torch.int32)
     torch.bitwise_and(v.view(torch.int32), (1 << (24 - tie_bits)) - 1, out=low)
     if int(low.amin()) == 0:  # numbers with as few bits as a tie are rare, but for the largest of a tile

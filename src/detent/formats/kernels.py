@@ -109,7 +109,7 @@ def encode_tiles(tiles: Tensor, fmt: Format, scale: TileScale) -> tuple[Tensor, 
     encode = _Encoder(tiles, fmt, scale)
 
     def work(pieces: list[Piece]) -> None:
-        room = codes32.Workspace(_PIECE)
+        room = codes32.Scratch(_PIECE)
         for rows, columns in pieces:
             exponents = encode(rows, columns, room, out[rows, columns])
             if micro is not None and exponents is not None:
@@ -124,7 +124,7 @@ def encode_packed_tiles(tiles: Tensor, fmt: Format, scale: TileScale, out: Tenso
     encode, length = _Encoder(tiles, fmt, scale), tiles.shape[1]
 
     def work(pieces: list[Piece]) -> None:
-        room = codes32.Workspace(_PIECE)
+        room = codes32.Scratch(_PIECE)
         codes = torch.empty(_PIECE, dtype=fmt.element.storage_dtype, device=tiles.device)
         for rows, columns in pieces:
             start = rows.start * length + columns.start
@@ -142,7 +142,7 @@ def decode_tiles(codes: Tensor, fmt: Format, scale: TileScale, dtype: torch.dtyp
     out, decode = new_tensor(codes.shape, dtype, codes.device), _Decoder(fmt, scale, dtype)
 
     def work(pieces: list[Piece]) -> None:
-        room = codes32.Workspace(_PIECE)
+        room = codes32.Scratch(_PIECE)
         for rows, columns in pieces:
             decode(codes[rows, columns], rows, room, out[rows, columns])
 
@@ -176,7 +176,7 @@ def _simulate(tiles: Tensor, fmt: Format, scale: TileScale) -> Tensor:
     encode, decode = _Encoder(tiles, fmt, scale), _Decoder(fmt, scale, tiles.dtype)
 
     def work(pieces: list[Piece]) -> None:
-        room = codes32.Workspace(_PIECE)
+        room = codes32.Scratch(_PIECE)
         for rows, columns in pieces:
             part, piece = out[rows, columns], tiles[rows, columns]
             if known:
@@ -198,7 +198,7 @@ class _Encoder:
         self._divisor = codes32.divisor_of(fmt, scale, tiles.dtype, tiles.shape[1]) if float32.supports(fmt) else None
         self._regular = self._divisor is not None and bool(self._divisor.regular.all())
 
-    def __call__(self, rows: slice, columns: slice, room: codes32.Workspace, out: Tensor) -> Tensor | None:
+    def __call__(self, rows: slice, columns: slice, room: codes32.Scratch, out: Tensor) -> Tensor | None:
         """Write codes into `out`; returns micro-exponents."""
         piece, divisor = self._tiles[rows, columns], self._divisor
         if divisor is not None and (self._regular or bool(divisor.rows(rows).regular.all())):
@@ -219,7 +219,7 @@ class _Decoder:
         self._table = None if isinstance(fmt.element, Integer) else fmt.element.table(unit.device)
         self._largest = torch.finfo(dtype).max
 
-    def __call__(self, codes: Tensor, rows: slice, room: codes32.Workspace, out: Tensor) -> None:
+    def __call__(self, codes: Tensor, rows: slice, room: codes32.Scratch, out: Tensor) -> None:
         values = room.floats[: codes.numel()].view(codes.shape)
         if self._table is None:
             values.copy_(codes)

@@ -81,7 +81,7 @@ def refresh(module: nn.Module) -> None:
         module.refresh_weight()
 
 
-class Weights:
+class WeightEdits:
     """The weights of one model by name, and which of them were changed.
 
     Attributes:

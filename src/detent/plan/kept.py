@@ -49,7 +49,7 @@ def exclusions(model: nn.Module, linears: list[str], exclude: list[str] | None) 
                 why[name] = "router or vision part, kept by default"
         return list(why), why
     for pattern in exclude:
-        found = check_pattern("--exclude_layers", pattern, linears)
+        found = check_pattern("exclude_layers", pattern, linears)
         why.update(dict.fromkeys(found, f"excluded by {pattern!r}"))
     return list(exclude), why
 
@@ -57,7 +57,7 @@ def exclusions(model: nn.Module, linears: list[str], exclude: list[str] | None) 
 def why_nothing(model: nn.Module, linears: list[str], exclude: list[str] | None) -> str:
     """The message for a plan that quantizes nothing."""
     if exclude and linears:
-        return "--exclude_layers names every linear layer, so nothing would be quantized; exclude fewer"
+        return "exclude_layers names every linear layer, so nothing would be quantized; exclude fewer"
     found = {type(m) for m in model.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))}
     kinds = sorted(kind.__name__.removeprefix("Quant") for kind in found)
     return (
@@ -96,7 +96,7 @@ def check_attention(model: nn.Module) -> list[str]:
     names = [name for name, _ in attention_modules(model)]
     if all(map(outside, names)):
         raise DetentError(
-            f"--kv_cache_dtype: {type(model).__name__} has no attention module that fetches its attention function by"
+            f"kv_cache_dtype: {type(model).__name__} has no attention module that fetches its attention function by"
             " name, so keys and values cannot be reached; leave the key/value cache unquantized"
         )
     return [name for name in names if outside(name)]

@@ -163,7 +163,7 @@ def make_plan(
     patterns, why = [*patterns, *more], {**why, **more}
     quant_cfg = quant_cfg_for(scheme)
     for pattern, special in (per_layer or {}).items():
-        check_pattern("--group_size_per_layer", pattern, linears)
+        check_pattern("group_size_per_layer", pattern, linears)
         for entry in quant_cfg_for(special):
             if entry.get("parent_class"):
                 quant_cfg.append({**entry, "quantizer_name": f"{pattern}.{entry['quantizer_name'].lstrip('*')}"})

@@ -47,8 +47,8 @@ def resolve_folder(model_dir: str, revision: str | None = None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DetentError(
-            f"{model_dir!r} is no folder here, and the hub doesn't give it: {reason}. Pass --model_dir the path of a"
-            " checkpoint folder"
+            f"{model_dir!r} is not a local folder and could not be downloaded from the hub: {reason};"
+            " give model_dir the path of a checkpoint folder"
         ) from error
 
 
@@ -91,7 +91,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         place, value = kernels[0]
         raise DetentError(
             f"{folder / CONFIG_NAME}: {place} is {value!r}, code on the hub that transformers would download and run;"
-            " pass --trust_remote_code if you trust it, or take the entry out"
+            " pass trust_remote_code if you trust it, or take the entry out"
         )
     with _transformers(str(folder / CONFIG_NAME), trust_remote_code):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
@@ -151,7 +151,7 @@ def model_dtype(data_type: str, config: Any, source: Source) -> torch.dtype:
         return stored[0] if stored else torch.float32
     if dtype not in _COMPUTED:
         raise DetentError(
-            f"{source.path}: config.json gives the dtype {dtype}, in which no model is computed; pass --data_type, one"
+            f"{source.path}: config.json gives the dtype {dtype}, in which no model is computed; pass data_type, one"
             f" of {', '.join(DTYPES)}"
         )
     return dtype
@@ -293,5 +293,5 @@ def _told(error: BaseException, trusted: bool) -> str:
     if isinstance(error, KeyError):
         text = f"unknown value or missing key {text}"
     if "trust_remote_code" in str(error) and not trusted:
-        return "this model comes with Python code of its own; pass --trust_remote_code if you trust it to run here"
+        return "this model comes with Python code of its own; pass trust_remote_code if you trust it to run here"
     return text

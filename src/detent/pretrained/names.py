@@ -21,7 +21,7 @@ _PROBE = "weight_scale"
 
 
 @dataclass(frozen=True)
-class Group:
+class TensorGroup:
     """Tensors of a file and the parameters that are made of them.
 
     Attributes:
@@ -58,11 +58,11 @@ class CheckpointNames:
         self._by_parameter = {name: group for group in self.groups for name in group.parameters}
         self._by_tensor = {name: group for group in self.groups for name in group.tensors}
 
-    def of_tensor(self, tensor: str) -> Group:
+    def of_tensor(self, tensor: str) -> TensorGroup:
         """The group of a tensor of the file."""
         return self._by_tensor[tensor]
 
-    def of_parameter(self, parameter: str) -> Group | None:
+    def of_parameter(self, parameter: str) -> TensorGroup | None:
         """The group that a parameter is made from; None where the file has nothing for it."""
         return self._by_parameter.get(parameter)
 
@@ -116,13 +116,13 @@ class CheckpointNames:
                 made |= self._unmake(group, values)
         return made
 
-    def _group(self, tensors: list[str]) -> list[Group]:
+    def _group(self, tensors: list[str]) -> list[TensorGroup]:
         found: dict[str, tuple[list[str], Any]] = {}
         groups = []
         for tensor in tensors:
             parameter, converter = self._rename(tensor)
             if parameter not in self._known:
-                groups.append(Group((tensor,), ()))
+                groups.append(TensorGroup((tensor,), ()))
                 continue
             members, rule = found.setdefault(parameter, ([], converter))
             if members and (converter is None or rule is not converter):
@@ -130,7 +130,7 @@ class CheckpointNames:
             members.append(tensor)
         for parameter, (members, rule) in found.items():
             names = (parameter,) if rule is None else tuple(_targets(parameter, rule))
-            groups.append(Group(tuple(members), names, rule))
+            groups.append(TensorGroup(tuple(members), names, rule))
         return groups
 
     def _rename(self, tensor: str, more: str = "") -> tuple[str, Any]:
@@ -143,7 +143,7 @@ class CheckpointNames:
             name, pattern = rename_source_key(tensor, [], [], self._prefix, known)
         return name, None if pattern is None else self._by_pattern[pattern]
 
-    def _unmake(self, group: Group, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _unmake(self, group: TensorGroup, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         from transformers.core_model_loading import apply_renamings
 
         reverse = deepcopy(group.converter.reverse_transform())

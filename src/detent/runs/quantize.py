@@ -173,24 +173,24 @@ def _formats(options: SchemeOptions, builtin: bool) -> tuple[Scheme, Format | No
     name = options.name or (DEFAULT_SCHEME if builtin else None)
     if name is None:
         raise DetentError(
-            f"no scheme is named; pass --quant_scheme, for instance {DEFAULT_SCHEME} (`detent schemes` lists all), or"
-            " --skip_quantization to evaluate the model as it is"
+            f"no scheme is named; pass quant_scheme, for instance {DEFAULT_SCHEME} (`detent schemes` lists all), or"
+            " skip_quantization to evaluate the model as it is"
         )
     scheme = parse_scheme(name, options.group_size, options.scale_format, options.scale_calculation_mode)
     if options.kv_cache is None:
         if options.min_kv_scale:
-            raise DetentError("--min_kv_scale is the floor of key/value cache scales; it needs --kv_cache_dtype")
+            raise DetentError("min_kv_scale is the floor of key/value cache scales; it needs kv_cache_dtype")
         kv_cache = None
     else:
         if not (math.isfinite(options.min_kv_scale) and options.min_kv_scale >= 0):
-            raise DetentError(f"--min_kv_scale is a number of at least 0, not {options.min_kv_scale}")
+            raise DetentError(f"min_kv_scale is a number of at least 0, not {options.min_kv_scale}")
         kv_cache = kv_cache_format(
             options.kv_cache, options.group_size, options.scale_format, options.scale_calculation_mode
         )
         if options.min_kv_scale and kv_cache.dynamic:
-            raise DetentError("--min_kv_scale needs a static key/value cache type, such as fp8")
+            raise DetentError("min_kv_scale needs a static key/value cache type, such as fp8")
     if scheme.weight is None and scheme.input is None and kv_cache is None:
-        raise DetentError(f"scheme {name!r} quantizes nothing; use --skip_quantization to evaluate the model as it is")
+        raise DetentError(f"scheme {name!r} quantizes nothing; use skip_quantization to evaluate the model as it is")
     return scheme, kv_cache
 
 

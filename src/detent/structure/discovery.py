@@ -31,7 +31,7 @@ from detent.structure.stream import find_stream
 from detent.structure.trace import Trace
 from detent.structure.transfer import Transfer
 from detent.structure.values import factors, positive, spread
-from detent.structure.weights import Weights
+from detent.structure.weights import DrawnWeights
 
 #: What running a model on inputs that it isn't made for may raise.
 _MISTAKES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
@@ -89,7 +89,7 @@ class _Discovery:
     def __init__(self, model: nn.Module, short: Run, long: Run, overrides: Overrides, skeleton: Skeleton) -> None:
         self.model, self._short, self._long, self._overrides = model, short, long, overrides
         self._skeleton = skeleton
-        self.weights = Weights(model)
+        self.weights = DrawnWeights(model)
         self._discover()
 
     def probe(self, change: dict[str, Callable[[Tensor, int], Tensor]] | None = None, *, long: bool = True) -> Trace:

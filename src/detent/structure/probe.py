@@ -42,7 +42,7 @@ from detent.structure.operations import (
 )
 from detent.structure.trace import Leaf, Producer, Reading, Trace
 from detent.structure.values import combinations, positive
-from detent.structure.weights import Weights, memory, prepared
+from detent.structure.weights import DrawnWeights, memory, prepared
 
 
 class Probe(TorchFunctionMode):
@@ -68,7 +68,7 @@ class Probe(TorchFunctionMode):
         super().__init__()
         self.trace = Trace()
         self._model, self._draw, self._change, self._look, self._dtype = model, draw, change or {}, look, dtype
-        self._weights = Weights(model)
+        self._weights = DrawnWeights(model)
         self._leaves: Any = WeakTensorKeyDictionary()
         self._drawn = 0
         self._running: list[str] = []

@@ -18,7 +18,7 @@ def memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class Weights:
+class DrawnWeights:
     """A model's parameters by the memory they lie in, and its weight matrices by name.
 
     Attributes:

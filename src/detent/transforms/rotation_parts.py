@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from detent.algorithms.rotation import Rotation, make_rotation, offset_through, turn_reader, turn_rows, turn_writer
 from detent.config.transforms import RotationConfig
 from detent.errors import DetentError
-from detent.model.edit import Weights, configs_of
+from detent.model.edit import WeightEdits, configs_of
 from detent.nn import TensorQuantizer
 from detent.nn.attention import attention_modules, route_attention
 from detent.nn.hadamard import rotation_block
@@ -57,7 +57,7 @@ class Rotator:
 
     def __init__(self, model: nn.Module, structure: Structure, config: RotationConfig) -> None:
         self.model, self.structure, self.config = model, structure, config
-        self.modules, self.weights = dict(model.named_modules()), Weights(model)
+        self.modules, self.weights = dict(model.named_modules()), WeightEdits(model)
         self.sites = {site.name: site for site in structure.sites}
 
     # ---- R1 ---------------------------------------------------------------------------------------------------------
