@@ -41,6 +41,14 @@ class RotateConfig(ConfigModel):
         rotate_fp32: without effect: half-precision inputs are always summed in float32 and rounded once.
         block_size: rotate in blocks of this many elements; None: the whole axis, or the largest blocks of it that have
             a Hadamard matrix.
+
+
+    Example:
+        >>> import torch
+        >>> from detent import RotateConfig, TensorQuantizer
+        >>> quantizer = TensorQuantizer({"rotate": RotateConfig(mode="rotate_back")}, if_quant=False)
+        >>> bool(torch.allclose(quantizer(torch.eye(4)), torch.eye(4), atol=1e-6))
+        True
     """
 
     enable: bool = ConfigField(True)
@@ -81,6 +89,13 @@ class QuantizerAttributeConfig(ConfigModel):
 
     Raises:
         DetentError: an unknown attribute, a value out of range, attributes that exclude each other.
+
+
+    Example:
+        >>> from detent import QuantizerAttributeConfig
+        >>> attributes = QuantizerAttributeConfig(num_bits=4, block_sizes={-1: 128})
+        >>> attributes["num_bits"], attributes.to_dict()
+        (4, {'num_bits': 4, 'block_sizes': {'-1': 128}})
     """
 
     enable: bool = ConfigField(True)

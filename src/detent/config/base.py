@@ -16,7 +16,15 @@ from detent.errors import DetentError
 
 
 def ConfigField(default: Any = ..., **details: Any) -> Any:  # noqa: N802 (used like pydantic's Field)
-    """A field of a configuration class: its default, and what `pydantic.Field` takes (title, description, limits)."""
+    """A field of a configuration class: its default, and what `pydantic.Field` takes (title, description, limits).
+
+    Example:
+        >>> from detent.config.base import ConfigField, ConfigModel
+        >>> class MyConfig(ConfigModel):
+        ...     strength: float = ConfigField(0.5, ge=0, le=1)
+        >>> MyConfig(strength=0.25)["strength"]
+        0.25
+    """
     return Field(default, **details)
 
 

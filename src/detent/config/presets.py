@@ -181,6 +181,12 @@ def update_quant_cfg_with_kv_cache_quant(config: Mapping[str, Any], kv_cache_qua
         config: a whole configuration; where it has no ``quant_cfg``, all else is disabled, and where it has no
             ``algorithm``, it becomes ``"max"``.
         kv_cache_quant_cfg: the ``quant_cfg`` of a key/value preset, or the preset as a whole.
+
+    Example:
+        >>> import detent
+        >>> config = detent.update_quant_cfg_with_kv_cache_quant(detent.FP8_DEFAULT_CFG, detent.FP8_KV_CFG)
+        >>> "*[kv]_bmm_quantizer" in config["quant_cfg"]
+        True
     """
     if isinstance(kv_cache_quant_cfg, Mapping) and "quant_cfg" in kv_cache_quant_cfg:
         kv_cache_quant_cfg = kv_cache_quant_cfg["quant_cfg"]

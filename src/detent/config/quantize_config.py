@@ -33,6 +33,13 @@ class QuantizeConfig(ConfigModel):
 
     Raises:
         DetentError: a key that is neither of the two, or a value that isn't valid.
+
+
+    Example:
+        >>> from detent import QuantizeConfig
+        >>> config = QuantizeConfig(quant_cfg={"*weight_quantizer": {"num_bits": 4, "axis": 0}})
+        >>> config.algorithm[0].method, [rule.pattern for rule in config.rules]
+        ('max', ['*weight_quantizer'])
     """
 
     quant_cfg: Any = ConfigField()
@@ -71,6 +78,12 @@ def need_calibration(config: Any) -> bool:
     """Whether data must be shown to the model: some activation has static scales, or the algorithm learns from data.
 
     Weights are calibrated from themselves; dynamic formats, and OCP MX, need nothing.
+
+
+    Example:
+        >>> import detent
+        >>> detent.need_calibration(detent.INT8_DEFAULT_CFG), detent.need_calibration(detent.MXFP4_DEFAULT_CFG)
+        (True, False)
     """
     checked = QuantizeConfig.of(config)
     return any(step.needs_data for step in checked.algorithm) or any(_needs_ranges(rule) for rule in checked.rules)

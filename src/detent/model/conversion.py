@@ -164,6 +164,16 @@ def set_quantizer_by_cfg(model: nn.Module, quant_cfg: Any, *, strict: bool = Tru
 
     Raises:
         DetentError: a rule is malformed or matches nothing; the model has no quantizers.
+
+
+    Example:
+        >>> import torch, detent
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> model = detent.quantize(model, detent.INT8_WEIGHT_ONLY_CFG)
+        >>> detent.set_quantizer_by_cfg(model, {"*weight_quantizer": {"num_bits": 4, "axis": 0}})
+        []
+        >>> model[0].weight_quantizer.num_bits
+        4
     """
     rules = normalize(quant_cfg)
     names = {name: _parent_classes(model, name) for name, _ in named_quantizers(model)}
@@ -250,7 +260,18 @@ def _check_codes_allowed(name: str, parent: nn.Module, leaf: str, steps: int) ->
 
 @contextmanager
 def set_quantizer_by_cfg_context(model: nn.Module, quant_cfg: Any) -> Iterator[None]:
-    """Set quantizers inside the ``with`` block; afterwards every one has its attributes and calibrated state back."""
+    """Set quantizers inside the ``with`` block; afterwards every one has its attributes and calibrated state back.
+
+    Example:
+        >>> import torch, detent
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> model = detent.quantize(model, detent.INT8_WEIGHT_ONLY_CFG)
+        >>> with detent.set_quantizer_by_cfg_context(model, {"*": {"enable": False}}):
+        ...     model[0].weight_quantizer.is_enabled
+        False
+        >>> model[0].weight_quantizer.is_enabled
+        True
+    """
     quantizers = dict(named_quantizers(model))
     before = remember(module for quantizer in quantizers.values() for module in quantizer.modules())
     try:
@@ -304,6 +325,15 @@ def enable_quantizer(model: nn.Module, wildcard_or_filter_func: str | Callable[[
 
     Raises:
         DetentError: no quantizer matches.
+
+
+    Example:
+        >>> import torch, detent
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> model = detent.quantize(model, detent.INT8_WEIGHT_ONLY_CFG)
+        >>> detent.enable_quantizer(model, "*output_quantizer")
+        >>> model[0].output_quantizer.is_enabled
+        True
     """
     _switch(model, wildcard_or_filter_func, True)
 
@@ -313,6 +343,15 @@ def disable_quantizer(model: nn.Module, wildcard_or_filter_func: str | Callable[
 
     Raises:
         DetentError: no quantizer matches.
+
+
+    Example:
+        >>> import torch, detent
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> model = detent.quantize(model, detent.INT8_WEIGHT_ONLY_CFG)
+        >>> detent.disable_quantizer(model, lambda name: name.startswith("0."))
+        >>> model[0].weight_quantizer
+        TensorQuantizer(disabled)
     """
     _switch(model, wildcard_or_filter_func, False)
 

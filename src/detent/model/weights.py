@@ -43,6 +43,17 @@ def print_quant_summary(
         output_dir: where given, the text goes to ``.quant_summary.txt`` in this folder instead of `stream`.
         stream: where the text goes; standard output by default. The one place outside the command line that prints,
             since printing is what it is called for.
+
+
+    Example:
+        >>> import torch, detent
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> model = detent.quantize(model, detent.INT8_WEIGHT_ONLY_CFG)
+        >>> detent.print_quant_summary(model)
+        0.input_quantizer                   TensorQuantizer(disabled)
+        0.weight_quantizer                  TensorQuantizer(int8 per_channel(0), ... fake quant)
+        0.output_quantizer                  TensorQuantizer(disabled)
+        3 TensorQuantizers found in model
     """
     text = quant_summary(model) + "\n"
     if output_dir is None:
@@ -66,6 +77,16 @@ def fold_weight(model: nn.Module, keep_attrs: bool = False) -> None:
 
     Raises:
         DetentError: the model has no quantizers; a weight is computed from other parameters. Nothing is folded then.
+
+
+    Example:
+        >>> import torch, detent
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> model = detent.quantize(model, detent.INT8_WEIGHT_ONLY_CFG)
+        >>> before = model(torch.eye(4))
+        >>> detent.fold_weight(model)
+        >>> torch.equal(model(torch.eye(4)), before), model[0].weight_quantizer.is_enabled
+        (True, False)
     """
     if not any(True for _ in named_quantizers(model)):
         raise DetentError("the model has no quantizers; call quantize() first")
@@ -126,6 +147,16 @@ def compress(model: nn.Module, config: Mapping[str, Any] | None = None) -> nn.Mo
     Raises:
         DetentError: a pattern matches nothing; nothing can be packed; a weight that is chosen cannot be. Nothing is
             packed then.
+
+
+    Example:
+        >>> import torch, detent
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> model = detent.quantize(model, detent.INT8_WEIGHT_ONLY_CFG)
+        >>> before = model(torch.eye(4))
+        >>> model = detent.compress(model)
+        >>> torch.equal(model(torch.eye(4)), before), model[0].is_packed
+        (True, True)
     """
     given: Any = {"*": True} if config is None else config
     rules = given["compress"] if isinstance(given, Mapping) and isinstance(given.get("compress"), Mapping) else given

@@ -22,7 +22,10 @@ from detent.nn.tensor_quantizer import TensorQuantizer
 
 
 class QuantModule(nn.Module):
-    """Base of quantized modules. A subclass creates its quantizers in `_setup` and calls them in `forward`."""
+    """Base of quantized modules. A subclass creates its quantizers in `_setup` and calls them in `forward`.
+
+    `detent.register` has an example.
+    """
 
     parallel_state: ParallelState
 

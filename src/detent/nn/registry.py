@@ -161,6 +161,24 @@ def register(original_cls: type[nn.Module], quantized_cls: type[nn.Module]) -> N
 
     Raises:
         DetentError: `quantized_cls` has no `_setup`; `original_cls` is registered already.
+
+
+    Example:
+        >>> import torch, detent
+        >>> class Scaled(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return 2 * x
+        >>> class QuantScaled(detent.QuantModule, Scaled):
+        ...     def _setup(self):
+        ...         self.input_quantizer = detent.TensorQuantizer()
+        ...     def forward(self, x):
+        ...         return super().forward(self.input_quantizer(x))
+        >>> detent.register(Scaled, QuantScaled)
+        >>> model = torch.nn.Sequential(Scaled())
+        >>> detent.replace_quant_module(model)
+        >>> model[0].input_quantizer
+        TensorQuantizer(disabled)
+        >>> detent.unregister(Scaled)
     """
     QuantModuleRegistry.add(original_cls, quantized_cls)
 

@@ -17,6 +17,14 @@ class SequentialQuantizer(nn.Sequential):
 
     Args:
         quantizers: the `TensorQuantizer`s in the order of their application.
+
+
+    Example:
+        >>> import torch
+        >>> from detent import SequentialQuantizer, TensorQuantizer
+        >>> quantizer = SequentialQuantizer(TensorQuantizer({"num_bits": 4}), TensorQuantizer({"num_bits": (4, 3)}))
+        >>> quantizer(torch.tensor([0.5, 7.0]))
+        tensor([0., 7.])
     """
 
     def __init__(self, *quantizers: TensorQuantizer) -> None:
