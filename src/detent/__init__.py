@@ -49,11 +49,11 @@ _HOMES = {
     "replace_quant_module": "detent.model.conversion",
     "set_quantizer_by_cfg": "detent.model.conversion",
     "set_quantizer_by_cfg_context": "detent.model.conversion",
-    "set_quantizer_attribute": "detent.model.conversion",
-    "set_quantizer_attributes_full": "detent.model.conversion",
-    "set_quantizer_attributes_partial": "detent.model.conversion",
-    "enable_quantizer": "detent.model.conversion",
-    "disable_quantizer": "detent.model.conversion",
+    "set_quantizer_attribute": "detent.model.attributes",
+    "set_quantizer_attributes_full": "detent.model.attributes",
+    "set_quantizer_attributes_partial": "detent.model.attributes",
+    "enable_quantizer": "detent.model.attributes",
+    "disable_quantizer": "detent.model.attributes",
     "print_quant_summary": "detent.model.weights",
     "fold_weight": "detent.model.weights",
     "compress": "detent.model.weights",
@@ -110,13 +110,15 @@ if TYPE_CHECKING:
     from detent.engine.quantization import quantize
     from detent.errors import DetentError
     from detent.formats import Format, QTensor, decode, encode, fake_quantize
-    from detent.model.conversion import (
+    from detent.model.attributes import (
         disable_quantizer,
         enable_quantizer,
-        replace_quant_module,
         set_quantizer_attribute,
         set_quantizer_attributes_full,
         set_quantizer_attributes_partial,
+    )
+    from detent.model.conversion import (
+        replace_quant_module,
         set_quantizer_by_cfg,
         set_quantizer_by_cfg_context,
     )

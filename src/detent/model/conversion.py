@@ -6,19 +6,16 @@ Invariant: a conversion that fails leaves the model as it was.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from detent.config import QuantizerAttributeConfig
-from detent.config.attributes import Attributes, SequentialConfig, merged, parse_attributes
-from detent.config.base import shown
+from detent.config.attributes import Attributes, SequentialConfig
 from detent.config.matching import check_matches, match
-from detent.config.quant_cfg import Rule, class_name, normalize
+from detent.config.quant_cfg import Rule, normalize
 from detent.errors import DetentError
 from detent.model.adapters import adapter_names, rules_for_adapters
 from detent.model.rollback import remember, unchanged_on_failure
@@ -176,7 +173,7 @@ def set_quantizer_by_cfg(model: nn.Module, quant_cfg: Any, *, strict: bool = Tru
         4
     """
     rules = normalize(quant_cfg)
-    names = {name: _parent_classes(model, name) for name, _ in named_quantizers(model)}
+    names = {name: parent_classes(model, name) for name, _ in named_quantizers(model)}
     if not names:
         raise DetentError(f"{type(model).__name__} has no quantizers; call quantize() or replace_quant_module() first")
     warnings = check_matches(rules, names, strict=strict, must_enable=False)
@@ -186,7 +183,7 @@ def set_quantizer_by_cfg(model: nn.Module, quant_cfg: Any, *, strict: bool = Tru
     with unchanged_on_failure(model):
         for name, parents in names.items():
             _apply(model, for_adapters if name in inside else rules, name, parents)
-        _settle(model)
+        settle(model)
     for warning in warnings:
         _log.warning("%s", warning)
     return warnings
@@ -196,7 +193,7 @@ def check_something_enabled(model: nn.Module, quant_cfg: Any, *, strict: bool = 
     """Refuse (or warn of, unless strict) a configuration after which no quantizer is on, saying why none is."""
     if any(quantizer.is_enabled for _, quantizer in named_quantizers(model)):
         return
-    names = {name: _parent_classes(model, name) for name, _ in named_quantizers(model)}
+    names = {name: parent_classes(model, name) for name, _ in named_quantizers(model)}
     skipped = "".join(f"; {name} stays unquantized: {why}" for name, why in list(unconverted(model))[:3])
     try:
         messages = check_matches(normalize(quant_cfg), names, strict=strict)
@@ -207,25 +204,25 @@ def check_something_enabled(model: nn.Module, quant_cfg: Any, *, strict: bool = 
 
 
 def _apply(model: nn.Module, rules: list[Rule], name: str, parents: set[str]) -> None:
-    before = _attributes(model.get_submodule(name))
+    before = attributes_of(model.get_submodule(name))
     attributes = match(rules, name, parents, before)
     if attributes is not None and attributes != before:
-        _set(model, name, attributes)
+        set_attributes(model, name, attributes)
 
 
-def _attributes(quantizer: nn.Module) -> Attributes:
+def attributes_of(quantizer: nn.Module) -> Attributes:
     """What a quantizer is set to now."""
     if isinstance(quantizer, SequentialQuantizer):
-        return SequentialConfig([_attributes(q) for q in quantizer])
+        return SequentialConfig([attributes_of(q) for q in quantizer])
     assert isinstance(quantizer, TensorQuantizer)
     return quantizer.attributes
 
 
-def _parent_classes(model: nn.Module, quantizer_name: str) -> set[str]:
+def parent_classes(model: nn.Module, quantizer_name: str) -> set[str]:
     return QuantModuleRegistry.names_of(model.get_submodule(quantizer_name.rpartition(".")[0]))
 
 
-def _set(model: nn.Module, name: str, attributes: Attributes) -> None:
+def set_attributes(model: nn.Module, name: str, attributes: Attributes) -> None:
     """Give one quantizer its attributes, changing between single and sequence where needed."""
     parent_name, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent_name)
@@ -286,157 +283,7 @@ def set_quantizer_by_cfg_context(model: nn.Module, quant_cfg: Any) -> Iterator[N
         route_attention(model)
 
 
-def _matching(
-    model: nn.Module,
-    wildcard_or_filter: str | Callable[[str], bool],
-    parent_class: str | type[nn.Module] | None = None,
-) -> list[str]:
-    """Names of the quantizers that a wildcard or function chooses. Raises DetentError for none."""
-    if callable(wildcard_or_filter):
-        chosen = [name for name, _ in named_quantizers(model) if wildcard_or_filter(name)]
-    elif isinstance(wildcard_or_filter, str):
-        chosen = [name for name, _ in named_quantizers(model) if fnmatchcase(name, wildcard_or_filter)]
-    else:
-        raise DetentError(
-            f"quantizers are chosen by a wildcard on their names or a function of it, not {shown(wildcard_or_filter)}"
-        )
-    if parent_class is not None:
-        kind = class_name(parent_class) if isinstance(parent_class, type) else parent_class
-        chosen = [name for name in chosen if kind in _parent_classes(model, name)]
-    if not chosen:
-        some = ", ".join(name for name, _ in list(named_quantizers(model))[:3]) or "none: call quantize() first"
-        raise DetentError(f"no quantizer matches {wildcard_or_filter!r}; quantizers are called, for instance, {some}")
-    return chosen
-
-
-def _switch(model: nn.Module, wildcard_or_filter: str | Callable[[str], bool], on: bool) -> None:
-    with unchanged_on_failure(model):
-        for name in _matching(model, wildcard_or_filter):
-            quantizer: Any = model.get_submodule(name)
-            if on:
-                quantizer.enable()
-            else:
-                quantizer.disable()
-        _settle(model)
-
-
-def enable_quantizer(model: nn.Module, wildcard_or_filter_func: str | Callable[[str], bool]) -> None:
-    """Switch on the quantizers whose full name matches a wildcard or satisfies a function.
-
-    Raises:
-        DetentError: no quantizer matches.
-
-
-    Example:
-        >>> import torch, detent
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-        >>> model = detent.quantize(model, detent.INT8_WEIGHT_ONLY_CFG)
-        >>> detent.enable_quantizer(model, "*output_quantizer")
-        >>> model[0].output_quantizer.is_enabled
-        True
-    """
-    _switch(model, wildcard_or_filter_func, True)
-
-
-def disable_quantizer(model: nn.Module, wildcard_or_filter_func: str | Callable[[str], bool]) -> None:
-    """Switch off the quantizers whose full name matches a wildcard or satisfies a function.
-
-    Raises:
-        DetentError: no quantizer matches.
-
-
-    Example:
-        >>> import torch, detent
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-        >>> model = detent.quantize(model, detent.INT8_WEIGHT_ONLY_CFG)
-        >>> detent.disable_quantizer(model, lambda name: name.startswith("0."))
-        >>> model[0].weight_quantizer
-        TensorQuantizer(disabled)
-    """
-    _switch(model, wildcard_or_filter_func, False)
-
-
-def set_quantizer_attribute(
-    model: nn.Module,
-    wildcard_or_filter_func: str | Callable[[str], bool],
-    attribute: QuantizerAttributeConfig | Mapping[str, Any] | Sequence[Any],
-    parent_class: str | type[nn.Module] | None = None,
-) -> None:
-    """Change attributes of all quantizers whose full name matches; those that aren't named stay as they are.
-
-    Args:
-        model: a model with quantizers.
-        wildcard_or_filter_func: a wildcard on the full name, or a function of it.
-        attribute: a dictionary of what changes: ``{"num_bits": 4}`` keeps a weight's axis and leaves a quantizer that
-            is off switched off. A list of dictionaries, one for each quantizer in sequence; where a single quantizer
-            becomes a sequence, and for a `QuantizerAttributeConfig`, all attributes are replaced.
-        parent_class: only quantizers of modules of this class, such as ``"nn.Linear"``.
-
-    Raises:
-        DetentError: no quantizer matches, or the result isn't valid. The model is then as it was.
-
-    Example:
-        >>> import torch, detent
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-        >>> model = detent.quantize(model, {"quant_cfg": {"*weight_quantizer": {"num_bits": 8, "axis": 0}}})
-        >>> detent.set_quantizer_attribute(model, "*", {"num_bits": 4})
-        >>> model[0].weight_quantizer.num_bits, model[0].weight_quantizer.axis, model[0].output_quantizer.is_enabled
-        (4, 0, False)
-    """
-    with unchanged_on_failure(model):
-        for name in _matching(model, wildcard_or_filter_func, parent_class):
-            _set(model, name, _merged(name, _attributes(model.get_submodule(name)), attribute))
-        _settle(model)
-
-
-def set_quantizer_attributes_full(
-    model: nn.Module,
-    wildcard_or_filter_func: str | Callable[[str], bool],
-    attributes: QuantizerAttributeConfig | Mapping[str, Any] | Sequence[Any],
-    parent_class: str | type[nn.Module] | None = None,
-) -> None:
-    """Replace all attributes of the quantizers whose full name matches: what isn't named gets its default.
-
-    The arguments are those of `set_quantizer_attribute`, which changes what is named alone.
-
-    Raises:
-        DetentError: no quantizer matches, or the attributes aren't valid. The model is then as it was.
-
-    Example:
-        >>> import torch, detent
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-        >>> model = detent.quantize(model, {"quant_cfg": {"*weight_quantizer": {"num_bits": 8, "axis": 0}}})
-        >>> detent.set_quantizer_attributes_full(model, "*weight_quantizer", {"num_bits": 4})
-        >>> print(model[0].weight_quantizer.axis)
-        None
-    """
-    parsed = parse_attributes(attributes)
-    with unchanged_on_failure(model):
-        for name in _matching(model, wildcard_or_filter_func, parent_class):
-            _set(model, name, parsed)
-        _settle(model)
-
-
-#: What ModelOpt calls the two.
-set_quantizer_attributes_partial = set_quantizer_attribute
-
-
-def _merged(name: str, current: Attributes, given: Any) -> Attributes:
-    """What a quantizer, or a sequence of them, is set to when some attributes change."""
-    if isinstance(given, list | tuple):
-        if isinstance(current, SequentialConfig) and len(current) == len(given):
-            return SequentialConfig(merged(now, step) for now, step in zip(current, given, strict=True))
-        return parse_attributes(given)
-    if not isinstance(current, SequentialConfig):
-        return merged(current, given)
-    if isinstance(given, Mapping) and set(given) == {"enable"}:
-        return SequentialConfig(merged(now, given) for now in current)
-    if isinstance(given, QuantizerAttributeConfig):
-        return given
-    raise DetentError(f"{name}: {len(current)} quantizers in sequence take a list of {len(current)} dictionaries")
-
-
-def _settle(model: nn.Module) -> None:
+def settle(model: nn.Module) -> None:
     """What has to follow every change of which quantizers are on."""
     for name, module in model.named_modules():
         front = float_forward(module)

@@ -15,7 +15,8 @@ from detent.checkpoints import Activation, LayerCheckpoint, ModelFormats, Source
 from detent.config import QuantizerAttributeConfig
 from detent.errors import DetentError
 from detent.formats import Scales, decode
-from detent.model.conversion import replace_quant_module, set_quantizer_attribute
+from detent.model.attributes import set_quantizer_attribute
+from detent.model.conversion import replace_quant_module
 from detent.nn import TensorQuantizer
 from detent.nn.attention import attention_modules, route_attention
 from detent.pretrained.facts import outside_language
