@@ -1,0 +1,240 @@
+"""What transformers and other engines get of models that aren't plain Llamas: the simulated model, or a refusal."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cli.runner import Workplace, detent, logits, save_checkpoint, small
+from detent.runs.load import load_quantized
+from tiny_language_model import make_tokenizer
+
+pytest.importorskip("compressed_tensors")
+
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 64, "head_dim": 16},
+    "phimoe": {"num_local_experts": 4},
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 16},
+    "granitemoe": {"num_local_experts": 4},
+}
+MLA: dict[str, Any] = {
+    "head_dim": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 28, "qk_rope_head_dim": 4,
+    "v_head_dim": 32, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+LLAMA4 = {"num_local_experts": 4, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 2, "head_dim": 16}
+
+
+def of(place: Workplace, folder: Path, model_type: str, values: dict[str, Any]) -> Workplace:
+    return replace(place, model=save_checkpoint(folder / "model", small(model_type, **values)))
+
+
+def in_transformers(folder: Path, kind: str = "AutoModelForCausalLM") -> Any:
+    """The model as transformers loads it; every tensor has found its place."""
+    import transformers
+
+    model, report = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    return model.eval()
+
+
+def ignores(folder: Path, name: str) -> bool:
+    """Whether an engine leaves the layer `name` in floating point: entries are names, or patterns from the start on."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))["quantization_config"]
+    return any(re.match(e[3:], name) if e.startswith("re:") else e == name for e in config["ignore"])
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_mixtures_with_scales_folded_into_what_experts_read(model_type: str, place: Workplace, tmp_path: Path) -> None:
+    place = of(place, tmp_path, model_type, {**EXPERTS, **MIXTURES[model_type]})
+    place.quantize("--group_size", 32, "--quant_algo", "awq", "--skip_evaluation")
+    simulated = logits(load_quantized(place.out))
+    assert torch.isfinite(simulated).all()
+    assert torch.equal(logits(in_transformers(place.out)), simulated)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype"), [("w_int8_per_channel_a_int8_per_tensor_sym", torch.float32), ("w_mxfp4", torch.bfloat16)]
+)
+def test_schemes_of_mixtures(scheme: str, dtype: torch.dtype, place: Workplace, tmp_path: Path) -> None:
+    place = replace(place, model=save_checkpoint(tmp_path / "m", small("mixtral", **EXPERTS), dtype))
+    place.quantize("--skip_evaluation", "--pre_quantization_optimization", "smoothquant", scheme=scheme)
+    from transformers import AutoModelForCausalLM
+
+    read = AutoModelForCausalLM.from_pretrained(place.out, dtype=dtype)
+    assert torch.equal(logits(read.eval()), logits(load_quantized(place.out)))
+
+
+def test_what_stays_is_told_under_the_names_that_engines_ask_for(place: Workplace, tmp_path: Path) -> None:
+    place = of(place, tmp_path, "mixtral", {**EXPERTS, **MIXTURES["mixtral"]})
+    place.quantize("--group_size", 32, "--skip_evaluation")
+    moe = "model.layers.1.block_sparse_moe"
+    assert all(ignores(place.out, f"{moe}.{n}") for n in ("gate", "experts.0.w1", "experts.3.w2", "experts.0.w3"))
+    assert ignores(place.out, "lm_head")
+    assert not ignores(place.out, "model.layers.1.self_attn.q_proj")
+    other = replace(place, out=tmp_path / "other")
+    other = of(other, tmp_path / "b", "gpt_oss", {**EXPERTS, **MIXTURES["gpt_oss"]})
+    other.quantize("--group_size", 32, "--skip_evaluation")
+    assert all(ignores(other.out, f"model.layers.0.mlp.{n}") for n in ("router", "experts.0.gate_proj"))
+
+
+def test_layers_that_the_model_class_leaves_out(place: Workplace, tmp_path: Path) -> None:
+    """A layer for the prediction of several tokens is carried along, and named among what stays."""
+    from safetensors.torch import load_file, save_file
+
+    folder = save_checkpoint(tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    extra = "model.layers.2.self_attn.q_proj.weight"
+    save_file({**tensors, extra: torch.ones(64, 64)}, folder / "model.safetensors", metadata={"format": "pt"})
+    place = replace(place, model=folder)
+    place.quantize("--group_size", 32, "--skip_evaluation")
+    assert ignores(place.out, extra.removesuffix(".weight"))
+    assert torch.equal(load_file(place.out / "model.safetensors")[extra], torch.ones(64, 64))
+
+
+def test_experts_that_transformers_takes_apart(place: Workplace, tmp_path: Path) -> None:
+    place = of(place, tmp_path, "llama4_text", {**EXPERTS, **LLAMA4})
+    outcome = place.quantize(
+        "--group_size", 32, "--skip_evaluation", "--model_export", "compressed-tensors", run=detent
+    )
+    assert outcome.code == 2
+    assert "transformers expects each expert as layers of its own" in outcome.err
+    outcome = place.quantize("--group_size", 32, "--skip_evaluation")
+    assert "Detent's own layout" in outcome.err
+
+
+def test_a_model_that_reads_images(place: Workplace, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text = small().to_dict() | {"model_type": "llama"}
+    sight = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sight |= {"image_size": 32, "patch_size": 16, "model_type": "clip_vision_model"}
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(
+        AutoConfig.for_model("llava", text_config=text, vision_config=sight, image_token_index=62)
+    )
+    model.save_pretrained(tmp_path / "m")
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    place = replace(place, model=tmp_path / "m")
+    place.quantize("--group_size", 32, "--kv_cache_dtype", "fp8", "--skip_evaluation", "--quant_algo", "awq")
+    assert place.report["weights"]["quantized"] == 14
+    read = in_transformers(place.out, "AutoModelForImageTextToText")
+    assert torch.equal(logits(read), logits(load_quantized(place.out)))
+    assert ignores(place.out, "vision_tower.encoder.layers.0.mlp.fc1")
+
+
+class TestKeysAndValues:
+    def quantize(self, place: Workplace, folder: Path, model_type: str, values: dict[str, Any]) -> Any:
+        place = of(place, folder, model_type, values)
+        return place.quantize("--kv_cache_dtype", "fp8", "--skip_evaluation", scheme="w_fp8_a_fp8", run=detent)
+
+    def test_a_reader_that_ignores_their_scales(self, place: Workplace, tmp_path: Path) -> None:
+        outcome = self.quantize(place, tmp_path, "gpt_neox", {})
+        assert outcome.code == 0
+        assert "Detent's own layout" in outcome.err
+        assert "would ignore the scales" in outcome.err
+
+    def test_a_cache_of_something_else(self, place: Workplace, tmp_path: Path) -> None:
+        outcome = self.quantize(place, tmp_path, "deepseek_v3", MLA)
+        assert outcome.code == 2
+        assert "DeepseekV3ForCausalLM caches (1, 1, 4, 32) and (1, 1, 4, 4)" in outcome.err
+
+    def test_without_a_weight(self, place: Workplace, tmp_path: Path) -> None:
+        values = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+        outcome = self.quantize(place, tmp_path, "gpt2", values)
+        assert outcome.code == 2
+        assert "its weights are in Conv1D" in outcome.err
+
+
+def test_layers_that_engines_fuse(place: Workplace) -> None:
+    options = ("--skip_evaluation", "--group_size", 32, "--exclude_layers", "lm_head", "*.k_proj")
+    outcome = place.quantize(*options, run=detent)
+    assert outcome.code == 2
+    assert "model.layers.0.self_attn.k_proj is left in floating point" in outcome.err
+    place.quantize(*options, "--allow_unfused")
+
+
+def test_rows_that_a_group_does_not_divide(place: Workplace, tmp_path: Path) -> None:
+    place = of(place, tmp_path, "llama", {"intermediate_size": 160})
+    options = ("--skip_evaluation", "--group_size", 64)
+    outcome = place.quantize(*options, "--model_export", "compressed-tensors", run=detent)
+    assert outcome.code == 2
+    assert "A group size of 32 for this layer keeps the model loadable" in outcome.err
+    place.quantize(*options, "--model_export", "compressed-tensors", "--group_size_per_layer", "*.down_proj", 32)
+    assert torch.equal(logits(in_transformers(place.out)), logits(load_quantized(place.out)))
+
+
+def test_too_large_for_float16(place: Workplace, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save_checkpoint(tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][3] = 70000
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    options = ("--group_size", 32, "--skip_evaluation", "--data_type", "float16")
+    outcome = replace(place, model=folder).quantize(*options, run=detent)
+    assert outcome.code == 2
+    assert "model.layers.1.input_layernorm.weight has a value that float16" in outcome.err
+    assert not place.out.exists()
+
+
+def test_a_weight_that_is_lost(place: Workplace, tmp_path: Path) -> None:
+    """Under a scale that it shares with query and value, nothing of a tiny key matrix is left."""
+    from safetensors.torch import load_file, save_file
+
+    folder = save_checkpoint(tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_proj.weight"] *= 1e-8
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    outcome = replace(place, model=folder).quantize("--skip_evaluation", scheme="w_fp4_scale_fp8")
+    assert (
+        "WARNING: 1 of 14 weights are lost: model.layers.0.self_attn.k_proj has a relative error of 100%" in outcome.err
+    )
+
+
+def test_several_processes(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    outcome = place.quantize("--skip_evaluation", run=detent)
+    assert outcome.code == 2
+    assert "one of 2 processes" in outcome.err
+
+
+def test_infinity_in_a_configuration(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    from detent.pretrained.loading import load_config
+
+    AutoConfig.for_model("mamba2", time_step_limit=(0.0, float("inf"))).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({**values, "quantization_config": {"quant_method": "detent"}}), "utf-8")
+    config = load_config(tmp_path)
+    assert tuple(config.time_step_limit) == (0.0, float("inf"))
+    assert not hasattr(config, "quantization_config")
+
+
+def test_code_of_its_own_is_read_back(place: Workplace, tmp_path: Path) -> None:
+    """A model whose class comes along with the checkpoint: quantized, proved, and evaluated."""
+    folder = save_checkpoint(tmp_path / "m")
+    (folder / "own_model.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n",
+        encoding="utf-8",
+    )
+    path = folder / "config.json"
+    values = json.loads(path.read_text("utf-8")) | {"model_type": "own", "architectures": ["OwnModel"]}
+    values["auto_map"] = {"AutoConfig": "own_model.OwnConfig", "AutoModelForCausalLM": "own_model.OwnModel"}
+    path.write_text(json.dumps(values), "utf-8")
+    place = replace(place, model=folder)
+    place.quantize("--group_size", 32, "--trust_remote_code")
+    assert place.evaluate("--trust_remote_code")["perplexity"]["after"] == place.report["perplexity"]["after"]
