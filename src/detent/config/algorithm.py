@@ -30,7 +30,7 @@ class QuantizeAlgorithmConfig(ConfigModel):
 
 
 class NoCalibConfig(QuantizeAlgorithmConfig):
-    """No calibration: for formats whose scales come from each tensor anew."""
+    """No calibration: for formats whose scales are recomputed for every tensor."""
 
     method: Literal[None] = ConfigField(None)
 
@@ -215,7 +215,7 @@ class GPTQCalibConfig(DataAlgorithmConfig):
         retarget: come near the outputs of the float model instead of those that the float weights give on the inputs
             at hand, so that errors of earlier blocks are made up for (as GPTAQ does). Needs block by block.
         retarget_damping: share of the mean diagonal added to the second moment where the target is computed.
-        sequential: observe each site of a block anew, with the sites before it rounded. Takes a forward pass of the
+        sequential: observe each site of a block again, with the sites before it rounded. Takes a forward pass of the
             block for each site.
     """
 

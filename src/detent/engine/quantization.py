@@ -43,7 +43,7 @@ def quantize(
     """Put quantizers into a model, set them by a configuration and calibrate them.
 
     Args:
-        model: any `torch.nn.Module`; it is changed in place. If it is quantized already, its quantizers are set anew.
+        model: any `torch.nn.Module`; it is changed in place. If it is quantized already, its quantizers are set again.
         config: a preset such as ``detent.INT8_DEFAULT_CFG``, or a dict with ``"quant_cfg"`` (wildcards, or an ordered
             list) and ``"algorithm"``.
         forward_loop: a function that calls the model it is given on calibration data; needed where activations have
