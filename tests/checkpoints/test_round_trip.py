@@ -110,6 +110,16 @@ def test_other_shapes_and_kinds(tmp_path: Path) -> None:
         assert_same_layer(found.layer(layer.name), layer)
 
 
+@pytest.mark.parametrize("layout", layouts.values(), ids=lambda layout: layout.name)
+def test_negative_scales_of_weights_come_back(layout, tmp_path: Path) -> None:
+    """Algorithms choose them for integers with a code to spare below zero."""
+    layer = quantized_layer("layers.0", weight((32, 64), 0), (f.integer(4, f.per_group(32)), None, None))
+    assert layer.weight is not None
+    layer.weight.scale[::2].neg_()
+    write(tmp_path / "out", Source(toy_source(tmp_path / "src")), [layer], layout=layout, ignored=())
+    assert_same_layer(open_quantized(tmp_path / "out").layer("layers.0"), layer)
+
+
 ACTIVATIONS = [
     f.integer(8),
     f.integer(8, dynamic=True),

@@ -233,10 +233,10 @@ class DetentReader:
             name = f"{prefix}.zero_point"
             zero_point = self._codes(name, grid, fmt.element.bits, torch.int32, fmt.element.signed)
         outer = self._tensor(f"{prefix}.outer_scale", (), torch.float32) if has_outer(fmt) else None
-        return self._checked(prefix, fmt, Scales(scale, zero_point, outer))
+        return self._checked(prefix, fmt, Scales(scale, zero_point, outer), of_weight=prefix.endswith(".weight"))
 
-    def _checked(self, prefix: str, fmt: Format, scales: Scales) -> Scales:
-        check_scales(fmt, scales, f"{self.source.path}: {prefix}")
+    def _checked(self, prefix: str, fmt: Format, scales: Scales, *, of_weight: bool = False) -> Scales:
+        check_scales(fmt, scales, f"{self.source.path}: {prefix}", of_weight=of_weight)
         return scales
 
     def _calibrated(self, prefix: str, fmt: Format) -> Scales:
