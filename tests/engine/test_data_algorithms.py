@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from torch import nn
 import detent
 from detent.algorithms.layer import layers_of
 from detent.algorithms.outcome import Outcome
+from detent.algorithms.registry import Handler, forget, register
 from detent.algorithms.site import Wanted
 from detent.config import QuantizeConfig
 from detent.engine import quantization
@@ -492,20 +494,35 @@ def test_steps_that_contradict_each_other_are_refused_before_the_loop_runs() -> 
     assert difference(quantized(apart), quantized([{"method": "awq_lite"}, {"method": "gptq", "inputs": "float"}])) == 0
 
 
-def test_outcomes_and_float_weights_are_not_kept() -> None:
-    """Nothing of a call is left on modules; a run without a public door holds no float weight once it is replaced."""
-    import weakref
+@pytest.mark.parametrize("door", ["public", "of runs"])
+def test_float_weights_are_held_by_the_public_door_alone(door: str) -> None:
+    """Whoever can go back holds them until the end; a run lets go of each as it is replaced."""
+    model, held = make_model(), []
+    values = model.model.layers[0].mlp.up_proj.weight.detach().numpy().copy()
+    model.model.layers[0].mlp.up_proj.weight.data = torch.from_numpy(values)  # lives as long as the tensor's memory
+    float_weight = weakref.ref(values)
+    del values
 
-    model = make_model()
-    before = weakref.ref(model.model.layers[0].mlp.up_proj.weight.data.untyped_storage())
-    refs = [weakref.ref(p) for p in model.parameters()]
-    solved("gptq", model=model)
-    assert not any(name.startswith("_outcomes") for module in model.modules() for name in module.__dict__)
-    assert refs
-    assert before() is None
+    class LookConfig(detent.QuantizeAlgorithmConfig):
+        method: Literal["look"] = detent.ModeloptField("look")
+
+    @register(LookConfig)
+    class LookHandler(Handler[LookConfig]):
+        scope = "model"
+
+        def change(self, step: LookConfig, work: Any) -> None:
+            held.append(float_weight() is not None)
+
+    try:
+        (quantized if door == "public" else solved)(["gptq", "look"], model=model)
+    finally:
+        forget(LookConfig)
+    assert held == [door == "public"]
+    assert float_weight() is None
+    assert not any("outcome" in name for module in model.modules() for name in module.__dict__)
 
 
-# ---- algorithms of one's own ----------------------------------------------------------------------------------------
+# ---- custom algorithms ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
