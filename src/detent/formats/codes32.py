@@ -156,6 +156,39 @@ def _small_float_codes(v: Tensor, element: Float, cut: bool, room: Scratch, out:
     code.bitwise_or_(sign.bitwise_and_((1 << magnitude_bits ^ 0x80) - 0x80))
 
 
+def small_float_values(codes: Tensor, element: Float, room: Scratch, out: Tensor) -> bool:
+    """Write the float32 values of the codes of a small float with at most 5 exponent bits into `out`.
+
+    Returns:
+        False, with nothing of use in `out`, where a code is set aside for NaN or infinity.
+
+    The bits of a code, moved to where float16 has exponent and mantissa, are the number times a power of two: both have
+    subnormals, and float16 has at least as many exponents.
+    """
+    bits = room.more[: codes.numel()].view(torch.int16)[: codes.numel()].view(codes.shape)
+    magnitude_bits = element.bits - element.signed
+    bits.copy_(codes.view(torch.uint8))
+    if element.signed:
+        sign = room.more.view(torch.int16)[codes.numel() : 2 * codes.numel()].view(codes.shape)
+        torch.bitwise_and(bits, 1 << magnitude_bits, out=sign)
+        bits.bitwise_xor_(sign)
+        if element.reserved_maximum is not None and int(bits.amax()) > _largest_code(element):
+            return False
+        bits.bitwise_left_shift_(10 - element.mantissa_bits)
+        bits.bitwise_or_(sign.bitwise_left_shift_(15 - magnitude_bits))
+    else:
+        bits.bitwise_left_shift_(10 - element.mantissa_bits)
+    out.copy_(bits.view(torch.float16)).mul_(2.0 ** (15 - element.bias))
+    return True
+
+
+def _largest_code(element: Float) -> int:
+    """The magnitude's code of the largest number."""
+    exponent = element.max_exponent + element.bias
+    mantissa = element.maximum / 2.0**element.max_exponent - 1
+    return int(exponent * 2**element.mantissa_bits + mantissa * 2**element.mantissa_bits)
+
+
 def _round_to_odd(v: Tensor, room: Scratch) -> None:
     """Keep 12 significant bits, the last one set where anything was lost: on no other side of a tie than before."""
     bits = v.view(torch.int32)

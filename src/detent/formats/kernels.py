@@ -15,7 +15,7 @@ from torch import Tensor
 
 from detent.formats import codes32, compiled, float32
 from detent.formats import tiles as tl
-from detent.formats.elements import Integer
+from detent.formats.elements import Float, Integer
 from detent.formats.format import Format
 from detent.formats.memory import new_tensor
 from detent.formats.packing import pack
@@ -28,6 +28,8 @@ _PIECE = (1 << 15) - 8
 _SMALL = 1 << 12
 #: Scales made at once, for the same reason.
 _SCALES = 1 << 14
+#: Tiles from this length on have their extremes found in their own dtype: two passes take less than widening them.
+_LONG = 512
 #: Elements that are worth a thread.
 _PER_THREAD = 1 << 18
 
@@ -39,7 +41,7 @@ def own_scale(tiles: Tensor, fmt: Format, outer: Tensor | None = None) -> tuple[
 
     `outer` is the scale of the scales, for formats that have one; by default the one that the largest value asks for.
     """
-    low, high = _ranges(tiles, fmt)
+    low, high = ranges(tiles, fmt)
     largest = torch.maximum(-low, high).amax()
     if outer is None:
         outer = tl.outer_scale_of(fmt, largest)
@@ -64,15 +66,21 @@ def _joined(parts: list[TileScale]) -> TileScale:
     return TileScale(torch.cat([p.value for p in parts]), zero_point, parts[0].outer)
 
 
-def _ranges(tiles: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+def ranges(tiles: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     """`tiles.tile_range`, in pieces."""
     count, length = tiles.shape
     if not _takes_pieces(tiles):
         return tl.tile_range(tiles, fmt)
     if length > _PIECE:
-        ranges = [tl.tile_range(row, fmt) for row in tiles.split(1)]
-        low, high = (torch.cat(bounds) for bounds in zip(*ranges, strict=True))
+        found = [tl.tile_range(row, fmt) for row in tiles.split(1)]
+        low, high = (torch.cat(bounds) for bounds in zip(*found, strict=True))
         return low, high
+    if length >= _LONG:
+        low, high = (bound.to(torch.float32) for bound in (tiles.amin(1, keepdim=True), tiles.amax(1, keepdim=True)))
+        if tl.needs_sign(fmt):
+            return low, high
+        largest = torch.maximum(low.abs(), high)
+        return -largest, largest
     low, high = (torch.empty(count, 1, dtype=torch.float32, device=tiles.device) for _ in range(2))
 
     def work(pieces: list[Piece]) -> None:
@@ -216,12 +224,16 @@ class _Decoder:
         unit = tl.multiplier(fmt, scale)
         #: A power of two below float32's range makes a product that is rounded once in either type.
         self._exact, self._scale = unit.to(torch.float32), scale
+        self._element = fmt.element
+        self._small = isinstance(fmt.element, Float) and fmt.element.exponent_bits <= 5
         self._table = None if isinstance(fmt.element, Integer) else fmt.element.table(unit.device)
         self._largest = torch.finfo(dtype).max
 
     def __call__(self, codes: Tensor, rows: slice, room: codes32.Scratch, out: Tensor) -> None:
         values = room.floats[: codes.numel()].view(codes.shape)
-        if self._table is None:
+        if self._small and codes32.small_float_values(codes, self._element, room, values):  # type: ignore[arg-type]
+            pass
+        elif self._table is None:
             values.copy_(codes)
         else:
             index = room.more[: codes.numel()].view(torch.int32).view(codes.shape).copy_(codes.view(torch.uint8))

@@ -17,7 +17,7 @@ from torch import Tensor
 from detent.errors import DetentError, NothingObserved
 from detent.formats import FloatScale, Format, Integer, encode, fake_quantize, scales_from_range
 from detent.formats.granularity import to_tiles
-from detent.formats.tiles import tile_range
+from detent.formats.kernels import ranges
 
 
 class Observer(Protocol):
@@ -43,7 +43,7 @@ class MinMaxObserver:
             return
         x = x.detach()
         granularity = self._fmt.granularity
-        low, high = tile_range(to_tiles(x, granularity, repeat_edge=True), self._fmt)
+        low, high = ranges(to_tiles(x, granularity, repeat_edge=True), self._fmt)
         shape = granularity.grid(tuple(x.shape))
         low, high = low.reshape(shape), high.reshape(shape)
         if self._low is not None and self._high is not None:

@@ -176,9 +176,10 @@ def relative_error(packed: QTensor, weight: Tensor) -> float:
     step = tall * max(1, PIECE * len(weight) // max(1, weight.numel() * tall))
     wrong = total = 0.0
     for start in range(0, len(weight), step):
-        rows = weight[start : start + step].float()
-        total += float(rows.square().sum(dtype=torch.float64))
-        wrong += float(decode(packed.rows(start, start + step)).sub_(rows).square_().sum(dtype=torch.float64))
+        rows = weight[start : start + step].float().flatten()
+        total += float(torch.dot(rows, rows))
+        difference = decode(packed.rows(start, start + step)).flatten().sub_(rows)
+        wrong += float(torch.dot(difference, difference))
     return math.sqrt(wrong / total) if total else 0.0
 
 
