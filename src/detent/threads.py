@@ -29,8 +29,12 @@ def threads_by_size(work: int) -> Iterator[None]:
     whole run or block, and not around each operation.
 
     Example:
-        >>> with threads_by_size(tokens * width * width):
-        ...     model(batch)
+        >>> import torch
+        >>> from detent.threads import threads_by_size
+        >>> x = torch.ones(8, 16)
+        >>> with threads_by_size(x.numel() * 16):
+        ...     (x @ x.T).shape
+        torch.Size([8, 8])
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads_for(work))

@@ -223,7 +223,10 @@ def encode_packed(
         DetentError: as `encode`; the format has micro-exponents, which lie beside codes and scales.
 
     Example:
-        >>> packed, scales = encode_packed(torch.randn(4, 256), df.integer(4, df.per_group(128)))
+        >>> import torch
+        >>> from detent.formats import integer, per_group
+        >>> from detent.formats.qtensor import encode_packed
+        >>> packed, scales = encode_packed(torch.randn(4, 256), integer(4, per_group(128)))
         >>> packed.shape
         torch.Size([4, 128])
     """
