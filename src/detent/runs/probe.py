@@ -15,16 +15,14 @@ from detent.errors import DetentError
 from detent.plan.plan import Plan
 from detent.pretrained.loading import model_on_meta
 from detent.runs.load import Stored, load_quantized, simulated_model
-from detent.runs.simulate import Quantized
+from detent.runs.stream import LayerStream
 from detent.runs.verify import check_logits, kept_tensor, probe_logits
 from detent.runs.write import in_file
 
-#: Blocks of the model that is compared: two, since the first of a model is often of another kind than the rest.
-BLOCKS = 2
-
 
 def with_few_blocks(config: Any, model: nn.Module, *, trust_remote_code: bool = False) -> Any:
-    """The configuration of a model with `BLOCKS` blocks that is otherwise the same; None if it can't be had.
+    """The configuration of a model with one block that is otherwise the same, or with two where the second is of
+    another shape than the first; None if it can't be had.
 
     Args:
         config: of the whole model.
@@ -32,15 +30,16 @@ def with_few_blocks(config: Any, model: nn.Module, *, trust_remote_code: bool = 
         trust_remote_code: whether Python code that comes with the checkpoint may run.
     """
     few = copy.deepcopy(config)
+    blocks = 1 if _alike(model) else 2
     cut = False
     for part in (few, getattr(few, "text_config", None)):
         count = getattr(part, "num_hidden_layers", None)
-        if part is not None and isinstance(count, int) and count > BLOCKS:
+        if part is not None and isinstance(count, int) and count > blocks:
             cut = True
             for key, value in vars(part).items():
                 if isinstance(value, list) and len(value) == count:
-                    setattr(part, key, value[:BLOCKS])
-            part.num_hidden_layers = BLOCKS
+                    setattr(part, key, value[:blocks])
+            part.num_hidden_layers = blocks
     if not cut:
         return None
     try:
@@ -52,15 +51,22 @@ def with_few_blocks(config: Any, model: nn.Module, *, trust_remote_code: bool = 
     return few if mine.items() <= shapes.items() and len(mine) < len(shapes) else None
 
 
+def _alike(model: nn.Module) -> bool:
+    """Whether the first two members of each long list of modules have parameters of the same names and shapes."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 2]
+    shapes = [[{name: p.shape for name, p in block.named_parameters()} for block in blocks[:2]] for blocks in lists]
+    return all(first == second for first, second in shapes)
+
+
 def compare_few_blocks(
-    folder: Path, source: Source, plan: Plan, quantized: Quantized, config: Any, *, dtype: torch.dtype, **options: Any
+    folder: Path, source: Source, plan: Plan, stream: LayerStream, config: Any, *, dtype: torch.dtype, **options: Any
 ) -> None:
     """Load the first blocks of a written folder as its user would, and hold their logits against those of the same
     blocks as they were quantized.
 
     Args:
         folder: with everything in it.
-        source, plan, quantized: what it was made of.
+        source, plan, stream: what it was made of.
         config: the configuration of the model; it is cut to few blocks where that is possible.
         dtype: to hold both in.
         options: as for `load_model`.
@@ -72,12 +78,12 @@ def compare_few_blocks(
     module_of = {plan.names.layer(name) or name: name for name in plan.formats.layers}
     stored = Stored(
         source,
-        in_file(quantized.formats, plan.names),
+        in_file(stream.formats, plan.names),
         list(plan.kept),
-        lambda name: replace(quantized.layer(module_of[name]).record, name=name),
+        lambda name: replace(stream.layer(module_of[name], measured=False).record, name=name),
         lambda name: kept_tensor(name, None, source),
     )
     expected = probe_logits(
-        simulated_model(stored, few or config, lambda: quantized.kv, cut=few is not None, dtype=dtype, **options)
+        simulated_model(stored, few or config, lambda: stream.kv, cut=few is not None, dtype=dtype, **options)
     )
     check_logits(expected, probe_logits(load_quantized(folder, dtype=dtype, config=few, **options)))

@@ -107,7 +107,8 @@ def quantize_checkpoint(
     # The work: weight by weight from disk where nothing needs data, else in a model.
     streams = plan.streams and model_options.data_type == "auto"
     quantized: Quantized
-    before = after = expected = None
+    before = after = None
+    expected = torch.empty(0)
     held: dict[str, torch.dtype] = {}
     with collected_notices() as notices:
         if streams:
@@ -130,12 +131,12 @@ def quantize_checkpoint(
         with written(output, source, plan, quantized, dtype=dtype, held=held, overwrite=overwrite) as out:
             with out.examined():
                 verify(out.folder, out.expected, source)
-                if expected is not None:
-                    check_logits(expected, probe_logits(load_quantized(out.folder, dtype=dtype, **loading)))
-                else:
+                if isinstance(quantized, LayerStream):
                     compare_few_blocks(out.folder, source, plan, quantized, config, dtype=dtype, **loading)
                     if not evaluation.skip:
                         after = measure(load_quantized(out.folder, dtype=dtype, **loading))
+                else:
+                    check_logits(expected, probe_logits(load_quantized(out.folder, dtype=dtype, **loading)))
             for notice in [*notices, *_noteworthy(out.layers), *_lost(out.layers)]:
                 run.notify(notice)
             report = run.report(

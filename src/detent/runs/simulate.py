@@ -24,8 +24,8 @@ from detent.plan.plan import Plan
 from detent.progress import track
 from detent.runs.online import with_online, with_online_formats
 
-#: Elements of a weight whose error is measured at once.
-PIECE = 1 << 18
+#: Elements of a weight whose error is measured at once, and in all: its sampling error is then below a percent of it.
+PIECE, MEASURED = 1 << 15, 1 << 21
 
 
 @dataclass(frozen=True)
@@ -145,17 +145,29 @@ def _simulate_layer(name: str, module: QuantWeightBase, plan: Plan, outcomes: li
 
 
 def layer_as_quantized(
-    name: str, module: QuantWeightBase, plan: Plan, weight: Tensor | None, outcomes: Sequence[Outcome] = ()
+    name: str,
+    module: QuantWeightBase,
+    plan: Plan,
+    weight: Tensor | None,
+    outcomes: Sequence[Outcome] = (),
+    *,
+    measured: bool = True,
 ) -> SimulatedLayer:
-    """A layer as its calibrated quantizers have it; `weight`: what its weight quantizer rounds, if it does; `outcomes`:
-    what algorithms did to it."""
+    """A layer as its calibrated quantizers have it.
+
+    Args:
+        name, module, plan: the layer, in the model or the plan's skeleton.
+        weight: what its weight quantizer rounds; None if it doesn't.
+        outcomes: what algorithms did to it.
+        measured: whether the error of the weight is wanted.
+    """
     formats = plan.formats.layers[name]
     packed, error = None, None
     if weight is not None:
         quantizer = module.weight_quantizer
         assert isinstance(quantizer, TensorQuantizer)
         packed = quantizer.quantize_to_codes(weight)
-        error = relative_error(packed, weight)
+        error = relative_error(packed, weight) if measured else None
     record = LayerCheckpoint(
         name=name,
         shape=formats.shape,
@@ -170,12 +182,15 @@ def layer_as_quantized(
 def relative_error(packed: QTensor, weight: Tensor) -> float:
     """``norm(W - W^) / norm(W)`` in the Frobenius norm; 0 for a weight of zeros.
 
-    A few rows at a time, so that what they take stays in the processor's cache.
+    A few rows at a time, so that what they take stays in the processor's cache; of a weight with more than `MEASURED`
+    elements only so many, in rows spread evenly over it.
     """
     tall = packed.format.granularity.lengths(packed.shape)[0] if packed.format.granularity.kind != "per_tensor" else 1
     step = tall * max(1, PIECE * len(weight) // max(1, weight.numel() * tall))
+    starts = range(0, len(weight), step)
+    spread = starts[:: max(1, -(-weight.numel() // MEASURED))]
     wrong = total = 0.0
-    for start in range(0, len(weight), step):
+    for start in spread:
         rows = weight[start : start + step].float().flatten()
         total += float(torch.dot(rows, rows))
         difference = decode(packed.rows(start, start + step)).flatten().sub_(rows)

@@ -44,8 +44,8 @@ class LayerStream:
             self._common |= dict.fromkeys(group, largest)
 
     @torch.no_grad()
-    def layer(self, name: str) -> SimulatedLayer:
-        """Quantize one layer.
+    def layer(self, name: str, *, measured: bool = True) -> SimulatedLayer:
+        """Quantize one layer; `measured`: whether its error is wanted.
 
         Raises:
             DetentError: its weight can't be read, or holds NaN or infinity.
@@ -61,7 +61,7 @@ class LayerStream:
         if name in self._common:
             assert isinstance(quantizer, TensorQuantizer)
             quantizer.global_amax = self._common[name]
-        simulated = layer_as_quantized(name, module, self._plan, weight)
+        simulated = layer_as_quantized(name, module, self._plan, weight, measured=measured)
         for member in quantizer.modules():
             if isinstance(member, TensorQuantizer):
                 member.reset_amax()
