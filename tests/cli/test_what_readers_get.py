@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cli.runner import Workplace, detent, logits, save_checkpoint, small
+from detent.errors import DetentError
 from detent.runs.load import load_quantized
 from tiny_language_model import make_tokenizer
 
@@ -132,6 +133,11 @@ def test_a_model_that_reads_images(place: Workplace, tmp_path: Path) -> None:
     assert ignores(place.out, "vision_tower.encoder.layers.0.mlp.fc1")
 
 
+def _caches(model: Any) -> int:
+    """In how many modules keys are quantized."""
+    return sum(n.endswith("k_bmm_quantizer") and m.is_enabled for n, m in model.named_modules())
+
+
 class TestKeysAndValues:
     def quantize(self, place: Workplace, folder: Path, model_type: str, values: dict[str, Any]) -> Any:
         place = of(place, folder, model_type, values)
@@ -143,6 +149,49 @@ class TestKeysAndValues:
         assert "Detent's own layout" in outcome.err
         assert "would ignore the scales" in outcome.err
 
+    def test_a_reader_that_would_stop(self, place: Workplace, tmp_path: Path) -> None:
+        config = small("opt", ffn_dim=128, word_embed_proj_dim=64)
+        del config.num_key_value_heads
+        place = replace(place, model=save_checkpoint(tmp_path / "m", config))
+        outcome = place.quantize("--kv_cache_dtype", "fp8", "--skip_evaluation", scheme="w_fp8_a_fp8")
+        assert "asks the configuration for num_key_value_heads, which OPTConfig doesn't have" in outcome.err
+        assert _caches(load_quantized(place.out)) == 2
+
+    def test_attention_that_asks_how_much_is_cached(self, place: Workplace, tmp_path: Path) -> None:
+        outcome = self.quantize(place, tmp_path, "llama4_text", {**EXPERTS, **LLAMA4})
+        assert outcome.code == 0, outcome.err
+        assert _caches(load_quantized(place.out)) == 2
+
+    def test_cross_attention_with_what_is_not_text(self, place: Workplace, tmp_path: Path) -> None:
+        """Its keys and values are made of an image, so they stay; the reader has no way to be told so."""
+        from transformers import AutoConfig, AutoModelForImageTextToText
+
+        text = small(num_hidden_layers=3).to_dict() | {"model_type": "mllama_text_model", "cross_attention_layers": [1]}
+        sight = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_global_layers": 1}
+        sight |= {"attention_heads": 2, "image_size": 28, "patch_size": 14, "max_num_tiles": 1, "vision_output_dim": 64}
+        sight |= {"intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]}
+        torch.manual_seed(0)
+        config = AutoConfig.for_model("mllama", text_config=text, vision_config=sight)
+        AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "m")
+        make_tokenizer().save_pretrained(tmp_path / "m")
+        place = replace(place, model=tmp_path / "m")
+        options = ("--kv_cache_dtype", "fp8", "--skip_evaluation")
+        outcome = place.quantize(*options, scheme="w_fp8_a_fp8")
+        assert "language_model.layers.1.cross_attn stays" in outcome.err
+        assert place.report["weights"]["quantized"] == 14
+        assert _caches(load_quantized(place.out)) == 2
+
+    def test_a_file_without_some_of_their_scales(self, place: Workplace, tmp_path: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        place.quantize("--kv_cache_dtype", "fp8", "--skip_evaluation", scheme="w_fp8_a_fp8")
+        file = place.out / "model.safetensors"
+        gone = ("layers.1.self_attn.k_scale", "layers.1.self_attn.v_scale")
+        tensors = {name: tensor for name, tensor in load_file(file).items() if not name.endswith(gone)}
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(DetentError, match="no scales of keys and values for model.layers.1.self_attn"):
+            load_quantized(place.out)
+
     def test_a_cache_of_something_else(self, place: Workplace, tmp_path: Path) -> None:
         outcome = self.quantize(place, tmp_path, "deepseek_v3", MLA)
         assert outcome.code == 2
@@ -153,6 +202,20 @@ class TestKeysAndValues:
         outcome = self.quantize(place, tmp_path, "gpt2", values)
         assert outcome.code == 2
         assert "its weights are in Conv1D" in outcome.err
+
+
+@pytest.mark.parametrize("options", [("w_fp8_a_fp8",), ("w_int4_per_group_sym", "--quant_algo", "gptq")])
+def test_a_layer_whose_weight_another_module_uses(options: tuple[str, ...], place: Workplace, tmp_path: Path) -> None:
+    """Jamba multiplies with the weight of `dt_proj` itself, so nothing sees what enters that layer."""
+    values = {"num_experts": 2, "expert_layer_period": 2, "expert_layer_offset": 1, "attn_layer_period": 2}
+    values |= {"attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8, "use_mamba_kernels": False}
+    place = of(place, tmp_path, "jamba", {**EXPERTS, **values})
+    scheme, *algorithm = options
+    more = ("--group_size", 32) if algorithm else ()
+    place.quantize(*algorithm, *more, "--skip_evaluation", scheme=scheme)
+    assert ignores(place.out, "model.layers.0.mamba.dt_proj")
+    read = logits(in_transformers(place.out))
+    assert torch.allclose(read, logits(load_quantized(place.out)), rtol=1e-4, atol=1e-5)
 
 
 def test_layers_that_engines_fuse(place: Workplace) -> None:

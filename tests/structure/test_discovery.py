@@ -314,7 +314,7 @@ def test_overrides(tmp_path: Path) -> None:
         ({"sites": {"0.up": {"kind": "norm", "module": "0.nor"}}}, "no module '0.nor'"),
         ({"sites": {"0.up": {"kind": "norm", "module": "0.norm", "channels": [0, 1]}}}, "the site has 12 channels"),
         ({"sites": {"1.up": {"kind": "rows", "module": "0.down"}}}, "refused: scaling rows of 0.down changes"),
-        ("no/such/file.json", "cannot be read"),
+        ("no/such/file.json", "there is no such file"),
     ],
 )
 def test_overrides_that_cannot_be(table: Any, message: str) -> None:

@@ -96,7 +96,7 @@ def _pack_bits(codes: Tensor, bits: int) -> Tensor:
     if bits == 8 and codes.dtype != torch.int32:
         return codes
     rows = codes.reshape(_as_rows(tuple(codes.shape)))
-    return pack(rows, bits)
+    return pack(rows.to(torch.uint8) if rows.dtype == torch.int32 else rows, bits)
 
 
 def _packed(shape: tuple[int, ...], bits: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:

@@ -65,6 +65,10 @@ class _Spy:
         self.given.append((key, value))
         return key, value
 
+    def get_seq_length(self, layer: int = 0) -> int:
+        """How many tokens the cache holds: none yet."""
+        return 0
+
 
 @torch.no_grad()
 def check_cache(model: nn.Module) -> None:

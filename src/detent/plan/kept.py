@@ -17,6 +17,7 @@ from detent.nn import QuantWeightBase
 from detent.nn.attention import attention_modules
 from detent.pretrained.facts import is_multimodal, outside_language
 from detent.pretrained.names import CheckpointNames
+from detent.structure import Structure
 
 #: Modules that stay in floating point unless the user says otherwise, beside the output embedding: routers choose
 #: experts by small differences, and the language models of the guides leave their vision parts alone.
@@ -78,16 +79,20 @@ def check_pattern(flag: str, pattern: str, linears: list[str]) -> list[str]:
     return found
 
 
-def unreached(model: nn.Module, unread: Iterable[str], linears: list[str]) -> dict[str, str]:
-    """{module name: reason} of the linear layers of a model of several modalities that no text reaches."""
-    if not is_multimodal(model):
-        return {}
-    found = {name for name in unread if name in linears}
-    return dict.fromkeys(found, "text alone doesn't reach it, so nothing can be learnt about its input")
+def unreached(model: nn.Module, structure: Structure, linears: list[str], *, learns: bool) -> dict[str, str]:
+    """{module name: reason} of the linear layers whose inputs can't be seen: a module around them multiplies with their
+    weights itself, or no text reaches them in a model of several modalities, which matters where data is needed."""
+    taken = [name for name in structure.taken if name in linears]
+    why = dict.fromkeys(taken, "the module around it uses its weight without calling it, so its input can't be seen")
+    if learns and is_multimodal(model):
+        unread = [name for name in structure.unread if name in linears]
+        why |= dict.fromkeys(unread, "text alone doesn't reach it, so nothing can be learnt about its input")
+    return why
 
 
-def check_attention(model: nn.Module) -> list[str]:
-    """The names of the attention modules whose keys and values stay, though those of the others are quantized.
+def check_attention(model: nn.Module, structure: Structure | None) -> list[str]:
+    """The names of the attention modules whose keys and values stay, though those of the others are quantized: those
+    of other modalities, and those that read another one, such as cross-attention, which text alone doesn't reach.
 
     Raises:
         DetentError: there are no others.
@@ -99,7 +104,9 @@ def check_attention(model: nn.Module) -> list[str]:
             f"kv_cache_dtype: {type(model).__name__} has no attention module that fetches its attention function by"
             " name, so keys and values cannot be reached; leave the key/value cache unquantized"
         )
-    return [name for name in names if outside(name)]
+    unread = structure.unread if structure is not None and is_multimodal(model) else ()
+    blind = {name.rpartition(".")[0] for name in unread}
+    return [name for name in names if outside(name) or name in blind]
 
 
 def without_a_name(names: CheckpointNames, linears: list[str]) -> dict[str, str]:

@@ -158,8 +158,9 @@ def make_plan(
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     patterns, why = exclusions(model, linears, exclude)
     more = without_a_name(names, linears)
-    if structure is not None and (scheme.needs_data or any(step.needs_data for step in algorithms or [])):
-        more |= unreached(model, structure.unread, linears)
+    if structure is not None:
+        learns = scheme.needs_data or any(step.needs_data for step in algorithms or [])
+        more |= unreached(model, structure, linears, learns=learns) if learns or scheme.input or scheme.output else {}
     patterns, why = [*patterns, *more], {**why, **more}
     quant_cfg = quant_cfg_for(scheme)
     for pattern, special in (per_layer or {}).items():
@@ -169,7 +170,7 @@ def make_plan(
                 quant_cfg.append({**entry, "quantizer_name": f"{pattern}.{entry['quantizer_name'].lstrip('*')}"})
     quant_cfg.extend({"quantizer_name": f"{pattern}.*", "enable": False} for pattern in patterns)
     if kv_cache is not None:
-        elsewhere = check_attention(model)
+        elsewhere = check_attention(model, structure)
         quant_cfg.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"format": kv_cache}})
         quant_cfg.extend({"quantizer_name": f"{name}.*", "enable": False} for name in elsewhere)
     # Exclusions are checked above, in the user's words: a warning about them here would say it twice.

@@ -7,6 +7,7 @@ import inspect
 from torch import nn
 
 from detent.checkpoints import ModelFormats
+from detent.nn import TensorQuantizer
 from detent.nn.attention import attention_modules
 from detent.pretrained.facts import outside_language
 
@@ -37,6 +38,18 @@ def misread(model: nn.Module, formats: ModelFormats) -> dict[str, str]:
             for name, module in attention_modules(model)
             if not _reads_cache_scales(module) and not outside(name)
         ][:1]
+        reasons += [
+            f"compressed-tensors does not hold the key/value cache of {name}: its reader asks the configuration for"
+            f" num_key_value_heads, which {type(module.config).__name__} doesn't have"
+            for name, module in attention_modules(model)
+            if _is_on(module, "k_bmm_quantizer") and not hasattr(module.config, "num_key_value_heads")
+        ][:1]
+        reasons += [
+            f"compressed-tensors does not hold a key/value cache of which that of {name} stays: its reader would"
+            " quantize it too"
+            for name, module in attention_modules(model)
+            if _reads_cache_scales(module) and not _is_on(module, "k_bmm_quantizer")
+        ][:1]
     return {"compressed-tensors": reasons[0]} if reasons else {}
 
 
@@ -53,6 +66,11 @@ def _taken_apart(model: nn.Module) -> str:
 
 def _value(method: object) -> object:
     return getattr(method, "value", method)
+
+
+def _is_on(module: nn.Module, name: str) -> bool:
+    quantizer = getattr(module, name, None)
+    return isinstance(quantizer, TensorQuantizer) and quantizer.is_enabled
 
 
 def _reads_cache_scales(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from detent.model.attributes import set_quantizer_attribute
 from detent.model.conversion import replace_quant_module
 from detent.nn import TensorQuantizer
 from detent.nn.attention import attention_modules, route_attention
-from detent.pretrained.facts import outside_language
+from detent.pretrained.facts import is_multimodal, outside_language
 from detent.pretrained.loading import load_config, load_model, model_dtype, model_on_meta, read_weights
 from detent.pretrained.names import CheckpointNames
 from detent.progress import track
@@ -125,7 +125,7 @@ def simulated_model(
         records.append(record)
     model = load_model(stored.source, config, dtype=dtype, state_dict=state, **options)
     names = CheckpointNames(model, everything)
-    _attach(model, stored.formats, kv_scales, names, [_in_model(record, names, where) for record in records])
+    _attach(model, stored.formats, kv_scales, names, [_in_model(record, names, where) for record in records], where)
     return model
 
 
@@ -143,6 +143,7 @@ def _attach(
     kv_scales: Callable[[], Mapping[str, tuple[Scales, Scales]]],
     names: CheckpointNames,
     records: list[LayerCheckpoint],
+    where: Path,
 ) -> None:
     """Put the activation quantizers of a checkpoint into a model of decoded weights."""
     replace_quant_module(model)
@@ -156,8 +157,13 @@ def _attach(
     if kv is not None:
         scales, outside = kv_scales(), outside_language(model)
         for name in [name for name, _ in attention_modules(model) if not outside(name)]:
+            pair = scales.get(names.container(name))
+            if pair is None and not kv.dynamic:
+                if is_multimodal(model):
+                    continue  # cross-attention, which stays: see `detent.plan.kept.check_attention`
+                raise DetentError(f"{where}: damaged: no scales of keys and values for {names.container(name)}")
             for index, which in enumerate(("k_bmm_quantizer", "v_bmm_quantizer")):
-                calibrated = None if kv.dynamic else scales[names.container(name)][index]
+                calibrated = None if kv.dynamic or pair is None else pair[index]
                 _set_activation(model, f"{name}.{which}", Activation(kv, calibrated))
     route_attention(model)
 

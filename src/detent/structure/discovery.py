@@ -373,6 +373,7 @@ class _Discovery:
             roles.gates,
             mixtures,
             fused_groups,
+            tuple(self.trace.taken),
         )
 
     def _unread(self, sites: list[Site]) -> tuple[str, ...]:

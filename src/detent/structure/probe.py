@@ -138,6 +138,8 @@ class Probe(TorchFunctionMode):
         if convolution:
             axis = 1 - weight.dim()
         if name is not None:
+            if name != self._current:
+                self.trace.taken[name] = None
             axes, whole, all_rows = self._weights.axes(name, weight, columns, rows)
             parts = 0 if convolution else self._weights.parts(name, weight)
             if self._weights.parameters[name].dim() == 3 and not convolution:

@@ -179,6 +179,7 @@ class Structure:
         keys, values: names of the weights that make attention's keys and values; a fused qkv is in both.
         stream: the residual stream; None where there is none or more than one (encoder-decoder).
         unread: names of modules with weight matrices that the probe never reached.
+        taken: names of weights that another module than their own multiplies with, without calling the latter.
         notes: what a user should know: why no blocks were found, and the like.
         chains: the blocks by chain, in the order in which they run: each reads what the one before it gave, all of one
             shape. An encoder and a decoder are two chains.
@@ -203,6 +204,7 @@ class Structure:
     gates: tuple[str, ...] = ()
     mixtures: tuple[Mixture, ...] = ()
     fused_groups: tuple[tuple[str, ...], ...] = ()
+    taken: tuple[str, ...] = ()
 
     def block_of(self, name: str) -> str | None:
         """The block that a module or weight lies in, or is; None outside the blocks."""

@@ -72,6 +72,7 @@ class Trace:
             one after the other in a matrix [parts * n, .] rather than in [parts, ., .].
         embeddings: the tables in which something was looked up.
         used: weights that had to do with anything but a product.
+        taken: weights that another module than their own multiplied with.
     """
 
     readings: list[Reading] = field(default_factory=list)
@@ -82,3 +83,4 @@ class Trace:
     fused: dict[str, tuple[int, bool]] = field(default_factory=dict)
     embeddings: dict[str, None] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
+    taken: dict[str, None] = field(default_factory=dict)

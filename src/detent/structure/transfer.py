@@ -121,4 +121,4 @@ class Transfer:
         return value
 
 
-_ROLES = ("routers", "gates", "experts", "keys", "values", "unread", "mixtures", "fused_groups")
+_ROLES = ("routers", "gates", "experts", "keys", "values", "unread", "taken", "mixtures", "fused_groups")
