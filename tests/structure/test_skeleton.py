@@ -173,10 +173,12 @@ def test_the_stages_of_a_pyramid_hold_chains() -> None:
     with torch.device("meta"):
         model = transformers.ResNetModel(config)
     structure = find_structure(model, {"pixel_values": torch.zeros(1, 3, 64, 64, device="meta")})
-    assert structure.chains == (
+    stages = {
         tuple(f"encoder.stages.0.layers.{i}" for i in range(3)),
         tuple(f"encoder.stages.2.layers.{i}" for i in range(1, 4)),
-    )
+    }
+    assert stages <= set(structure.chains)
+    assert not any("encoder.stages.0" in chain for chain in structure.chains)
 
 
 def test_the_zoo_has_chains_of_equal_blocks() -> None:

@@ -106,6 +106,14 @@ class Roles:
     def used(self, sites: Sequence[Site]) -> tuple[tuple[tuple[str, ...], ...], tuple[Mixture, ...]]:
         """The groups of weights that engines join, and the mixtures with their shared experts."""
         consumers = self._consumers()
+        for mixture in self.mixtures:  # experts without tokens are like one that had some
+            seen = [m for m in mixture.members if any(n.startswith(f"{m}.") for n in self._seen)]
+            for member in set(mixture.members).difference(seen) if seen else ():
+                like = {n: c for n, c in consumers.items() if n.startswith(f"{seen[0]}.")}
+                consumers |= {
+                    member + n.removeprefix(seen[0]): {member + c.removeprefix(seen[0]) for c in of}
+                    for n, of in like.items()
+                }
         reached = {name: _closure(name, consumers) for name in consumers}
         groups: list[tuple[str, ...]] = []
         for site in sites:

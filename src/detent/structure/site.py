@@ -219,8 +219,10 @@ class Structure:
     def expert_of(self, name: str) -> str | None:
         """The expert that a module or weight lies in: its module, or that of all experts where they are tensors."""
         for mixture in self.mixtures:
-            if name == mixture.module or name.startswith(f"{mixture.module}."):
-                return next((m for m in mixture.members if name == m or name.startswith(f"{m}.")), mixture.module)
+            inside = (m for m in mixture.members if name == m or name.startswith(f"{m}."))
+            found = next(inside, mixture.module if name in mixture.weights or name == mixture.module else None)
+            if found is not None:
+                return found
         return None
 
     def site_of(self, weight: str) -> Site | None:
