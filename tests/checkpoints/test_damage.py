@@ -112,6 +112,8 @@ SCALES = {
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 @pytest.mark.parametrize(("name", "tensor"), [(name, tensor) for name, tensors in SCALES.items() for tensor in tensors])
 def test_scales(name: str, tensor: str, value: float, note: bool, written: dict[str, Path], tmp_path: Path) -> None:
+    if "weight_scale" in tensor and name in ("int4", "int3") and value == -1.0:
+        return  # signed integers of weights may have negative scales: see tests/formats/test_stored.py
     if "weight_scale" in tensor and name == "nvfp4" and value == float("inf"):
         value = float("nan")  # E4M3 has no infinity
 

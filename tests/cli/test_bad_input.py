@@ -253,7 +253,7 @@ def test_out_of_memory(error: Exception, place: Workplace, monkeypatch: pytest.M
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("detent.runs.quantize.simulate", fail)
+    monkeypatch.setattr("detent.runs.stream.LayerStream.layer", fail)
     if str(error) == "x":
         with pytest.raises(RuntimeError, match="x"):  # a bug, not a user's mistake: it isn't hidden
             place.quantize("--skip_evaluation", run=detent)

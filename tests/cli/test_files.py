@@ -132,7 +132,7 @@ def interrupting(number: int) -> Callable[..., None]:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ended_by_a_signal(number: int, code: int, place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("detent.runs.write.verify", interrupting(number))
+    monkeypatch.setattr("detent.runs.quantize.verify", interrupting(number))
     assert place.quantize("--skip_evaluation", run=detent).code == code
     assert not any(place.out.parent.iterdir())
 

@@ -71,7 +71,7 @@ def test_overrides(phi3: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (None, "no config.json"),
+        (None, "config.json"),
         ("{", "config.json"),
         ('{"model_type": "unheard_of"}', "unheard_of"),
         ('{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 10}', ""),

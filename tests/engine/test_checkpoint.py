@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from detent.checkpoints import Source, open_quantized
 from detent.config import kv_cache_format, parse_scheme
 from detent.errors import DetentError
 from detent.model.kv_cache import floor_kv_scales, kv_scales
-from detent.plan.plan import make_plan
+from detent.plan.plan import Plan, make_plan
 from detent.pretrained.loading import load_config, load_model, model_on_meta
 from detent.runs.load import load_quantized
-from detent.runs.simulate import simulate
-from detent.runs.verify import probe_logits, verify
-from detent.runs.write import write
+from detent.runs.probe import compare_few_blocks
+from detent.runs.simulate import Simulation, simulate
+from detent.runs.stream import LayerStream
+from detent.runs.verify import Expected, check_logits, probe_logits, verify
+from detent.runs.write import written
 
 TOKENS = torch.randint(0, 63, (4, 24), generator=torch.Generator().manual_seed(3))
 
@@ -38,6 +41,13 @@ def simulated(folder: Path, scheme: str, dtype: torch.dtype, kv_cache: str | Non
     return source, plan, model, layers
 
 
+def write(out: Path, source: Source, plan: Plan, simulation: Simulation, dtype: torch.dtype) -> Expected:
+    """Write what was simulated; what `verify` has to find."""
+    with written(out, source, plan, simulation, dtype=dtype, held={}) as folder:
+        folder.commit()
+        return folder.expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("scheme", "kv_cache"),
@@ -53,7 +63,7 @@ def test_logits_of_the_simulated_model(
     scheme: str, kv_cache: str | None, dtype: torch.dtype, folder: Path, tmp_path: Path
 ) -> None:
     source, plan, model, layers = simulated(folder, scheme, dtype, kv_cache)
-    write(tmp_path / "out", source, plan, model, layers, dtype=dtype)
+    write(tmp_path / "out", source, plan, layers, dtype)
     assert torch.equal(logits(model), logits(load_quantized(tmp_path / "out")))
 
 
@@ -79,17 +89,10 @@ def test_floor_of_cache_scales(folder: Path) -> None:
 class TestVerify:
     """What is read back is compared: a difference in anything is an error."""
 
-    def written(self, folder: Path, out: Path) -> tuple[nn.Module, dict[str, Any]]:
-        """The simulated model, and what `verify` is to find in `out`."""
+    def written(self, folder: Path, out: Path) -> tuple[nn.Module, Source, Expected]:
+        """The simulated model, its source, and what `verify` is to find in `out`."""
         source, plan, model, simulation = simulated(folder, "w_fp8_a_fp8", torch.float32, "fp8")
-        write(out, source, plan, model, simulation, dtype=torch.float32)
-        records = {name: layer.record for name, layer in simulation.layers.items()}
-        return model, {
-            "records": records,
-            "kept": dict.fromkeys(plan.kept),
-            "source": source,
-            "kv": kv_scales(model),
-        }
+        return model, source, write(out, source, plan, simulation, torch.float32)
 
     @pytest.mark.parametrize(
         "part",
@@ -100,8 +103,8 @@ class TestVerify:
         from safetensors.torch import save_file
 
         out = tmp_path / "out"
-        _, expected = self.written(folder, out)
-        verify(out, **expected)
+        _, source, expected = self.written(folder, out)
+        verify(out, expected, source)
         with safe_open(out / "model.safetensors", "pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -109,47 +112,97 @@ class TestVerify:
         tensors[name].view(-1).view(torch.uint8)[0] ^= 1
         save_file(tensors, out / "model.safetensors", metadata=metadata)
         with pytest.raises(DetentError, match="differs"):
-            verify(out, **expected)
+            verify(out, expected, source)
 
     def test_logits(self, folder: Path, tmp_path: Path) -> None:
         """A fault that no stored tensor shows: what is loaded computes something else."""
-        model, expected = self.written(folder, tmp_path / "out")
-        wanted = probe_logits(model)
-        verify(tmp_path / "out", **expected, expected_logits=wanted, load=load_quantized)
-
-        def load(path: Path) -> nn.Module:
-            loaded = load_quantized(path)
-            loaded.get_parameter("model.norm.weight").mul_(1.01)
-            return loaded
-
+        model, _, _ = self.written(folder, tmp_path / "out")
+        wanted, loaded = probe_logits(model), load_quantized(tmp_path / "out")
+        check_logits(wanted, probe_logits(loaded))
+        loaded.get_parameter("model.norm.weight").mul_(1.01)
         with pytest.raises(DetentError, match=r"its logits differ by 1\.00%"):
-            verify(tmp_path / "out", **expected, expected_logits=wanted, load=load)
+            check_logits(wanted, probe_logits(loaded))
 
     def test_each_tensor_once(self, folder: Path, tmp_path: Path) -> None:
-        _, expected = self.written(folder, tmp_path / "out")
-        kept, records = expected["kept"], expected["records"]
+        out = tmp_path / "out"
+        _, source, expected = self.written(folder, out)
+        kept, name = expected.kept, next(iter(expected.formats.layers))
+        less = {tensor: digest for tensor, digest in kept.items() if tensor != "model.norm.weight"}
         with pytest.raises(DetentError, match=r"model\.norm\.weight is neither quantized nor kept"):
-            verify(tmp_path / "out", **{**expected, "kept": {n: None for n in kept if n != "model.norm.weight"}})
-        name = next(iter(records))
+            verify(out, replace(expected, kept=less), source)
         with pytest.raises(DetentError, match=f"{name}.weight is both quantized and kept"):
-            verify(tmp_path / "out", **{**expected, "kept": {**kept, f"{name}.weight": None}})
+            verify(out, replace(expected, kept={**kept, f"{name}.weight": 0}), source)
         with pytest.raises(DetentError, match="extra was kept and isn't there"):
-            verify(tmp_path / "out", **{**expected, "kept": {**kept, "extra": None}})
+            verify(out, replace(expected, kept={**kept, "extra": 0}), source)
+        with pytest.raises(DetentError, match="extra was written and isn't there"):
+            verify(out, replace(expected, digests={**expected.digests, "extra": 0}), source)
 
-    def test_failure_leaves_nothing(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def differ(*_: object, **__: object) -> None:
+    def test_one_layer_of_each_form_is_decoded(self, folder: Path, tmp_path: Path) -> None:
+        _, source, expected = self.written(folder, tmp_path / "out")
+        assert {record.formats for record in expected.examples} == set(expected.formats.layers.values())
+        first = expected.examples[0]
+        assert first.weight is not None
+        other = replace(first, weight=replace(first.weight, scale=first.weight.scale * 2))
+        with pytest.raises(DetentError, match="its weight read back differs"):
+            verify(tmp_path / "out", replace(expected, examples=[other]), source)
+
+    def test_failure_leaves_nothing(self, folder: Path, tmp_path: Path) -> None:
+        source, plan, _, simulation = simulated(folder, "w_fp8_a_fp8", torch.float32, "fp8")
+        with (
+            pytest.raises(DetentError, match="differs; nothing was written to .*out"),
+            written(tmp_path / "out", source, plan, simulation, dtype=torch.float32, held={}) as out,
+            out.examined(),
+        ):
             raise DetentError("differs")
-
-        monkeypatch.setattr("detent.runs.write.verify", differ)
-        with pytest.raises(DetentError, match="differs"):
-            self.written(folder, tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
 
 
 def test_several_files(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("detent.runs.write.SHARD_SIZE", 20_000)
     source, plan, model, layers = simulated(folder, "w_mx6", torch.float32)
-    write(tmp_path / "out", source, plan, model, layers, dtype=torch.float32)
+    write(tmp_path / "out", source, plan, layers, torch.float32)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     assert set(open_quantized(tmp_path / "out").formats.layers) == set(layers.layers)
     assert torch.equal(logits(model), logits(load_quantized(tmp_path / "out")))
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "w_int4_per_group_asym",
+        "w_fp8_per_channel_static_a_fp8_per_token_dynamic",
+        "w_mxfp4_a_mxfp8",
+        "w_fp4_scale_fp8",
+        "w_mx6",
+        "w_int4_on_fp8",
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stream_gives_the_bits_that_a_model_gives(scheme: str, dtype: torch.dtype, folder: Path) -> None:
+    source, plan, _, simulation = simulated(folder, scheme, dtype)
+    assert plan.streams
+    stream = LayerStream(source, plan, dtype)
+    for name in plan.formats.layers:
+        ours, theirs = stream.layer(name), simulation.layer(name)
+        assert ours.record.formats == theirs.record.formats
+        assert ours.record.weight == theirs.record.weight
+        assert ours.relative_error == pytest.approx(theirs.relative_error)
+
+
+def test_what_needs_data_or_a_model_does_not_stream(folder: Path) -> None:
+    for scheme, cache in (("w_fp8_a_fp8", None), ("w_mxfp4", "fp8")):
+        _, plan, _, _ = simulated(folder, scheme, torch.float32, cache)
+        assert not plan.streams
+
+
+def test_the_first_blocks_show_a_folder_that_computes_something_else(folder: Path, tmp_path: Path) -> None:
+    source, plan, _, simulation = simulated(folder, "w_int8_per_channel_a_int8_per_tensor_sym_dynamic", torch.float32)
+    stream, config = LayerStream(source, plan, torch.float32), load_config(folder)
+    options = {"dtype": torch.float32, "trust_remote_code": False}
+    write(tmp_path / "out", source, plan, simulation, torch.float32)
+    compare_few_blocks(tmp_path / "out", source, plan, stream, config, **options)
+    path = tmp_path / "out" / "config.json"
+    path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'))
+    assert "0.5" in path.read_text()
+    with pytest.raises(DetentError, match="computes something else"):
+        compare_few_blocks(tmp_path / "out", source, plan, stream, config, **options)

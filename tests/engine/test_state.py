@@ -213,7 +213,6 @@ PACKED_DAMAGES: dict[str, Callable[[Path], None]] = {
     "NaN scale": tensor("0._packed_scale", lambda x: first(x, NAN)),
     "infinite scale": tensor("0._packed_scale", lambda x: first(x, INF)),
     "zero scale": tensor("0._packed_scale", lambda x: first(x, 0)),
-    "negative scale": tensor("0._packed_scale", lambda x: first(x, -1)),
     "fewer codes": tensor("0._packed_codes", lambda x: x[:-1]),
     "narrow codes": tensor("0._packed_codes", lambda x: x[:, :-1]),
     "other codes": tensor("0._packed_codes", lambda x: x.to(torch.int32)),

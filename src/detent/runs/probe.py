@@ -13,7 +13,7 @@ from torch import nn
 from detent.checkpoints import Source
 from detent.errors import DetentError
 from detent.plan.plan import Plan
-from detent.pretrained.loading import model_on_meta
+from detent.pretrained.loading import load_config, model_on_meta
 from detent.runs.load import Stored, load_quantized, simulated_model
 from detent.runs.stream import LayerStream
 from detent.runs.verify import check_logits, kept_tensor, probe_logits
@@ -86,4 +86,9 @@ def compare_few_blocks(
     expected = probe_logits(
         simulated_model(stored, few or config, lambda: stream.kv, cut=few is not None, dtype=dtype, **options)
     )
-    check_logits(expected, probe_logits(load_quantized(folder, dtype=dtype, config=few, **options)))
+    # The folder's own configuration, cut like the source's: what a user's model will be made of.
+    its_own = load_config(folder, trust_remote_code=options["trust_remote_code"])
+    cut = (
+        None if few is None else with_few_blocks(its_own, plan.skeleton, trust_remote_code=options["trust_remote_code"])
+    )
+    check_logits(expected, probe_logits(load_quantized(folder, dtype=dtype, config=cut, **options)))

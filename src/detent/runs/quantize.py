@@ -137,21 +137,21 @@ def quantize_checkpoint(
                         after = measure(load_quantized(out.folder, dtype=dtype, **loading))
                 else:
                     check_logits(expected, probe_logits(load_quantized(out.folder, dtype=dtype, **loading)))
-            for notice in [*notices, *_noteworthy(out.layers), *_lost(out.layers)]:
-                run.notify(notice)
-            report = run.report(
-                model=model_options.model_dir or BUILTIN_MODEL,
-                scheme=scheme.name,
-                perplexity=None if evaluation.skip else Perplexity(before=before, after=after),
-                evaluation=measure.details,
-                size_bytes=BeforeAfterBytes(before=source.nbytes, after=out.nbytes),
-                weights=planned_weights(source, plan),
-                layers=[layer_report(name, layer) for name, layer in out.layers.items()],
-                calibration=None if batches is None else calibration_report(batches),
-                output_dir=str(output),
-            )
-            report.write(out.folder)
-            add_to_manifest(out.folder, REPORT_NAME)
+                for notice in [*notices, *_noteworthy(out.layers), *_lost(out.layers)]:
+                    run.notify(notice)
+                report = run.report(
+                    model=model_options.model_dir or BUILTIN_MODEL,
+                    scheme=scheme.name,
+                    perplexity=None if evaluation.skip else Perplexity(before=before, after=after),
+                    evaluation=measure.details,
+                    size_bytes=BeforeAfterBytes(before=source.nbytes, after=out.nbytes),
+                    weights=planned_weights(source, plan),
+                    layers=[layer_report(name, layer) for name, layer in out.layers.items()],
+                    calibration=None if batches is None else calibration_report(batches),
+                    output_dir=str(output),
+                )
+                report.write(out.folder)
+                add_to_manifest(out.folder, REPORT_NAME)
             out.commit()
     return report
 
