@@ -166,27 +166,20 @@ def small_float_values(codes: Tensor, element: Float, room: Scratch, out: Tensor
     subnormals, and float16 has at least as many exponents.
     """
     bits = room.more[: codes.numel()].view(torch.int16)[: codes.numel()].view(codes.shape)
-    magnitude_bits = element.bits - element.signed
-    bits.copy_(codes.view(torch.uint8))
-    if element.signed:
-        sign = room.more.view(torch.int16)[codes.numel() : 2 * codes.numel()].view(codes.shape)
-        torch.bitwise_and(bits, 1 << magnitude_bits, out=sign)
-        bits.bitwise_xor_(sign)
-        if element.reserved_maximum is not None and int(bits.amax()) > _largest_code(element):
-            return False
-        bits.bitwise_left_shift_(10 - element.mantissa_bits)
-        bits.bitwise_or_(sign.bitwise_left_shift_(15 - magnitude_bits))
+    up, magnitude_bits = 10 - element.mantissa_bits, element.bits - element.signed
+    if element.bits == 8 and element.signed:  # widening repeats the sign: it is in its place, and above the exponent
+        bits.copy_(codes.view(torch.int8)).bitwise_left_shift_(up)
+        if element.exponent_bits < 5:
+            bits.bitwise_and_(-1 << 15 | (1 << magnitude_bits + up) - 1)
     else:
-        bits.bitwise_left_shift_(10 - element.mantissa_bits)
+        bits.copy_(codes.view(torch.uint8))
+        sign = room.more.view(torch.int16)[codes.numel() : 2 * codes.numel()].view(codes.shape)
+        torch.bitwise_right_shift(bits, magnitude_bits, out=sign)
+        bits.bitwise_and_((1 << magnitude_bits) - 1).bitwise_left_shift_(up)
+        bits.bitwise_or_(sign.bitwise_left_shift_(15))
     out.copy_(bits.view(torch.float16)).mul_(2.0 ** (15 - element.bias))
-    return True
-
-
-def _largest_code(element: Float) -> int:
-    """The magnitude's code of the largest number."""
-    exponent = element.max_exponent + element.bias
-    mantissa = element.maximum / 2.0**element.max_exponent - 1
-    return int(exponent * 2**element.mantissa_bits + mantissa * 2**element.mantissa_bits)
+    largest = element.reserved_maximum
+    return largest is None or bool((torch.stack(torch.aminmax(out)).abs() <= largest).all())
 
 
 def _round_to_odd(v: Tensor, room: Scratch) -> None:

@@ -20,6 +20,7 @@ from detent.checkpoints.folder import digest
 from detent.errors import DetentError
 from detent.formats import Scales
 from detent.formats.qtensor import all_finite
+from detent.model.usage import quantizer_usage
 from detent.pretrained.facts import input_device, vocabulary_size
 from detent.progress import track
 
@@ -118,11 +119,17 @@ def does_not_fit(name: str, tensor: Tensor, dtype: torch.dtype) -> DetentError:
 
 @torch.no_grad()
 def probe_logits(model: nn.Module) -> Tensor:
-    """The logits [1, tokens, vocabulary] of a language model on a few fixed tokens, on the CPU."""
+    """The logits [1, tokens, vocabulary] of a language model on a few fixed tokens, on the CPU.
+
+    Raises:
+        DetentError: a quantizer that is on was bypassed, so the model isn't what it is said to be.
+    """
     net: Any = model
     size = vocabulary_size(net.config) or 2
     ids = (torch.arange(1, _PROBE_LENGTH + 1) * 7919 % size).unsqueeze(0).to(input_device(model))
-    logits: Tensor = net(input_ids=ids, use_cache=False).logits
+    with quantizer_usage(model) as usage:
+        logits: Tensor = net(input_ids=ids, use_cache=False).logits
+    usage.check()
     return logits.cpu()
 
 
