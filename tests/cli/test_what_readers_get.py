@@ -88,6 +88,29 @@ def test_what_stays_is_told_under_the_names_that_engines_ask_for(place: Workplac
     assert all(ignores(other.out, f"model.layers.0.mlp.{n}") for n in ("router", "experts.0.gate_proj"))
 
 
+def test_exclusions_of_what_stays_anyway(place: Workplace, tmp_path: Path) -> None:
+    """Routers and experts may be named among the exclusions, as in the model or in the file; a typing error may not."""
+    place = of(place, tmp_path, "mixtral", {**EXPERTS, **MIXTURES["mixtral"]})
+    for number, pattern in enumerate(("*.gate", "*experts*", "*.block_sparse_moe.experts.3.w1")):
+        one = replace(place, out=tmp_path / str(number))
+        one.quantize("--group_size", 32, "--skip_evaluation", "--exclude_layers", pattern, "lm_head")
+        assert one.report["weights"]["quantized"] == 8
+    outcome = place.quantize("--group_size", 32, "--exclude_layers", "*.gates", run=detent)
+    assert outcome.code == 2
+    assert "matches no linear layer" in outcome.err
+
+
+def test_a_tied_output_embedding_that_gptq_rounds(place: Workplace, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    place = of(place, tmp_path, "llama", {"tie_word_embeddings": True})
+    place.quantize("--group_size", 32, "--skip_evaluation", "--quant_algo", "gptq", "--exclude_layers")
+    read = in_transformers(place.out)
+    assert torch.equal(logits(read), logits(load_quantized(place.out)))
+    before = load_file(place.model / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(read.get_input_embeddings().weight, before)
+
+
 def test_layers_that_the_model_class_leaves_out(place: Workplace, tmp_path: Path) -> None:
     """A layer for the prediction of several tokens is carried along, and named among what stays."""
     from safetensors.torch import load_file, save_file
@@ -131,6 +154,11 @@ def test_a_model_that_reads_images(place: Workplace, tmp_path: Path) -> None:
     read = in_transformers(place.out, "AutoModelForImageTextToText")
     assert torch.equal(logits(read), logits(load_quantized(place.out)))
     assert ignores(place.out, "vision_tower.encoder.layers.0.mlp.fc1")
+    # Exclusions by the names that the file has, which aren't those of the model's modules.
+    patterns = ("vision_tower*", "*language_model.model.layers.0*", "lm_head", "multi_modal_projector")
+    place = replace(place, out=tmp_path / "second")
+    place.quantize("--group_size", 32, "--skip_evaluation", "--exclude_layers", *patterns)
+    assert place.report["weights"]["quantized"] == 7
 
 
 def _caches(model: Any) -> int:
@@ -262,6 +290,18 @@ def test_a_weight_that_is_lost(place: Workplace, tmp_path: Path) -> None:
     assert (
         "WARNING: 1 of 14 weights are lost: model.layers.0.self_attn.k_proj has a relative error of 100%" in outcome.err
     )
+
+
+def test_weights_that_transformers_initialises(place: Workplace, tmp_path: Path) -> None:
+    """transformers fills in the weight of Mamba-2's `out_proj` before it loads it; a packed layer doesn't have one."""
+    values = {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 16}
+    place = of(place, tmp_path, "mamba2", values)
+    outcome = place.quantize("--group_size", 32, "--skip_evaluation")
+    assert "layers.0.mixer.out_proj packed: transformers fills in its weight" in outcome.err
+    place = replace(place, out=tmp_path / "second")
+    place.quantize("--skip_evaluation", scheme="w_fp8_a_fp8")
+    read = logits(in_transformers(place.out))
+    assert torch.allclose(read, logits(load_quantized(place.out)), rtol=1e-4, atol=1e-5)
 
 
 def test_several_processes(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:

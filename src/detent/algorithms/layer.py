@@ -6,6 +6,7 @@ A convolution is the matrix of its flattened kernels, and the rows are the patch
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +28,12 @@ class Layer:
 
     Attributes:
         name: in the model. module: itself.
+        shared: whether its weight is tied to another module, which keeps it when this one's changes.
     """
 
     name: str
     module: QuantWeightBase
+    shared: bool = False
 
     @property
     def quantizer(self) -> TensorQuantizer:
@@ -74,8 +77,12 @@ class Layer:
         return self.module.weight.detach().to(torch.float32).reshape(-1, self.width)
 
     def set_matrix(self, matrix: Tensor) -> None:
-        """Replace the weight's values. Raises DetentError for one that is computed or packed."""
-        edit.put(self.module, "weight", matrix.reshape(self.module.weight.shape), self.name)
+        """Replace the weight's values; a module that it is tied to keeps the old ones.
+
+        Raises:
+            DetentError: the weight is computed or packed.
+        """
+        edit.put(self.module, "weight", matrix.reshape(self.module.weight.shape), self.name, untie=self.shared)
 
     def rows(self, x: Tensor) -> Tensor:
         """The input [..., channels], or of a convolution [batch, channels, ...], as rows [tokens, width]."""
@@ -128,8 +135,9 @@ def _padding(module: Any) -> list[int]:
 
 def layers_of(model: nn.Module) -> list[Layer]:
     """Every layer whose weight is quantized and can be changed."""
+    uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     return [
-        Layer(name, module)
+        Layer(name, module, shared=uses[id(module.weight_parameter)] > 1)
         for name, module in model.named_modules()
         if isinstance(module, QuantWeightBase)
         and module.weight_parameter is not None

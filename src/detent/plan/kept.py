@@ -34,7 +34,9 @@ DEFAULT_EXCLUSIONS = (
 )
 
 
-def exclusions(model: nn.Module, linears: list[str], exclude: list[str] | None) -> tuple[list[str], dict[str, str]]:
+def exclusions(
+    model: nn.Module, linears: list[str], exclude: list[str] | None, names: CheckpointNames
+) -> tuple[list[str], dict[str, str]]:
     """(patterns, {module name: reason}) of the linear layers that stay."""
     why: dict[str, str] = {}
     if exclude is None:
@@ -49,10 +51,34 @@ def exclusions(model: nn.Module, linears: list[str], exclude: list[str] | None) 
             elif any(fnmatchcase(name, pattern) for pattern in DEFAULT_EXCLUSIONS):
                 why[name] = "router or vision part, kept by default"
         return list(why), why
+    in_file = {name: names.layer(name) or name for name in linears}
+    others = _stay_anyway(model, linears, names)
     for pattern in exclude:
-        found = check_pattern("exclude_layers", pattern, linears)
+        found = [name for name in linears if _means(pattern, name) or _means(pattern, in_file[name])]
+        if not found and not any(_means(pattern, name) for name in others):
+            check_pattern("exclude_layers", pattern, linears)
         why.update(dict.fromkeys(found, f"excluded by {pattern!r}"))
-    return list(exclude), why
+    return list(why), why
+
+
+def _stay_anyway(model: nn.Module, linears: list[str], names: CheckpointNames) -> list[str]:
+    """What else a user may name among the exclusions: matrices that aren't linear layers, such as routers and experts,
+    as they are called in the model and in the file."""
+    quantizable = set(linears)
+    found = {
+        name: None
+        for name, module in model.named_modules()
+        if name not in quantizable and any(p.dim() > 1 for p in module.parameters(recurse=False))
+    }
+    for group in names.groups:
+        if any(parameter.rpartition(".")[0] in found for parameter in group.parameters):
+            found |= {tensor.removesuffix(".weight"): None for tensor in group.tensors}
+    return list(found)
+
+
+def _means(pattern: str, name: str) -> bool:
+    """Whether a user's pattern names a module: itself, or by a module around it."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def why_nothing(model: nn.Module, linears: list[str], exclude: list[str] | None) -> str:
@@ -68,8 +94,12 @@ def why_nothing(model: nn.Module, linears: list[str], exclude: list[str] | None)
 
 
 def check_pattern(flag: str, pattern: str, linears: list[str]) -> list[str]:
-    """The linear layers that a user's pattern names: themselves, or by a module around them."""
-    found = [n for n in linears if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")]
+    """The linear layers that a user's pattern names.
+
+    Raises:
+        DetentError: there are none.
+    """
+    found = [name for name in linears if _means(pattern, name)]
     if not found:
         known = get_close_matches(pattern.strip("*."), {n.rpartition(".")[2] for n in linears}, 1) or linears[:3]
         raise DetentError(

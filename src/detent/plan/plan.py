@@ -140,7 +140,8 @@ def make_plan(
         model: its model on the meta device; it is converted.
         scheme: what to do with linear layers.
         kv_cache: the format of keys and values, or None.
-        exclude: wildcards on module names that stay; None for the output embedding, routers and vision parts.
+        exclude: wildcards on names, in the model or the file, of what stays; None for the output embedding, routers and
+            vision parts.
         per_layer: {wildcard on module names: the scheme for these}; later ones win, exclusions win over all.
         algorithms: what runs on the weights, from `parse_algorithm`.
         overrides: a JSON file of what to use in place of the structure that is found: see `find_structure`.
@@ -156,7 +157,7 @@ def make_plan(
     names = CheckpointNames(model, source)
     replace_quant_module(model)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    patterns, why = exclusions(model, linears, exclude)
+    patterns, why = exclusions(model, linears, exclude, names)
     more = without_a_name(names, linears)
     if structure is not None:
         learns = scheme.needs_data or any(step.needs_data for step in algorithms or [])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
+import torch
 from torch import nn
 
-from detent.checkpoints import ModelFormats
+from detent.checkpoints import LayerFormats, ModelFormats
+from detent.formats import Integer
 from detent.nn import TensorQuantizer
 from detent.nn.attention import attention_modules
 from detent.pretrained.facts import outside_language
@@ -30,6 +33,12 @@ def misread(model: nn.Module, formats: ModelFormats) -> dict[str, str]:
         reasons.append(
             f"compressed-tensors does not hold {taken_apart}: transformers expects each expert as layers of its own"
             " there, and this version leaves experts merged"
+        )
+    initialised = _initialised(model, formats)
+    if initialised:
+        reasons.append(
+            f"compressed-tensors does not hold {initialised} packed: transformers fills in its weight before it loads"
+            " it, and finds none; exclude such layers, or use a format of 8 bits"
         )
     if formats.kv_cache is not None:
         reasons += [
@@ -62,6 +71,64 @@ def _taken_apart(model: nn.Module) -> str:
         name for name, entry in replaced.items() if "compressed-tensors" in map(_value, entry["quantization_methods"])
     }
     return next((name for name, module in model.named_modules() if type(module).__name__ in kinds), "")
+
+
+class _WeightWasRead(Exception):
+    pass
+
+
+class _Packed(nn.Module):
+    """In the place of a layer whose weight is packed: asking for the weight is an error."""
+
+    def __init__(self, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.bias = bias
+
+    @property
+    def weight(self) -> None:
+        raise _WeightWasRead
+
+
+@torch.no_grad()
+def _initialised(model: nn.Module, formats: ModelFormats) -> str:
+    """The first packed layer whose weight the module around it wants to initialise, as transformers has it done before
+    it loads anything."""
+    if next(model.parameters()).device.type != "meta":
+        return ""
+    packed = [name for name, layer in formats.layers.items() if _is_packed(layer)]
+    seen = set()
+    for name in packed:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        child = name.rpartition(".")[2]
+        if (type(parent), child) in seen or isinstance(parent, nn.ModuleList | nn.Sequential):
+            continue
+        seen.add((type(parent), child))
+        initialise = _initialiser(model, name)
+        if initialise is None:
+            continue
+        layer: Any = parent._modules[child]
+        parent._modules[child] = _Packed(layer.bias)
+        try:
+            initialise(parent)
+        except _WeightWasRead:
+            return name
+        finally:
+            parent._modules[child] = layer
+    return ""
+
+
+def _initialiser(model: nn.Module, name: str) -> Any:
+    """What initialises a module: a method of the innermost model of transformers around it; None if there is none."""
+    found, module = getattr(model, "_init_weights", None), model
+    for part in name.split("."):
+        module = module.get_submodule(part)
+        found = getattr(module, "_init_weights", found)
+    return found
+
+
+def _is_packed(layer: LayerFormats) -> bool:
+    weight = layer.weight
+    return weight is not None and (weight.bits < 8 or (isinstance(weight.element, Integer) and layer.input is None))
 
 
 def _value(method: object) -> object:

@@ -19,6 +19,9 @@ from detent.runs.stream import LayerStream
 from detent.runs.verify import check_logits, kept_tensor, probe_logits
 from detent.runs.write import in_file
 
+#: A list of so many values may be something else than one value for each block, such as two ends of a range.
+SHORT = 4
+
 
 def with_few_blocks(config: Any, model: nn.Module, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a model with one block that is otherwise the same, or with two where the second is of
@@ -37,7 +40,7 @@ def with_few_blocks(config: Any, model: nn.Module, *, trust_remote_code: bool = 
         if part is not None and isinstance(count, int) and count > blocks:
             cut = True
             for key, value in vars(part).items():
-                if isinstance(value, list) and len(value) == count:
+                if isinstance(value, list) and len(value) == count and (count > SHORT or "layer" in key):
                     setattr(part, key, value[:blocks])
             part.num_hidden_layers = blocks
     if not cut:
