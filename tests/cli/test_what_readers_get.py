@@ -242,8 +242,9 @@ def test_a_layer_whose_weight_another_module_uses(options: tuple[str, ...], plac
     more = ("--group_size", 32) if algorithm else ()
     place.quantize(*algorithm, *more, "--skip_evaluation", scheme=scheme)
     assert ignores(place.out, "model.layers.0.mamba.dt_proj")
-    read = logits(in_transformers(place.out))
-    assert torch.allclose(read, logits(load_quantized(place.out)), rtol=1e-4, atol=1e-5)
+    read, simulated = logits(in_transformers(place.out)), logits(load_quantized(place.out))
+    # Another order of the same sums may round an activation to the next FP8 number.
+    assert (read - simulated).norm() < 0.02 * simulated.norm()
 
 
 def test_layers_that_engines_fuse(place: Workplace) -> None:
