@@ -7,26 +7,25 @@ spinning. Work of which no operation is worth a second thread should have one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-#: Multiply-adds of one operation that are worth a thread: about 2 ms, many times what waking and waiting takes.
-PER_THREAD = 1 << 26
-
-
-def threads_for(work: int) -> int:
-    """How many threads an operation of `work` multiply-adds is worth; at least 1, at most those that PyTorch has."""
-    return max(1, min(torch.get_num_threads(), work // PER_THREAD))
+#: Multiply-adds of one operation that are worth a thread: about 4 ms, many times what waking and waiting takes.
+PER_THREAD = 1 << 27
 
 
 @contextmanager
-def threads_by_size(work: int) -> Iterator[None]:
-    """Within, PyTorch uses at most `threads_for(work)` threads, `work` being that of the largest usual operation.
+def threads_by_size(work: int) -> Iterator[Callable[[int], None]]:
+    """Within, PyTorch uses no more threads than `work` is worth, the multiply-adds of the largest usual operation.
 
     For a linear layer that is tokens * inputs * outputs. The number is the process's: enter it in one thread, around a
     whole run or block, and not around each operation.
+
+    Yields:
+        A function to call with the size of an operation to come: a larger one gets more threads, up to those that there
+        were before.
 
     Example:
         >>> import torch
@@ -36,9 +35,15 @@ def threads_by_size(work: int) -> Iterator[None]:
         ...     (x @ x.T).shape
         torch.Size([8, 8])
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads_for(work))
+    most, largest = torch.get_num_threads(), 0
+
+    def meet(work: int) -> None:
+        nonlocal largest
+        largest = max(largest, work)
+        torch.set_num_threads(max(1, min(most, largest // PER_THREAD)))
+
+    meet(work)
     try:
-        yield
+        yield meet
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(most)

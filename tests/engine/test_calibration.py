@@ -257,3 +257,8 @@ def test_a_mask_added_to_scores_is_no_padding_mask() -> None:
     model = nn.ModuleDict({"part": Part()})
     detent.quantize(model, detent.INT8_DEFAULT_CFG, lambda m: m["part"](x, attention_mask=causal))
     assert model["part"].linear.input_quantizer.amax == 50.0
+
+
+def test_a_model_without_quantizers_has_nothing_to_calibrate() -> None:
+    with pytest.raises(DetentError, match=r"no quantizers.*call quantize\(\) first"):
+        detent.calibrate(nn.Sequential(nn.Linear(4, 4)), "max", lambda m: m(torch.ones(1, 4)))

@@ -35,11 +35,14 @@ from detent.notices import notify
 from detent.progress import track
 from detent.structure import find_structure
 from detent.structure.site import Structure
+from detent.threads import threads_by_size
 from detent.transforms.folding import Folding
 from detent.transforms.rotation import rotate_model
 
 _log = logging.getLogger(__name__)
 
+#: Rows that a weight is taken to be multiplied with, as long as no data was seen.
+USUAL_ROWS = 512
 #: Where channel scales go: ``"never"`` folded, they stay in the layers' input quantizers; ``"auto"``: folded into the
 #: norm or matrix before, where the structure has a proved place; a site without one is rounded to nearest.
 Fold = Literal["auto", "never"]
@@ -84,7 +87,7 @@ def calibrate(
         `model`.
 
     Raises:
-        DetentError: the algorithm is unknown, can't serve a layer's format or kind, or contradicts another one; data is
+        DetentError: the model has no quantizers; the algorithm is unknown, can't serve a layer's format or kind, or contradicts another one; data is
             needed and missing; the loop never calls the model or never reaches a quantizer or layer that needs data;
             NaN or infinity is met. Weights, ranges and train flags are then as they were. What can be refused without
             data is refused before the loop runs.
@@ -100,6 +103,8 @@ def calibrate(
     """
     steps = parse_algorithm(algorithm)
     with unchanged_on_failure(model):
+        if steps and not any(True for _ in named_members(model)):
+            raise DetentError("the model has no quantizers, so there is nothing to calibrate; call quantize() first")
         run(model, steps, forward_loop, structure=structure, fold=fold)
     return model
 
@@ -131,8 +136,11 @@ def run(
         steps.append(MaxCalibConfig())
     groups = _groups(steps)
     _check_data(model, steps, loop)
-    calibration = _Calibration(model, loop, structure, fold, groups)
-    with torch.no_grad():
+    weights = [weight for _, _, weight in quantized_weights(model)] or list(model.parameters())
+    largest = max((weight.numel() for weight in weights), default=0)
+    with torch.no_grad(), threads_by_size(USUAL_ROWS * largest) as meet:
+        loop.heard = lambda call: meet(call.rows * largest)
+        calibration = _Calibration(model, loop, structure, fold, groups)
         with evaluating(model):
             for group, traversal in groups:
                 calibration.run(group, traversal)

@@ -35,6 +35,7 @@ class DataLoop:
     Attributes:
         forward_loop: the user's function, or None where there is no data (the object is then false).
         calls: how often the model was called in the last run.
+        heard: called with each call of the user's function, before the model is.
     """
 
     def __init__(self, forward_loop: ForwardLoop | None) -> None:
@@ -45,6 +46,7 @@ class DataLoop:
             )
         self.forward_loop = forward_loop
         self.calls = 0
+        self.heard: Callable[[Call], None] = lambda call: None
         self._remembered: list[Call] = []
 
     def __bool__(self) -> bool:
@@ -68,6 +70,7 @@ class DataLoop:
         def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             _check_ids(model, args, kwargs)
             remembered.append(Call(args, dict(kwargs), current_token_mask()))
+            self.heard(remembered[-1])
 
         hook = model.register_forward_pre_hook(remember, with_kwargs=True)
         try:

@@ -22,6 +22,7 @@ from detent.errors import DetentError
 from detent.model.scopes import evaluating
 from detent.pretrained.facts import input_device, max_sequence_length, vocabulary_size
 from detent.progress import track
+from detent.threads import threads_by_size
 
 #: Tokens in a window, where the model takes as many.
 DEFAULT_WINDOW = 2048
@@ -113,7 +114,8 @@ def perplexity(
     nll, tokens, windows = 0.0, 0, 0
     batches = _window_batches(ids, window, batch_size)
     device = input_device(model)
-    with torch.no_grad(), evaluating(model):
+    largest = max((p.numel() for p in model.parameters()), default=0)
+    with torch.no_grad(), evaluating(model), threads_by_size(min(ids.numel(), window * batch_size) * largest):
         for batch in track(batches, "Measuring perplexity", len(batches)):
             for row_nll in _nll_of_rows(model, batch.to(device)):
                 if not math.isfinite(row_nll):
