@@ -218,6 +218,28 @@ def test_smoothquant_helps_where_calibration_hardly_saw_some_channels(level: flo
     assert smooth < 0.5 * plain
 
 
+@pytest.mark.parametrize("level", [1e-6, 1e-3, 1.0], ids=str)
+@pytest.mark.parametrize("method", ["awq_lite", "awq_full"])
+def test_awq_helps_where_calibration_hardly_saw_some_channels(level: float, method: str) -> None:
+    """A tenth of the channels carries `level` of its usual size on calibration data, and all of it on held-out data."""
+    generator = torch.Generator().manual_seed(0)
+    calibration, held_out = (torch.randn(256, 64, generator=generator) for _ in range(2))
+    calibration[:, ::10] *= level
+    calibration[:, 3] *= 30
+    held_out[:, 3] *= 30
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    config = {"*weight_quantizer": {"num_bits": 4, "block_sizes": {-1: 16}}, "*input_quantizer": {"enable": False}}
+
+    def error(algorithm: str) -> float:
+        rounded = copy.deepcopy(model)
+        detent.quantize(rounded, {"quant_cfg": config, "algorithm": algorithm}, lambda m: m(calibration))
+        with torch.no_grad():
+            return float((rounded(held_out) - model(held_out)).norm() / model(held_out).norm())
+
+    assert error(method) < 0.8 * error("max")
+
+
 @pytest.mark.parametrize("fmt", [FORMATS[0], FORMATS[2], FORMATS[5]], ids=str)
 def test_awq_scale_lowers_the_error_that_it_says(fmt: Format) -> None:
     x, w = tokens(), weight()

@@ -44,6 +44,9 @@ _COMPARED, _LEAST_ROWS = 1 << 17, 128
 _FINALISTS = 3
 #: As `_COMPARED` for what is measured of all weights and of the chosen scale.
 _MEASURED = 1 << 20
+#: The share of the median channel's mean magnitude that any channel counts with at least: what calibration hardly saw may
+#: carry more later, and its weights should then not be rounded away.
+_LEAST_SEEN = 0.1
 #: Tokens that they are compared on, where that takes less work than the whole second moment.
 _TOKENS = 512
 
@@ -79,6 +82,8 @@ def awq_scale(
     magnitude = _weight_magnitude(measured, formats)
     activation = statistics.mean_abs.double()
     dead = activation == 0
+    if not bool(dead.all()):
+        activation = activation.clamp_min(_LEAST_SEEN * activation[~dead].median())
 
     def attempt(alpha: float, beta: float) -> None:
         scale = (activation.clamp_min(1e-30) ** alpha / magnitude**beta).clamp(LEAST, MOST)
