@@ -167,6 +167,10 @@ def test_weight_shape(shape: list[int], note: bool, written: dict[str, Path], tm
     refused(damaged(written["int4"], tmp_path / "m", change, note=note), "q_proj")
 
 
+def test_shape_that_detent_wrote_and_others_need(written: dict[str, Path], tmp_path: Path) -> None:
+    refused(damaged(written["int4"], tmp_path / "m", lambda t: t.pop(f"{Q}.weight_shape")), "weight_shape is missing")
+
+
 def test_one_of_two_key_value_scales(written: dict[str, Path], tmp_path: Path) -> None:
     for name, tensor in (("int4", f"{KV}.k_scale"), ("fp8", f"{KV}.v_scale"), ("detent", f"{KV}.k.scale")):
         folder = damaged(written[name], tmp_path / name, lambda tensors, tensor=tensor: tensors.pop(tensor))  # type: ignore[misc]

@@ -202,6 +202,8 @@ DAMAGES |= {
     "alias of nothing": described("aliases", value={"3.bias": "nothing"}),
     "alias extra": described("aliases", value={"extra": "3.bias"}),
     "packed": described("packed", value={"9": {}}),
+    "whole-number bias": tensor("0.bias", lambda x: x.to(torch.int8)),
+    "two ranges of a whole tensor": tensor("0.input_quantizer._amax", lambda x: torch.stack([x, x])),
 }
 
 PACKED_DAMAGES: dict[str, Callable[[Path], None]] = {
@@ -261,8 +263,8 @@ def test_packed_weight_without_codes_in_a_state_dict() -> None:
     assert torch.equal(other(X), model(X))
 
 
-@pytest.mark.parametrize("path", ["a\0b", "x" * 300, "~nobody-at-all/x", "a\udcff"])
-def test_impossible_paths(path: str) -> None:
+@pytest.mark.parametrize("path", ["a\0b", "x" * 300, "~nobody-at-all/x", "a\udcff", None, 3, b"x"])
+def test_impossible_paths(path: Any) -> None:
     with pytest.raises(DetentError):
         detent.restore(mlp(), path)
 

@@ -98,3 +98,10 @@ def test_an_exception_of_the_users_loop_is_kept() -> None:
     with pytest.raises(Mine, match="of the loop"):
         detent.quantize(plain, detent.INT8_DEFAULT_CFG, loop)
     assert type(plain[0]) is nn.Linear
+
+
+def test_a_pattern_that_matches_nothing_is_quoted_in_part() -> None:
+    model = detent.quantize(nn.Sequential(nn.Linear(4, 4)), detent.INT8_WEIGHT_ONLY_CFG)
+    with pytest.raises(detent.DetentError, match=r"no quantizer matches 'xxx") as caught:
+        detent.enable_quantizer(model, "x" * 10_000)
+    assert len(str(caught.value)) < 500

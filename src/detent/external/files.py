@@ -31,9 +31,11 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     """A path as the user means it, ``~`` and ``~name`` expanded.
 
     Raises:
-        DetentError: an unknown home, a NUL character, or a name that isn't UTF-8.
+        DetentError: not a path; an unknown home, a NUL character, or a name that isn't UTF-8.
     """
-    text = os.fspath(path)
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if not isinstance(text, str):
+        raise DetentError(f"a path is text or a pathlib.Path, not {shown(path)}")
     if "\0" in text:
         raise DetentError(f"{text!r}: a path has no NUL characters")
     try:

@@ -36,7 +36,9 @@ def _matching(
         chosen = [name for name in chosen if kind in parent_classes(model, name)]
     if not chosen:
         some = ", ".join(name for name, _ in list(named_quantizers(model))[:3]) or "none: call quantize() first"
-        raise DetentError(f"no quantizer matches {wildcard_or_filter!r}; quantizers are called, for instance, {some}")
+        raise DetentError(
+            f"no quantizer matches {shown(wildcard_or_filter)}; quantizers are called, for instance, {some}"
+        )
     return chosen
 
 

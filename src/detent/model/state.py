@@ -322,6 +322,9 @@ def _check_ranges(where: str, quantizer: TensorQuantizer, state: dict[str, Tenso
     for buffer in ("_amax", "_global_amax", "_low", "_high", "_pre_quant_scale"):
         if buffer in state and not bool(torch.isfinite(state[buffer]).all()):
             raise DetentError(f"{where}.{buffer} is not finite")
+    for buffer in ("_amax", "_low", "_high"):
+        if buffer in state and quantizer.format.granularity.kind == "per_tensor" and state[buffer].numel() != 1:
+            raise DetentError(f"{where}.{buffer} has {state[buffer].numel()} values; a range of a whole tensor is one")
     for buffer in ("_amax", "_global_amax"):
         if buffer in state and bool((state[buffer] < 0).any()):
             raise DetentError(f"{where}.{buffer} is a largest magnitude and yet negative")
@@ -366,6 +369,8 @@ def _check_fit(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None
                 f"{path}: doesn't fit {type(model).__name__}: {name} has shape {tuple(tensors[name].shape)} there and"
                 f" {tuple(tensor.shape)} here"
             )
+        if tensor.is_floating_point() != tensors[name].is_floating_point():
+            raise DetentError(f"{path}: damaged: {name} is {tensors[name].dtype}, but {tensor.dtype} in the model")
         if tensor.is_meta:
             raise DetentError(f"{name} has no memory yet (meta device); build the model on a real device to restore it")
 
