@@ -44,8 +44,8 @@ _COMPARED, _LEAST_ROWS = 1 << 17, 128
 _FINALISTS = 3
 #: As `_COMPARED` for what is measured of all weights and of the chosen scale.
 _MEASURED = 1 << 20
-#: The share of the median channel's mean magnitude that any channel counts with at least: what calibration hardly saw may
-#: carry more later, and its weights should then not be rounded away.
+#: The share of the median channel's mean magnitude that any channel counts with at least: what calibration hardly saw
+#: may carry more later, and its weights should then not be rounded away.
 _LEAST_SEEN = 0.1
 #: Tokens that they are compared on, where that takes less work than the whole second moment.
 _TOKENS = 512

@@ -87,7 +87,8 @@ def calibrate(
         `model`.
 
     Raises:
-        DetentError: the model has no quantizers; the algorithm is unknown, can't serve a layer's format or kind, or contradicts another one; data is
+        DetentError: the model has no quantizers; the algorithm is unknown,
+            can't serve a layer's format or kind, or contradicts another one; data is
             needed and missing; the loop never calls the model or never reaches a quantizer or layer that needs data;
             NaN or infinity is met. Weights, ranges and train flags are then as they were. What can be refused without
             data is refused before the loop runs.
