@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import detent
 
 PACKAGE = Path(__file__).parents[1] / "src" / "detent"
 
@@ -32,5 +35,8 @@ def test_example(example: doctest.DocTest, tmp_path: Path, monkeypatch: pytest.M
     assert not failed, "".join(report)
 
 
-def test_there_are_examples() -> None:
-    assert sum(1 for _ in examples()) > 5
+def test_every_public_name_has_an_example() -> None:
+    public = {name: getattr(detent, name) for name in detent.__all__}
+    documented = {n: o for n, o in public.items() if inspect.isclass(o) or inspect.isroutine(o)}
+    assert len(documented) > 40
+    assert not [name for name, thing in documented.items() if ">>> " not in (inspect.getdoc(thing) or "")]

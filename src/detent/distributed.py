@@ -30,6 +30,11 @@ class ParallelState:
         data_parallel_group: ranks that hold the same weights and see different data (None: all ranks).
         tensor_parallel_group: ranks that hold slices of the same weight.
         expert_model_parallel_group: ranks that hold different experts.
+
+    Example:
+        >>> import detent
+        >>> detent.ParallelState(data_parallel_group=-1).tensor_parallel_group
+        -1
     """
 
     data_parallel_group: Any = None

@@ -36,7 +36,18 @@ def track(items: Iterable[T], task: str, total: int) -> Iterator[T]:
 
 @contextmanager
 def use_reporter(reporter: Reporter | None) -> Iterator[None]:
-    """Send all progress inside the ``with`` block to `reporter` (``None`` silences it)."""
+    """Send all progress inside the ``with`` block to `reporter` (``None`` silences it).
+
+    Example:
+        >>> import detent
+        >>> from detent.progress import track
+        >>> with detent.use_reporter(lambda task, done, total: print(f"{task}: {done} of {total}")):
+        ...     for _ in track("ab", "Spelling", 2):
+        ...         pass
+        Spelling: 0 of 2
+        Spelling: 1 of 2
+        Spelling: 2 of 2
+    """
     token = _reporter.set(reporter)
     try:
         yield

@@ -41,6 +41,25 @@ class BaseCalibrateModeDescriptor:
 
     A subclass defines `config_class`, and either `convert` (a method, or a property that returns a function) or
     `_calib_func`, a function that is called with the model, ``forward_loop`` and the fields of the configuration.
+
+    Example:
+        >>> import detent
+        >>> class ThirdConfig(detent.QuantizeAlgorithmConfig):
+        ...     method: str = "third"
+        >>> @detent.CalibrateModeRegistry.register_mode
+        ... class Third(detent.BaseCalibrateModeDescriptor):
+        ...     config_class = ThirdConfig
+        ...     def convert(self, model, config, forward_loop=None):
+        ...         for weight in model.parameters():
+        ...             weight.data /= 3
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = model.weight.data.fill_(3.0)
+        >>> cfg = {"quant_cfg": {"*weight_quantizer": {"num_bits": 8}}, "algorithm": "third"}
+        >>> model = detent.quantize(model, cfg)
+        >>> model.weight.item()
+        1.0
+        >>> detent.CalibrateModeRegistry.remove_mode("third")
     """
 
     #: Called with (model, forward_loop=..., **fields), where `convert` isn't overridden.
@@ -109,7 +128,22 @@ class BaseCalibrateModeDescriptor:
 
 
 class CalibrateModeRegistry:
-    """The custom calibration algorithms, by method."""
+    """The custom calibration algorithms, by method.
+
+    Example:
+        >>> import detent
+        >>> class HalveConfig(detent.QuantizeAlgorithmConfig):
+        ...     method: str = "halve"
+        >>> @detent.CalibrateModeRegistry.register_mode
+        ... class Halve(detent.BaseCalibrateModeDescriptor):
+        ...     config_class = HalveConfig
+        ...     def convert(self, model, config, forward_loop=None):
+        ...         for weight in model.parameters():
+        ...             weight.data /= 2
+        >>> detent.CalibrateModeRegistry.get("halve").name
+        'halve_calibrate'
+        >>> detent.CalibrateModeRegistry.remove_mode("halve")
+    """
 
     _modes: dict[str, BaseCalibrateModeDescriptor] = {}
 

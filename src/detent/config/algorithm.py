@@ -19,6 +19,11 @@ class QuantizeAlgorithmConfig(ConfigModel):
 
     Attributes:
         method: the name that selects the algorithm; None calibrates nothing.
+
+    Example:
+        >>> import detent
+        >>> detent.QuantizeAlgorithmConfig(method=None).method is None
+        True
     """
 
     method: str | None = ConfigField(None)

@@ -173,6 +173,14 @@ def parse_scheme(
 
     Raises:
         DetentError: an unknown name (with the nearest known ones), or an option that the scheme can't follow.
+
+    Example:
+        >>> import detent
+        >>> scheme = detent.parse_scheme("w_int4_per_group_sym", group_size=32)
+        >>> print(scheme.weight)
+        int4 per_group(32), float32 scale
+        >>> scheme.input is None
+        True
     """
     options = Options(group_size, scale_format, scale_calculation_mode)
     canonical = canonical_name(name)

@@ -35,6 +35,14 @@ class Format:
         zero_point: see `ZeroPoint`.
         dynamic: the range is taken from the tensor at hand each time; else it is calibrated once (weights: taken once).
         base: the format whose code values this one encodes ("progressive": int4 codes of FP8 codes), or None.
+
+    Example:
+        >>> import detent
+        >>> fmt = detent.parse_scheme("w_int4_per_group_sym", group_size=128).weight
+        >>> print(fmt)
+        int4 per_group(128), float32 scale
+        >>> fmt.bits_per_element((4096, 4096))
+        4.25
     """
 
     element: Element

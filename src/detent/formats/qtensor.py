@@ -67,6 +67,17 @@ class QTensor:
         codes: int8, uint8, float8_e4m3fn or float8_e5m2, one per element, not packed.
         scale, zero_point, outer_scale: see `Scales`.
         micro: uint8 0 or 1 per run of neighbours, ``[..., ceil(last / micro)]`` (MX4/6/9); else None.
+
+    Example:
+        >>> import torch, detent
+        >>> fmt = detent.parse_scheme("w_int8_per_channel_sym").weight
+        >>> q = detent.encode(torch.tensor([[127.0, -64.0], [1.0, 0.5]]), fmt)
+        >>> q.codes
+        tensor([[127, -64],
+                [127,  64]], dtype=torch.int8)
+        >>> q.scale
+        tensor([[0.9961],
+                [0.0078]])
     """
 
     format: Format
@@ -188,6 +199,12 @@ def encode(
     Raises:
         DetentError: NaN or infinity in `x`; negative values for a format that holds none; an axis that `x` lacks;
             scales for another shape.
+
+    Example:
+        >>> import torch, detent
+        >>> fmt = detent.parse_scheme("w_int4_per_group_sym", group_size=4).weight
+        >>> detent.encode(torch.tensor([[7.0, -3.0, 1.4, 0.0]]), fmt).codes
+        tensor([[ 7, -3,  1,  0]], dtype=torch.int8)
     """
     _check_input(x, name)
     if fmt.base is not None:
@@ -245,7 +262,14 @@ def encode_packed(
 
 
 def decode(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values of `q`: computed in float32, rounded once to `dtype`, saturating (finite values stay finite)."""
+    """The values of `q`: computed in float32, rounded once to `dtype`, saturating (finite values stay finite).
+
+    Example:
+        >>> import torch, detent
+        >>> fmt = detent.parse_scheme("w_int4_per_group_sym", group_size=4).weight
+        >>> detent.decode(detent.encode(torch.tensor([[7.0, -3.0, 1.4, 0.0]]), fmt))
+        tensor([[ 6.5333, -2.8000,  0.9333,  0.0000]])
+    """
     fmt = q.format
     if fmt.base is not None:
         assert q.outer_scale is not None
@@ -279,6 +303,17 @@ def fake_quantize(
 
     Raises:
         DetentError: as `encode`.
+
+    Example:
+        >>> import torch, detent
+        >>> fmt = detent.parse_scheme("w_int4_per_group_sym", group_size=4).weight
+        >>> x = torch.tensor([[7.0, -3.0, 1.4, 0.0]], requires_grad=True)
+        >>> y = detent.fake_quantize(x, fmt)
+        >>> y.detach()
+        tensor([[ 6.5333, -2.8000,  0.9333,  0.0000]])
+        >>> y.sum().backward()
+        >>> x.grad
+        tensor([[1., 1., 1., 1.]])
     """
     _check_input(x, name)
     if torch.is_grad_enabled() and x.requires_grad:

@@ -53,7 +53,13 @@ def register_quant_backend(name: str, function: Backend) -> None:
 
 
 def unregister_quant_backend(name: str) -> None:
-    """Undo `register_quant_backend`; a name that isn't there is no error."""
+    """Undo `register_quant_backend`; a name that isn't there is no error.
+
+    Example:
+        >>> import detent
+        >>> detent.register_quant_backend("same", lambda x, quantizer: x)
+        >>> detent.unregister_quant_backend("same")
+    """
     _backends.pop(name, None)
 
 

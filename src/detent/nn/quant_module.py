@@ -25,6 +25,13 @@ class QuantModule(nn.Module):
     """Base of quantized modules. A subclass creates its quantizers in `_setup` and calls them in `forward`.
 
     `detent.register` has an example.
+
+    Example:
+        >>> import torch, detent
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> detent.replace_quant_module(model)
+        >>> isinstance(model[0], detent.QuantModule)
+        True
     """
 
     parallel_state: ParallelState

@@ -16,7 +16,13 @@ Q = TypeVar("Q", bound=type[nn.Module])
 
 
 class _Registry:
-    """Original class -> (name in configurations, quantized class)."""
+    """Original class -> (name in configurations, quantized class).
+
+    Example:
+        >>> import torch, detent
+        >>> torch.nn.Linear in detent.QuantModuleRegistry
+        True
+    """
 
     def __init__(self) -> None:
         self._entries: dict[type[nn.Module], tuple[str, type[nn.Module]]] = {}
@@ -184,5 +190,17 @@ def register(original_cls: type[nn.Module], quantized_cls: type[nn.Module]) -> N
 
 
 def unregister(original_cls: type[nn.Module]) -> None:
-    """Undo `register`. Raises DetentError if the class isn't registered."""
+    """Undo `register`. Raises DetentError if the class isn't registered.
+
+    Example:
+        >>> import torch, detent
+        >>> class Scaled(torch.nn.Module): ...
+        >>> class QuantScaled(detent.QuantModule, Scaled):
+        ...     def _setup(self):
+        ...         self.input_quantizer = detent.TensorQuantizer()
+        >>> detent.register(Scaled, QuantScaled)
+        >>> detent.unregister(Scaled)
+        >>> Scaled in detent.QuantModuleRegistry
+        False
+    """
     QuantModuleRegistry.remove(original_cls)

@@ -111,9 +111,10 @@ def model_on_meta(config: Any, *, trust_remote_code: bool = False, dtype: torch.
         torch.device("meta"),
         _transformers(f"cannot build a {kind} language model from its config.json", trust_remote_code),
     ):
-        return _auto_class(config).from_config(
+        model: nn.Module = _auto_class(config).from_config(
             config, trust_remote_code=trust_remote_code, dtype=dtype or torch.float32
         )
+    return model
 
 
 def _auto_class(config: Any) -> Any:
@@ -231,10 +232,9 @@ def load_model(
         notify(
             f"{len(unused)} tensors of the checkpoint have no place in the model, so they do nothing: {unused[0]}, ..."
         )
-    model.requires_grad_(False)
-    model = model.to(device).eval()
-    _check_runs(source.path, model)
-    return model
+    net: nn.Module = model.requires_grad_(False).to(device).eval()
+    _check_runs(source.path, net)
+    return net
 
 
 def _check_floating(folder: Path, expected: nn.Module, state: dict[str, Tensor]) -> None:

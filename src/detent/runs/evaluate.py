@@ -43,6 +43,12 @@ def evaluate_checkpoint(
 
     Raises:
         DetentError: the checkpoint can't be read, is of the wrong kind, or there is no text.
+
+    Example:
+        >>> import detent
+        >>> report = detent.evaluate_checkpoint(detent.ModelOptions(), detent.EvaluationOptions(skip=True))
+        >>> report.model, report.scheme
+        ('the built-in sample model', None)
     """
     run = run or Run()
     evaluation = evaluation or EvaluationOptions()

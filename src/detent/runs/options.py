@@ -16,6 +16,11 @@ class ModelOptions:
         attention: the attention implementation.
         trust_remote_code: whether Python code that comes with the checkpoint may run.
         revision: of a hub model.
+
+    Example:
+        >>> import detent
+        >>> detent.ModelOptions(data_type="bfloat16").device
+        'cpu'
     """
 
     model_dir: str | None = None
@@ -37,6 +42,11 @@ class EvaluationOptions:
         windows: use only so many windows; None for all.
         batch_size: windows that run at once; None for 8, or fewer where their logits would take more than 1 GiB.
         max_batch_size: in place of that 8.
+
+    Example:
+        >>> import detent
+        >>> detent.EvaluationOptions(windows=16).windows
+        16
     """
 
     skip: bool = False
@@ -54,6 +64,11 @@ class CalibrationOptions:
         dataset: a file, a hub data set, ``builtin``, or None for the default one (without a network: the built-in
             text).
         seq_len: tokens in a sample. num_samples: how many. batch_size: samples that run at once.
+
+    Example:
+        >>> import detent
+        >>> detent.CalibrationOptions(num_samples=128).seq_len
+        512
     """
 
     dataset: str | None = None
@@ -75,6 +90,11 @@ class SchemeOptions:
         export: ``hf_format`` for compressed-tensors where it holds the model and else Detent's own layout, or
             ``compressed-tensors`` for that or an error.
         allow_unfused: whether layers that engines run as one may have different formats.
+
+    Example:
+        >>> import detent
+        >>> detent.SchemeOptions("w_int4_per_group_sym", group_size=128).kv_cache is None
+        True
     """
 
     name: str | None = None
@@ -98,6 +118,11 @@ class AlgorithmOptions:
         before: names of algorithms that prepare the model.
         algorithm: names of those that quantize it, with commas between.
         before_file, file: JSON files with their settings.
+
+    Example:
+        >>> import detent
+        >>> detent.AlgorithmOptions(algorithm="gptq").algorithm
+        'gptq'
     """
 
     before: tuple[str, ...] = ()

@@ -69,6 +69,19 @@ def quantize_checkpoint(
 
     Raises:
         DetentError: anything that the user can mend; the output folder is then as it was.
+
+    Example:
+        >>> import detent
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     report = detent.quantize_checkpoint(
+        ...         detent.ModelOptions(),
+        ...         detent.SchemeOptions("w_int4_per_group_sym", group_size=32),
+        ...         f"{folder}/out",
+        ...         evaluation=detent.EvaluationOptions(skip=True),
+        ...     )
+        >>> report.weights.quantized
+        28
     """
     run = run or Run()
     check_one_process()

@@ -60,6 +60,13 @@ def find_structure(
     Raises:
         DetentError: no inputs were given and none can be made; an override names what isn't there, or a fold that
             changes the model's function.
+
+    Example:
+        >>> import torch, detent
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 8))
+        >>> structure = detent.find_structure(model, torch.ones(2, 8))
+        >>> [(site.weights, site.fold.module) for site in structure.sites]
+        [(('1',), '0')]
     """
     short, long = runs(model, run_or_inputs)
     table = Overrides.read(overrides)

@@ -115,4 +115,5 @@ def _group_of(source: Source, config: dict[str, Any], module: str) -> dict[str, 
     ]
     if not found:
         raise DetentError(f"{source.path}: {module} has scales, but no group of config.json targets it")
-    return min(found, key=lambda item: item[:2])[2]
+    group: dict[str, Any] = min(found, key=lambda item: item[:2])[2]
+    return group

@@ -364,7 +364,7 @@ class CompressedTensorsReader:
             return (codes.to(torch.int16) + _offset(fmt)).to(fmt.element.storage_dtype)
         if dtype == torch.uint8:
             return unpack(codes, bits, shape[1])
-        half = 2 ** (bits - 1) - _offset(fmt)
+        half = (1 << (bits - 1)) - _offset(fmt)
         return (unpack_int32(codes, bits, shape[1]).to(torch.int16) - half).to(fmt.element.storage_dtype)
 
     def _zero_point(self, name: str, fmt: Format, grid: tuple[int, ...], shape: tuple[int, ...]) -> Tensor | None:
@@ -375,4 +375,4 @@ class CompressedTensorsReader:
             return self._tensor(full, grid, torch.int8).to(torch.int32) + _offset(fmt)
         packed = self._tensor(full, (-(-shape[0] * bits // 32), grid[1]), torch.int32)
         unsigned = unpack_int32(packed.t().contiguous(), bits, shape[0]).t().contiguous()
-        return unsigned.to(torch.int32) - 2 ** (bits - 1) + _offset(fmt)
+        return unsigned.to(torch.int32) - (1 << (bits - 1)) + _offset(fmt)
