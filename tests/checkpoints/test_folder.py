@@ -349,7 +349,7 @@ class TestLeftovers:
         out = tmp_path / "out"
         path = left(out, "writing", "half")
         notices = check_target(out, source=None, overwrite=False)
-        assert notices == [f"Removed {path}, an unfinished output of an interrupted run."]
+        assert notices == [f"removed {path}, an unfinished output of an interrupted run"]
         assert contents(tmp_path) == {}
 
     def test_old_output_comes_back(self, tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ class TestOtherThingsThanCheckpoints:
         ('{"model_type": "llama", "x": ' + "[" * 70 + "]" * 70 + "}", ["more than 64 levels"]),
         ('{"model_type": "llama", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", ["more than 64 levels"]),
         ('{"model_type": "llama", "x": ' + "1" * 5000 + "}", ["5000 digits"]),
-        ('{"model_type": "llama", "model_type": "gpt2"}', ["'model_type' stands twice"]),
+        ('{"model_type": "llama", "model_type": "gpt2"}', ["'model_type' appears twice"]),
         ('{"model_type": []}', ["model_type"]),
         ('{"model_type": 3}', ["'model_type' is 3", "string"]),
         ('{"model_type": "llama", "torch_dtype": []}', ["'torch_dtype' is []", "string"]),

@@ -172,7 +172,7 @@ def test_what_a_killed_run_left(place: Workplace) -> None:
     half = Workspace(place.out, "writing")
     half.close()
     outcome = place.quantize("--skip_evaluation", "--overwrite", run=detent)
-    assert f"Note: Removed {half.path}" in outcome.err
+    assert f"Note: removed {half.path}" in outcome.err
     assert any(str(half.path) in notice for notice in place.report["notices"])
     assert [path.name for path in place.out.parent.iterdir()] == ["out"]
 

@@ -231,7 +231,7 @@ def test_algorithms() -> None:
         ("maxx", "did you mean 'max'"),
         ("awq_light", "did you mean 'awq_lite'"),
         ({"method": "mse", "steps": 3}, "unknown field 'steps'"),
-        ({"method": "mse", "start_multiplier": 5.0}, "lies above"),
+        ({"method": "mse", "start_multiplier": 5.0}, "is greater than"),
     ):
         with pytest.raises(DetentError, match=message):
             parse_algorithm(spec)

@@ -194,7 +194,7 @@ def test_attributes_of_an_entry_that_only_switches_are_live() -> None:
         ({"*q": {"num_bit": 4}}, r"entry '\*q': QuantizerAttributeConfig: unknown field 'num_bit'"),
         ({"*q": {"block_size": {-1: 4}}}, "did you mean 'block_sizes'"),
         ({"nn.Linear": {"*": {"num_bits": 99}}}, r"'\*' of nn.Linear: .*num_bits"),
-        ([{"quantizer_name": "*"}], "says nothing"),
+        ([{"quantizer_name": "*"}], "sets nothing"),
         ([{"cfg": INT4}], "quantizer_name is a wildcard or a callable, not None"),
         ([{"quantizer_name": "*", "cfg": {}, "enable": True}], "cfg is empty"),
         ([{"quantizer_name": "*", "cgf": INT4}], "unknown field 'cgf'"),

@@ -118,7 +118,7 @@ class TestErrors:
     @pytest.mark.parametrize("texts", [[], [" "], ["w1"]])
     def test_no_usable_text(self, sampling: Any, texts: list[str]) -> None:
         source = TextSource(texts, "my.json", sampling=sampling)
-        with pytest.raises(DetentError, match="No usable calibration text in my.json"):
+        with pytest.raises(DetentError, match="no usable calibration text in my.json"):
             token_batches(source, make_tokenizer(beginning_of_text=False), 8)
 
     @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ FAILURES: list[tuple[Any, Any, type[BaseException], str]] = [
     ({"quant_cfg": {"*wieght_quantizer": {"num_bits": 8}}}, None, DetentError, "did you mean '.weight_quantizer'"),
     ({"quant_cfg": {"*": {"enable": False}}}, None, DetentError, "quantizes nothing"),
     ({"quant_cfg": {"*weight_quantizer": {"num_bits": 8, "axis": 5}}}, None, DetentError, "axis 5"),
-    ({"quant_cfg": {"*input_quantizer": {"fake_quant": False}}}, None, DetentError, "gives out codes"),
+    ({"quant_cfg": {"*input_quantizer": {"fake_quant": False}}}, None, DetentError, "returns codes"),
 ]
 
 

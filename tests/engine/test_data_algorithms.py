@@ -451,7 +451,7 @@ def test_layers_that_data_never_reaches_are_an_error() -> None:
         (W4_ONLY, "gptq", None, "learns from data"),
         (W4_ONLY, "gptq", lambda m: None, "never"),
         (W4_ONLY, {"method": "gptq", "perc_damp": -1}, loop, "perc_damp"),
-        (W4_ONLY, {"method": "smoothquant", "alpha": 1.5}, loop, "alpha lies between"),
+        (W4_ONLY, {"method": "smoothquant", "alpha": 1.5}, loop, "alpha is between"),
         (W4_ONLY, {"method": "gptq", "damping": 1}, loop, "unknown field"),
     ],
 )  # fmt: skip

@@ -330,10 +330,10 @@ def test_a_backend_that_does_not_fit() -> None:
     q = TensorQuantizer({"backend": "odd", "backend_extra_args": {"by": 4}})
     try:
         register_quant_backend("odd", lambda x, quantizer, step: x)
-        with pytest.raises(DetentError, match=r"tensor: backend 'odd' doesn't go with backend_extra_args \{'by': 4\}"):
+        with pytest.raises(DetentError, match=r"tensor: backend 'odd' doesn't accept backend_extra_args \{'by': 4\}"):
             q(torch.ones(2))
         register_quant_backend("odd", lambda x, quantizer: x[:1])
-        with pytest.raises(DetentError, match=r"has to return a tensor of shape \(2,\), not shape \(1,\)"):
+        with pytest.raises(DetentError, match=r"must return a tensor of shape \(2,\), not shape \(1,\)"):
             q(torch.ones(2))
     finally:
         unregister_quant_backend("odd")

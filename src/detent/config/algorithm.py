@@ -78,7 +78,7 @@ class MseCalibConfig(QuantizeAlgorithmConfig):
     def model_post_init(self, context: Any) -> None:
         if self.start_multiplier > self.stop_multiplier:
             raise DetentError(
-                f"mse: start_multiplier {self.start_multiplier} lies above stop_multiplier {self.stop_multiplier}"
+                f"mse: start_multiplier {self.start_multiplier} is greater than stop_multiplier {self.stop_multiplier}"
             )
 
     @property
@@ -129,7 +129,7 @@ class SmoothQuantCalibConfig(DataAlgorithmConfig):
 
     def model_post_init(self, context: Any) -> None:
         if self.alpha != "auto" and not 0 <= float(self.alpha) <= 1:
-            raise DetentError(f"smoothquant: alpha lies between 0 and 1, or is 'auto'; not {self.alpha}")
+            raise DetentError(f"smoothquant: alpha is between 0 and 1, or 'auto', not {self.alpha}")
 
 
 class AutoSmoothQuantCalibConfig(SmoothQuantCalibConfig):
@@ -144,7 +144,7 @@ class AWQLiteCalibConfig(DataAlgorithmConfig):
 
     Attributes:
         alpha_step: distance of the exponents tried in [0, 1].
-        refine: try also what lies between the best one and its neighbours.
+        refine: also try values between the best one and its neighbours.
     """
 
     method: Literal["awq_lite"] = ConfigField("awq_lite")
@@ -211,7 +211,7 @@ class GPTQCalibConfig(DataAlgorithmConfig):
         perc_damp: share of the mean diagonal added to the second moment.
         block_size: accepted for configurations that set it; what columns add to later ones is brought along in halves
             here, with the same result.
-        act_order: take columns by falling second moment; nothing extra has to be stored for it.
+        act_order: take columns by falling second moment; it needs no extra storage.
         scale_search: begin with the ranges of least error under the second moment's diagonal, unless an algorithm
             before this one chose ranges.
         search_steps: how many ranges are tried.

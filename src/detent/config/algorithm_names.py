@@ -1,8 +1,8 @@
 """The algorithms as AMD Quark's command line names them, and the files that configure them.
 
 A file is a JSON object: the fields of the algorithm's configuration, or the names that Quark's files use for them.
-Entries of Quark's files that describe a model's structure are not needed: structure is found. They are read, and the
-user is told that they have no effect.
+Entries of Quark's files that describe a model's structure are not needed: structure is detected. They are accepted, and
+a notice says that they have no effect.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from detent.config.transforms import STRUCTURE_FIELDS
 from detent.errors import DetentError
 from detent.external.files import read_json, status, user_path
 
-#: Name on the command line -> the algorithm, with what sets it apart.
+#: Name on the command line -> the algorithm, with the settings that distinguish it.
 _NAMES: dict[str, dict[str, Any]] = {
     "awq": {"method": "awq_full"},
     "gptaq": {"method": "gptq", "retarget": True},
@@ -24,7 +24,7 @@ _NAMES: dict[str, dict[str, Any]] = {
     "quarot": {"method": "rotation"},
     "rotation": {"method": "rotation", "r3": False, "r4": False},
 }
-#: Quark's word -> Detent's field, where they differ.
+#: Quark's name of a field -> Detent's, where they differ.
 _FIELDS = {
     "damp_percent": "perc_damp",
     "desc_act": "act_order",
@@ -46,11 +46,11 @@ def named_algorithms(
         before_file, file: JSON files with their settings: of the one algorithm, or of several by name.
 
     Returns:
-        Their configurations, and what the user has to be told.
+        Their configurations, and notices for the user.
 
     Raises:
-        DetentError: an unknown name; a file that isn't there, isn't JSON, or says what the algorithm doesn't take; a
-            file without an algorithm.
+        DetentError: an unknown name; a file that doesn't exist, isn't JSON, or has settings that the algorithm doesn't
+            take; a file without an algorithm.
     """
     notices: list[str] = []
     steps = _steps([n for name in before for n in _split(name)], before_file, "pre_quantization_optimization", notices)
@@ -103,7 +103,7 @@ def _read(file: str, flag: str) -> dict[str, Any]:
         raise DetentError(f"--{flag}: there is no file {file}")
     settings = read_json(path)
     if not isinstance(settings, dict):
-        raise DetentError(f"--{flag} {file}: a JSON object of settings is wanted, not a {type(settings).__name__}")
+        raise DetentError(f"--{flag} {file}: expected a JSON object of settings, found a {type(settings).__name__}")
     return settings
 
 
@@ -111,7 +111,7 @@ def _translated(settings: dict[str, Any], where: str, notices: list[str]) -> dic
     ignored = [key for key in settings if key in STRUCTURE_FIELDS]
     if ignored:
         notices.append(
-            f"{where}: {', '.join(ignored)} not used, since the model's structure is found (detent structure)"
+            f"{where}: {', '.join(ignored)} ignored, because the model's structure is detected (see `detent structure`)"
         )
     kept = {key: value for key, value in settings.items() if key not in (*STRUCTURE_FIELDS, *_IMPLIED)}
     return {_FIELDS.get(key, key): value for key, value in kept.items()}

@@ -65,15 +65,15 @@ class QuantizerAttributeConfig(ConfigModel):
         num_bits: 2 to 8 for integers; for floats (exponent bits, mantissa bits), also written ``"e4m3"``.
         effective_bits: bits that a search for mixed precision counts; None: those of the format.
         axis: one scale per index along this axis or these axes; None: one per tensor.
-        fake_quant: quantize and dequantize; False: give out codes.
+        fake_quant: quantize and dequantize; False: return codes.
         unsigned: integers from 0; negative values are an error unless there is a zero point.
         narrow_range: integers without the most negative one.
-        type: ``static``: ranges are calibrated; ``dynamic``: taken from each tensor anew.
-        block_sizes: ``{axis: size}``, size None for the whole axis; beside it ``"type"`` (``static`` or ``dynamic``),
+        type: ``static``: ranges are calibrated; ``dynamic``: recomputed for each tensor.
+        block_sizes: ``{axis: size}``, size None for the whole axis; besides it ``"type"`` (``static`` or ``dynamic``),
             ``"scale_bits"`` ((8, 0) or (4, 3)), ``"scale_block_sizes"`` and ``"four_over_six"``. Excludes `axis`.
         bias: what is taken off before quantizing and added back after: ``{axis: None}`` for each axis that one bias
             covers, as in `block_sizes`, so that the other axes have a bias for each index (``{-2: None, -4: None}`` on
-            keys [batch, heads, seq, dim]: one for each head and channel); beside it ``"type"`` (``static`` or
+            keys [batch, heads, seq, dim]: one for each head and channel); besides it ``"type"`` (``static`` or
             ``dynamic``) and ``"method"`` (``mean`` or ``max_min``).
         calibrator: ``max``, ``histogram``, ``percentile``, ``entropy`` or ``mse``; with arguments
             ``("percentile", {"percentile": 99.9})``; or a class, also as ``(class, argument, ...)``.
@@ -84,7 +84,7 @@ class QuantizerAttributeConfig(ConfigModel):
         use_constant_amax: take 448 for the range and calibrate nothing.
         constant_amax: take this number for the range and calibrate nothing.
         format: a `Format`, its dictionary, or a format name (``"bfp16"``, ``"mx6"``, ``"int4_per_group_asym"``); what
-            num_bits, axis, block_sizes, unsigned, narrow_range and zero_point would say must then be left unsaid.
+            num_bits, axis, block_sizes, unsigned, narrow_range and zero_point would say must then be left out.
         zero_point: ``int`` or ``float``: asymmetric integers, with a rounded or an unrounded zero point.
 
     Raises:
@@ -159,9 +159,9 @@ class QuantizerAttributeConfig(ConfigModel):
         if self.backend_extra_args is not None and self.backend is None:
             raise DetentError("backend_extra_args needs backend, the name of a registered backend")
         if self.format is not None:
-            said = [name for name, default in _FORMAT_FIELDS.items() if getattr(self, name) != default]
-            if said:
-                raise DetentError(f"format says everything about the format already; leave out {', '.join(said)}")
+            given = [name for name, default in _FORMAT_FIELDS.items() if getattr(self, name) != default]
+            if given:
+                raise DetentError(f"format already specifies the whole format; leave out {', '.join(given)}")
             return self
         if isinstance(self.num_bits, tuple):
             if self.unsigned or self.narrow_range or self.zero_point:
@@ -177,7 +177,7 @@ class QuantizerAttributeConfig(ConfigModel):
 
     @property
     def is_dynamic(self) -> bool:
-        """Whether nothing has to be calibrated: each tensor's own values give its scales."""
+        """Whether nothing needs calibration: each tensor's own values give its scales."""
         return self.to_format().dynamic
 
     @property
@@ -195,7 +195,7 @@ class QuantizerAttributeConfig(ConfigModel):
                 `Granularity` does, blocks from the end and channels from the start.
 
         Raises:
-            DetentError: an axis that a tensor of that rank lacks, or a combination that is no format.
+            DetentError: an axis that a tensor of that rank lacks, or a combination that is not a format.
         """
         dynamic = self.type == "dynamic"
         if self.format is not None:
@@ -270,7 +270,7 @@ class QuantizerAttributeConfig(ConfigModel):
         return {name: av.jsonable(value) for name, value in values.items()}
 
 
-#: What `format` makes superfluous, with the values that count as "unsaid".
+#: What `format` makes superfluous, with the values that count as "not given".
 _FORMAT_FIELDS: dict[str, Any] = {
     "num_bits": 8,
     "axis": None,
@@ -320,8 +320,8 @@ def merged(current: QuantizerAttributeConfig, given: Any) -> QuantizerAttributeC
         return given
     if not isinstance(given, Mapping):
         raise DetentError(f"attributes are a dictionary such as {{'num_bits': 8}}, not {shown(given)}")
-    said = {name: getattr(current, name) for name in current.model_fields_set}
-    return QuantizerAttributeConfig(**{**said, **as_keywords(given)})
+    explicit = {name: getattr(current, name) for name in current.model_fields_set}
+    return QuantizerAttributeConfig(**{**explicit, **as_keywords(given)})
 
 
 def _channels(axis: int | tuple[int, ...] | None, ndim: int | None) -> Granularity:

@@ -1,6 +1,6 @@
 """The places that presets never quantize, as (pattern, parent class) pairs.
 
-Output heads (errors there reach the logits undamped), routers (a changed choice of experts is no small error),
+Output heads (errors there reach the logits undamped), routers (a changed choice of experts is not a small error),
 normalization, activations, embeddings, convolutions and gates of linear-attention blocks, and the vision part of
 multi-modal models.
 """

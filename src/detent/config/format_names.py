@@ -57,11 +57,11 @@ _ELEMENTS = (
 
 @dataclass(frozen=True)
 class Options:
-    """What the user says beside the name; None is "unsaid".
+    """What the user specifies besides the name; None: not specified.
 
     Attributes:
         group_size: elements per group, for formats with groups.
-        scale_format: ``e4m3`` (meant where unsaid) or ``float32``: the group scale of FP4 and FP6.
+        scale_format: ``e4m3`` (the default) or ``float32``: the group scale of FP4 and FP6.
         rounding: ``even``, ``floor`` or ``ceil``: the exponent rule of OCP MX formats.
     """
 
@@ -81,7 +81,7 @@ class Options:
 
 @dataclass(frozen=True)
 class FormatName:
-    """A parsed name: what it says, and None for what it leaves unsaid."""
+    """A parsed name: what it specifies, and None for what it leaves open."""
 
     element: str
     variant: str | None = None
@@ -114,13 +114,13 @@ class FormatName:
         return "float" if self.element in _VARIANTS else self.element
 
     def filled_from(self, other: FormatName) -> FormatName:
-        """This, with the granularity, symmetry, observer and scale that it leaves unsaid taken from `other`."""
+        """This, with the granularity, symmetry, observer and scale that it leaves open taken from `other`."""
         shared = ("granularity", "group_size", "symmetric", "observer", "scale")
         return replace(self, **{field: getattr(other, field) for field in shared if getattr(self, field) is None})
 
 
 def parse_name(tokens: list[str]) -> FormatName:
-    """The parts of a name split at its underscores. Raises DetentError that tells the part that isn't known."""
+    """The parts of a name split at its underscores. Raises DetentError naming a part that isn't known."""
     rest = iter(tokens)
     element = next(rest, "")
     tail = list(rest)
@@ -139,11 +139,11 @@ def parse_name(tokens: list[str]) -> FormatName:
         if variant not in _VARIANTS.get(plain, ()):
             allowed = " and ".join(_VARIANTS.get(plain, ())) or "no variants"
             raise DetentError(f"{element} has {allowed}, not {variant!r}")
-    said: dict[str, str | int | bool] = {}
+    fields: dict[str, str | int | bool] = {}
     for key, value in _qualifiers(tail):
-        if said.setdefault(key, value) != value:
-            raise DetentError(f"the name says two things about its {key.replace('_', ' ')}: {said[key]} and {value}")
-    return FormatName(element, variant, **said)  # type: ignore[arg-type]
+        if fields.setdefault(key, value) != value:
+            raise DetentError(f"the name gives two values for its {key.replace('_', ' ')}: {fields[key]} and {value}")
+    return FormatName(element, variant, **fields)  # type: ignore[arg-type]
 
 
 def _qualifiers(tokens: list[str]) -> Iterator[tuple[str, str | int | bool]]:
@@ -168,8 +168,8 @@ def _qualifiers(tokens: list[str]) -> Iterator[tuple[str, str | int | bool]]:
             yield "group_size", int(token[1:])
         else:
             raise DetentError(
-                f"{token!r} is no qualifier; known: per_tensor, per_channel, per_group, per_token, g<size>, sym, asym,"
-                " static, dynamic, mse, percentile, entropy, " + ", ".join(f"scale_{s}" for s in _SCALE_NAMES)
+                f"unknown qualifier {token!r}; known: per_tensor, per_channel, per_group, per_token, g<size>, sym,"
+                " asym, static, dynamic, mse, percentile, entropy, " + ", ".join(f"scale_{s}" for s in _SCALE_NAMES)
             )
 
 
@@ -251,10 +251,10 @@ def _granularity(name: FormatName, role: Role, options: Options) -> Granularity:
 
 
 def _group_size(name: FormatName, options: Options) -> int:
-    said, wanted = name.group_size, options.group_size
-    if said and wanted and said != wanted:
-        raise DetentError(f"the name asks for groups of {said}, group_size for {wanted}; leave one of them out")
-    return said or wanted or (16 if name.scale in ("ue5m3", "ue5m3_global") else _DEFAULT_GROUP)
+    named, wanted = name.group_size, options.group_size
+    if named and wanted and named != wanted:
+        raise DetentError(f"the name asks for groups of {named}, group_size for {wanted}; leave one of them out")
+    return named or wanted or (16 if name.scale in ("ue5m3", "ue5m3_global") else _DEFAULT_GROUP)
 
 
 def _always_dynamic(name: FormatName, role: Role) -> bool:
@@ -271,7 +271,7 @@ def _check(name: FormatName, role: Role) -> None:
     if role == "weight" and name.dynamic:
         raise DetentError("dynamic describes activations; a weight doesn't change, so it has static scales")
     if role == "activation" and name.dynamic is False and _always_dynamic(name, role):
-        raise DetentError(f"static: activations in {what} have one scale per token or block, not known before")
+        raise DetentError(f"static: activations in {what} have one scale per token or block, not known in advance")
     if family in _FIXED_GROUPS:
         size = _FIXED_GROUPS[family]
         if name.granularity not in (None, "per_group") or name.group_size not in (None, size):
@@ -282,7 +282,7 @@ def _check(name: FormatName, role: Role) -> None:
         raise DetentError(f"g{name.group_size}: a group size goes with per_group, not {name.granularity}")
     if name.scale not in (None, "fp8"):
         if family != "float":
-            raise DetentError(f"scale_{name.scale} belongs to fp8, fp6 and fp4; {what} has a scale of its own")
+            raise DetentError(f"scale_{name.scale} belongs to fp8, fp6 and fp4; {what} has its own scale")
         if name.scale == "ue5m3_global" and what != "fp4":
             raise DetentError("scale_ue5m3_global belongs to fp4")
     if name.scale == "fp8" and what not in ("fp4", "nvfp4"):

@@ -7,7 +7,7 @@
 Rules, in both:
 
 * ``"default"`` comes first, whatever its place; after it, in order, the last entry that matches a quantizer wins;
-* attributes replace all that was said before; ``{"enable": False}`` alone, and an entry without ``cfg``, only switch;
+* attributes replace everything set before; ``{"enable": False}`` alone, and an entry without ``cfg``, only switch;
 * a list of attributes means that many quantizers in sequence.
 """
 
@@ -234,7 +234,7 @@ def _attributes(cfg: Any, enable: bool | None, source: str) -> tuple[Attributes 
     """(attributes, None), or (None, on or off) for an entry that only switches."""
     if cfg is None:
         if enable is None:
-            raise DetentError(f"quant_cfg entry {source} says nothing: give cfg (attributes), enable, or both")
+            raise DetentError(f"quant_cfg entry {source} sets nothing: give cfg (attributes), enable, or both")
         return None, enable
     if isinstance(cfg, Mapping) and not isinstance(cfg, QuantizerAttributeConfig):
         if not cfg:

@@ -5,7 +5,7 @@ linear layer, in the grammar of `detent.config.format_names`::
 
     scheme = "w_" format [ "_a_" format ] [ "_o_" format ]
 
-What is said at the end holds for the earlier formats of the same element as well: ``w_int8_a_int8_per_tensor_sym`` has
+What the last format specifies also holds for earlier formats of the same element: ``w_int8_a_int8_per_tensor_sym`` has
 8-bit integers per tensor, symmetric, on both sides, and ``w_fp4_a_fp4_scale_fp8`` has E4M3 scales on both. "dynamic" is
 never taken over: it describes activations. Older and shorter names are translated into this grammar below.
 """
@@ -22,8 +22,8 @@ from detent.config.quant_cfg import QuantCfg
 from detent.errors import DetentError
 from detent.formats import Format
 
-#: The names of the second guide's command line, in its order, as far as they are in the grammar.
-_GUIDE = (
+#: The schemes of AMD Quark's quantize_quark.py, in its order, as far as they are in the grammar.
+_QUARK = (
     "w_fp8_a_fp8",
     "w_fp8_a_fp8_o_fp8",
     "w_fp8_per_channel_static_a_fp8_per_token_dynamic",
@@ -81,7 +81,7 @@ _GUIDE = (
 
 #: Irregular and short names, and what they are in the grammar.
 _ALIASES = {
-    # the second guide's irregular ones
+    # quantize_quark.py's irregular names
     "ptpc_fp8": "w_fp8_per_channel_static_a_fp8_per_token_dynamic",
     "w_fp8_per_channel_sym": "w_fp8_per_channel_a_fp8_per_tensor_o_fp8_per_tensor",
     "w_int8_per_tensor_mse": "w_int8_a_int8_per_tensor_sym_mse",
@@ -229,11 +229,11 @@ def scheme_aliases() -> dict[str, str]:
 
 
 def all_schemes(neighbours: bool = True) -> list[str]:
-    """Names of the grammar, in a stable order: the guide's, those that only an alias had, and natural neighbours.
+    """Names of the grammar, in a stable order: AMD Quark's, those that only an alias had, and natural neighbours.
 
-    The grammar has many more; `neighbours=False` leaves out what no guide names.
+    The grammar has many more; `neighbours=False` leaves out what Quark has no name for.
     """
-    names = ["no_quant", *_GUIDE, *_ALIASES.values()]
+    names = ["no_quant", *_QUARK, *_ALIASES.values()]
     if neighbours:
         tilings = [f"{tiles}_{symmetry}" for tiles in ("per_group", "per_channel") for symmetry in ("sym", "asym")]
         names += [f"w_{sign}int{bits}_{t}" for sign in ("", "u") for t in tilings for bits in range(8, 1, -1)]
@@ -313,11 +313,6 @@ def quant_cfg_for(scheme: Scheme, exclude: Iterable[str] = ()) -> QuantCfg:
             cfg.append({"quantizer_name": f"*{quantizer}", "parent_class": "nn.Linear", "cfg": attributes})
     cfg.extend({"quantizer_name": f"{pattern}.*", "enable": False} for pattern in exclude)
     return cfg
-
-
-def kv_quant_cfg(fmt: Format, projections: Iterable[str]) -> QuantCfg:
-    """Entries that quantize the outputs of the modules named `projections` (key and value projections)."""
-    return QuantCfg([{"quantizer_name": f"{name}.output_quantizer", "cfg": {"format": fmt}} for name in projections])
 
 
 def _names(canonical: str, given: str) -> dict[str, FormatName]:

@@ -90,7 +90,7 @@ class CalibrationBatches:
 
 def _collate(samples: list[Tensor]) -> Batch:
     longest = max(sample.numel() for sample in samples)
-    # Padding is id 0, which every model knows (a tokenizer's own padding token may lie outside the vocabulary). What a
+    # Padding is id 0, which every model knows (a tokenizer's own padding token may be outside the vocabulary). What a
     # causal model computes for the tokens before it does not depend on it.
     input_ids = torch.zeros(len(samples), longest, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
@@ -149,14 +149,14 @@ def token_batches(
             samples = _random_windows(_running_ids(source, tokenizer, None), seq_len, num_samples, seed)
     if not samples:
         raise DetentError(
-            f"No usable calibration text in {source.description}: it has {len(source.texts)} texts, and the tokenizer "
-            f"makes fewer than {MIN_TOKENS} tokens of each. Give longer texts."
+            f"no usable calibration text in {source.description}: it has {len(source.texts)} texts, and the tokenizer "
+            f"makes fewer than {MIN_TOKENS} tokens of each; give longer texts"
         )
     notices = [source.notice] if source.notice else []
     if len(samples) < num_samples and source.sampling != "short_documents":
         notices.append(
             f"{source.description} is enough for {len(samples)} calibration samples of up to {seq_len} tokens; "
-            f"{num_samples} were asked for."
+            f"{num_samples} were asked for"
         )
     return CalibrationBatches(samples, batch_size, padding, source.description, notices)
 
@@ -164,7 +164,7 @@ def token_batches(
 def check_at_least(name: str, value: int, least: int) -> None:
     """Raise a DetentError unless the number called `name` is at least `least`."""
     if value < least:
-        raise DetentError(f"{name} must be at least {least}, found {value}.")
+        raise DetentError(f"{name} must be at least {least}, found {value}")
 
 
 def check_vocabulary(batches: Iterable[Mapping[str, Tensor]], vocab_size: int) -> None:
@@ -177,8 +177,8 @@ def check_vocabulary(batches: Iterable[Mapping[str, Tensor]], vocab_size: int) -
         largest = int(batch["input_ids"].max())
         if largest >= vocab_size:
             raise DetentError(
-                f"The tokenizer produced token id {largest}, but the model has only {vocab_size} ids "
-                f"(0 to {vocab_size - 1}). The tokenizer belongs to another model; use the one that came with this one."
+                f"the tokenizer produced token id {largest}, but the model has only {vocab_size} ids "
+                f"(0 to {vocab_size - 1}); the tokenizer belongs to another model: use the one that came with this one"
             )
 
 
@@ -186,7 +186,7 @@ def encode(text: str, tokenizer: Any, special_tokens: bool = True) -> Tensor:
     """The token ids of a text, int64 [tokens], whole, whatever length the tokenizer thinks that the model takes."""
     # verbose=False: no warning about that length. Cutting is left to the caller, because a fast tokenizer that was told
     # to truncate keeps that as a setting and would save it with the model.
-    with as_detent_error(lambda error: f"The tokenizer fails on a text: {first_line(error)}; check its files"):
+    with as_detent_error(lambda error: f"the tokenizer fails on a text: {first_line(error)}; check its files"):
         ids = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)
 

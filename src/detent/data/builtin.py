@@ -19,7 +19,7 @@ def sample_model_dir() -> Path:
     """
     folder = _data_dir() / "sample_model"
     if not (folder / "config.json").is_file():
-        raise DetentError(f"The built-in sample model is missing from this installation ({folder}). Reinstall Detent.")
+        raise DetentError(f"the built-in sample model is missing from this installation ({folder}); reinstall Detent")
     return folder
 
 
@@ -31,7 +31,7 @@ def builtin_text(kind: Purpose) -> str:
     """
     path = _data_dir() / "texts" / f"{kind}.txt"
     if not path.is_file():
-        raise DetentError(f"The built-in {kind} text is missing from this installation ({path}). Reinstall Detent.")
+        raise DetentError(f"the built-in {kind} text is missing from this installation ({path}); reinstall Detent")
     return path.read_text(encoding="utf-8")
 
 

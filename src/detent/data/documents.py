@@ -54,7 +54,7 @@ def parse_document(record: object, where: str) -> Document:
     if isinstance(record, str):
         return _checked_text(record, where)
     if not isinstance(record, Mapping):
-        raise DetentError(f"{where}: expected a string or an object with {_field_names()}, found {_kind(record)}.")
+        raise DetentError(f"{where}: expected a string or an object with {_field_names()}, found {_kind(record)}")
     for field in CHAT_FIELDS:
         if field in record:
             return _parse_chat(record[field], field, where)
@@ -62,7 +62,7 @@ def parse_document(record: object, where: str) -> Document:
         if field in record:
             return parse_text(record[field], f"{where}, field {field!r}")
     found = ", ".join(repr(str(key)) for key in record) or "none"
-    raise DetentError(f"{where}: the object has no {_field_names()}; its fields are {found}.")
+    raise DetentError(f"{where}: the object has no {_field_names()}; its fields are {found}")
 
 
 def parse_text(value: object, where: str) -> str:
@@ -74,7 +74,7 @@ def parse_text(value: object, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DetentError(f"{where}: expected a string, found {_kind(value)}.")
+        raise DetentError(f"{where}: expected a string, found {_kind(value)}")
     return _checked_text(value, where)
 
 
@@ -105,8 +105,8 @@ def render(document: Document, tokenizer: Any) -> tuple[str, bool]:
     with (
         as_detent_error(
             lambda error: (
-                f"The tokenizer's chat template fails on a conversation with the roles {roles}: {first_line(error)}. "
-                "Mend the template, or give the data as plain text."
+                f"the tokenizer's chat template fails on a conversation with the roles {roles}: {first_line(error)}; "
+                "fix the template, or give the data as plain text"
             ),
             more=(TemplateError, _Endless, MemoryError),
         ),
@@ -116,13 +116,13 @@ def render(document: Document, tokenizer: Any) -> tuple[str, bool]:
 
 
 class _Endless(Exception):
-    """A chat template that runs on and on."""
+    """A chat template that does not seem to end."""
 
 
 @contextmanager
 def _bounded_template() -> Iterator[None]:
-    """Stop a template that runs more than `TEMPLATE_STEPS` lines: jinja's sandbox bounds no nested loops. Lines are
-    counted by tracing, which looks at compiled templates alone."""
+    """Stop a template that runs more than `TEMPLATE_STEPS` lines: jinja's sandbox does not bound nested loops.
+    Lines are counted by tracing, which looks at compiled templates alone."""
     steps = 0
 
     def line(frame: FrameType, event: str, argument: Any) -> Any:
@@ -145,7 +145,7 @@ def _bounded_template() -> Iterator[None]:
 
 def _parse_chat(messages: object, field: str, where: str) -> Conversation:
     if not isinstance(messages, list) or not messages:
-        raise DetentError(f"{where}: {field!r} must be a list with at least one message, found {_kind(messages)}.")
+        raise DetentError(f"{where}: {field!r} must be a list with at least one message, found {_kind(messages)}")
     pairs = []
     for number, message in enumerate(messages, start=1):
         place = f"{where}, message {number}"
@@ -155,7 +155,7 @@ def _parse_chat(messages: object, field: str, where: str) -> Conversation:
             keys = ("from", "value")
         if not isinstance(message, Mapping) or not isinstance(message.get(keys[0]), str) or keys[1] not in message:
             wanted = " or ".join(f"a {a!r} string and a {b!r}" for a, b in _CHAT_KEYS[field])
-            raise DetentError(f"{place}: expected an object with {wanted}, found {_kind(message)}.")
+            raise DetentError(f"{place}: expected an object with {wanted}, found {_kind(message)}")
         role = str(message[keys[0]])
         pairs.append((_SPEAKERS.get(role, role), _message_text(message[keys[1]], keys[1], place)))
     return Conversation(tuple(pairs))
@@ -170,12 +170,12 @@ def _message_text(content: object, field: str, where: str) -> str:
 
 
 def _checked_text(text: str, where: str) -> str:
-    # JSON can spell half of a surrogate pair ("\ud800"), which is no character: tokenizers fail on it with a TypeError.
+    # JSON can spell half of a surrogate pair ("\ud800"), which isn't a character; tokenizers raise TypeError for it.
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DetentError(
-            f"{where}: character {error.start} is half of a surrogate pair, which is not valid text. Remove it."
+            f"{where}: character {error.start} is half of a surrogate pair, which is not valid text; remove it"
         ) from error
     return text
 

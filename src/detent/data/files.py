@@ -29,22 +29,22 @@ def read_documents(path: Path) -> list[Document]:
     readers = {".txt": _read_txt, ".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     documents = [document for document in readers[suffix](path) if not is_blank(document)]
     if not documents:
-        raise DetentError(f"The data file {path} holds no usable text: it has only blank entries or none.")
+        raise DetentError(f"the data file {path} holds no usable text: its entries are blank, or there are none")
     return documents
 
 
 def check_data_file(path: Path) -> str:
     """The suffix of a data file. Raises DetentError where there is none that could be read."""
     if status(path) is None:
-        raise DetentError(f"The data file {path} does not exist.")
+        raise DetentError(f"the data file {path} does not exist")
     if not is_file(path):
-        raise DetentError(f"{path} is not a file. Name one data file ({', '.join(SUFFIXES)}) or a hub data set.")
+        raise DetentError(f"{path} is not a file; name one data file ({', '.join(SUFFIXES)}) or a hub data set")
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         found = f"the suffix {suffix!r}" if suffix else "no suffix"
-        raise DetentError(f"{path}: a data file must end in one of {', '.join(SUFFIXES)}, found {found}.")
+        raise DetentError(f"{path}: a data file must end in one of {', '.join(SUFFIXES)}, found {found}")
     if path.stat().st_size == 0:
-        raise DetentError(f"The data file {path} is empty.")
+        raise DetentError(f"the data file {path} is empty")
     return suffix
 
 
@@ -58,7 +58,7 @@ def _read_text(path: Path) -> str:
         # utf-8-sig drops the byte order mark that some editors write.
         text = read_bytes(path, limit=MAX_DATA_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DetentError(f"{path}: byte {error.start} is not valid UTF-8. Save the file as UTF-8 text.") from error
+        raise DetentError(f"{path}: byte {error.start} is not valid UTF-8; save the file as UTF-8 text") from error
     return text.replace("\r\n", "\n")
 
 
@@ -89,8 +89,8 @@ def _entries(content: object, path: Path) -> list[object]:
             return lists[0]
         if any(field in content for field in (*TEXT_FIELDS, *CHAT_FIELDS)):
             return [content]
-        raise DetentError(f"{path}: expected an object with exactly one list of texts, found {len(lists)} lists in it.")
-    raise DetentError(f"{path}: expected a list of texts or of objects, found a single {type(content).__name__} value.")
+        raise DetentError(f"{path}: expected an object with exactly one list of texts, found {len(lists)} lists in it")
+    raise DetentError(f"{path}: expected a list of texts or of objects, found a single {type(content).__name__} value")
 
 
 def _read_jsonl(path: Path) -> list[Document]:
@@ -114,7 +114,7 @@ def _read_parquet(path: Path) -> list[Document]:
         import pyarrow.parquet
     except ImportError as error:
         raise DetentError(
-            f'{path}: reading .parquet files needs a package that is not installed. Run: pip install "detent[datasets]"'
+            f'{path}: reading .parquet files needs a package that is not installed; run: pip install "detent[datasets]"'
         ) from error
     try:
         schema = pyarrow.parquet.read_schema(path)
@@ -139,8 +139,8 @@ def find_text_column(columns: list[str], text_columns: list[str], where: str) ->
         return text_columns[0]
     usual = ", ".join((*TEXT_FIELDS, *CHAT_FIELDS))
     raise DetentError(
-        f"{where}: cannot tell which column holds the text. It has the columns {', '.join(columns)}; "
-        f"one must be named {usual}, or only one may hold text."
+        f"{where}: cannot tell which column holds the text; it has the columns {', '.join(columns)}; "
+        f"one must be named {usual}, or only one may hold text"
     )
 
 

@@ -32,7 +32,7 @@ class HubUnavailable(DetentError):
 
 @dataclass(frozen=True)
 class HubDataset:
-    """Where a named data set lies and how its documents are taken from it."""
+    """Where a named data set is and how its documents are taken from it."""
 
     repository: str
     #: None: the first that the data set has of `USUAL_SPLITS`.
@@ -57,7 +57,7 @@ _ULTRACHAT = HubDataset(
     "HuggingFaceH4/ultrachat_200k", "train_sft", "test_sft", fields=(MESSAGES_FIELD,), shuffle_seed=42
 )
 
-#: The data sets that have a name of their own.
+#: The data sets that have a short name here.
 HUB_DATASETS: dict[str, HubDataset] = {
     "pileval": _PILE,
     "wikitext": _WIKITEXT,
@@ -171,7 +171,7 @@ def unreachable_reason(timeout: float = PROBE_SECONDS) -> str | None:
 
 
 def _accepts_connection(host: str, port: int, timeout: float) -> bool:
-    # In a thread, because looking up a name knows no time limit: without a network it may take half a minute.
+    # In a thread, because looking up a name has no time limit: without a network it may take half a minute.
     connected = threading.Event()
 
     def connect() -> None:
@@ -194,8 +194,8 @@ def _choose_split(splits: list[str], purpose: Purpose, name: str) -> str:
     if len(splits) == 1:
         return splits[0]
     raise DetentError(
-        f"{name}: cannot tell which split to use. It has {', '.join(splits)}; "
-        f"one must be named {', '.join(USUAL_SPLITS[purpose])}, or there must be only one."
+        f"{name}: cannot tell which split to use; it has {', '.join(splits)}; "
+        f"one must be named {', '.join(USUAL_SPLITS[purpose])}, or there must be only one"
     )
 
 
@@ -206,7 +206,7 @@ def missing_package(name: str) -> HubUnavailable | None:
 
 def _needs_package(name: str) -> HubUnavailable:
     return HubUnavailable(
-        f'The data set {name!r} needs the datasets package, which is not installed. Run: pip install "detent[datasets]"'
+        f'the data set {name!r} needs the datasets package, which is not installed; run: pip install "detent[datasets]"'
     )
 
 
@@ -227,7 +227,7 @@ def _load_rows(name: str, dataset: HubDataset, split: str | None, streaming: boo
         pass  # Not in the cache, or without this split.
     reason = unreachable_reason()
     if reason is not None:
-        raise HubUnavailable(f"The data set {name!r} is not in the local cache, and {reason}.")
+        raise HubUnavailable(f"the data set {name!r} is not in the local cache, and {reason}")
     with _as_unavailable(name):
         return datasets.load_dataset(**arguments, streaming=streaming)
 
@@ -256,8 +256,8 @@ def _as_unavailable(name: str) -> Iterator[None]:
     except DetentError:
         raise
     except (OSError, ValueError, RuntimeError, ImportError, DatasetsError, *_http_errors()) as error:
-        reason = str(error).strip() or type(error).__name__
-        raise HubUnavailable(f"The data set {name!r} cannot be loaded from {hub_endpoint()}: {reason}") from error
+        reason = str(error).strip().rstrip(".") or type(error).__name__
+        raise HubUnavailable(f"the data set {name!r} cannot be loaded from {hub_endpoint()}: {reason}") from error
 
 
 def _http_errors() -> list[type[Exception]]:
@@ -287,7 +287,7 @@ def _document_reader(fields: tuple[str, ...]) -> Callable[[Mapping[str, Any], st
     def read(row: Mapping[str, Any], where: str) -> Document:
         missing = [field for field in fields if field not in row]
         if missing:
-            raise DetentError(f"{where}: expected a column {missing[0]!r}; it has the columns {', '.join(row)}.")
+            raise DetentError(f"{where}: expected a column {missing[0]!r}; it has the columns {', '.join(row)}")
         if len(fields) == 1:
             return column_document(fields[0], row[fields[0]], where)
         parts = [parse_text(row[field], f"{where}, column {field!r}") for field in fields]

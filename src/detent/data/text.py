@@ -78,7 +78,7 @@ def load_texts(source: str | os.PathLike[str] | None, purpose: Purpose, limit: i
         DetentError: the source is unknown, missing, unreadable, empty, or named and not reachable.
     """
     if limit is not None and limit < 1:
-        raise DetentError(f"The number of texts to read must be at least 1, found {limit}.")
+        raise DetentError(f"the number of texts to read must be at least 1, found {limit}")
     if source is None:
         return _load_default(purpose, limit)
     name = os.fspath(source)
@@ -121,10 +121,10 @@ def _unknown_source(name: str) -> str:
     known = [*HUB_DATASETS, BUILTIN]
     lowered = {entry.lower(): entry for entry in known}
     near = difflib.get_close_matches(name.lower(), list(lowered), n=1)
-    hint = f" Did you mean {lowered[near[0]]!r}?" if near else ""
+    hint = f"; did you mean {lowered[near[0]]!r}?" if near else ""
     return (
-        f"Unknown data set {name!r}.{hint} Give a local file ({', '.join(SUFFIXES)}), a hub data set as "
-        f"'organisation/name', or one of: {', '.join(known)}."
+        f"unknown data set {name!r}{hint}; give a local file ({', '.join(SUFFIXES)}), a hub data set as "
+        f"'organisation/name', or one of: {', '.join(known)}"
     )
 
 
@@ -149,8 +149,8 @@ def _load_named(name: str, purpose: Purpose, limit: int | None) -> TextSource:
         return _load_hub(name, purpose, limit)
     except HubUnavailable as error:
         raise DetentError(
-            f"{error} Pass a local file instead ({_OPTIONS[purpose]} FILE, one of {', '.join(SUFFIXES)}), "
-            f"or leave out {_OPTIONS[purpose]} (or name it {BUILTIN!r}) to use the built-in text."
+            f"{error}; name a local file ({', '.join(SUFFIXES)}) as {_OPTIONS[purpose]}, "
+            f"or leave out {_OPTIONS[purpose]} (or name it {BUILTIN!r}) to use the built-in text"
         ) from error
 
 
@@ -169,18 +169,18 @@ def missing_package_notice(purpose: Purpose) -> str | None:
 
 
 def _builtin_notice(purpose: Purpose, error: HubUnavailable) -> str:
-    use = "Calibrating on" if purpose == "calibration" else "Measuring perplexity on"
+    use = "calibrating on" if purpose == "calibration" else "measuring perplexity on"
     return (
-        f"No {purpose} text was named and the default one is not available: {str(error).rstrip('.')}. "
-        f"{use} the built-in text. For meaningful results, pass your own: {_OPTIONS[purpose]} FILE"
-        f" ({', '.join(SUFFIXES)})."
+        f"no {purpose} text was named and the default one is not available ({error}); "
+        f"{use} the built-in text; for meaningful results, name your own file ({', '.join(SUFFIXES)}) as "
+        f"{_OPTIONS[purpose]}"
     )
 
 
 def _load_hub(name: str, purpose: Purpose, limit: int | None) -> TextSource:
     documents = load_hub_documents(name, purpose, limit)
     if not documents:
-        raise DetentError(f"The data set {name!r} holds no usable text.")
+        raise DetentError(f"the data set {name!r} holds no usable text")
     dataset = find_dataset(name)
     parts = [part for part in (dataset.repository, dataset.config, dataset.split(purpose)) if part and part != name]
     description = f"{name} ({', '.join(parts)})" if parts else name

@@ -37,7 +37,7 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     if not isinstance(text, str):
         raise DetentError(f"a path is text or a pathlib.Path, not {shown(path)}")
     if "\0" in text:
-        raise DetentError(f"{text!r}: a path has no NUL characters")
+        raise DetentError(f"{text!r}: a path cannot contain NUL characters")
     try:
         os.fsencode(text).decode("utf-8")
     except UnicodeError as error:
@@ -49,7 +49,7 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     except RuntimeError as error:
         name = text.split("/")[0]
         raise DetentError(
-            f"{text}: there is no user {name[1:]!r} whose home folder {name} could be; a name that begins with ~ is"
+            f"{text}: there is no user {name[1:]!r}, so {name} is not a home folder; a name that begins with ~ is"
             f" written ./{name}"
         ) from error
 
@@ -95,7 +95,7 @@ def unreadable(path: str | os.PathLike[str], error: OSError) -> DetentError:
     reasons = {
         errno.EACCES: "no permission to read it; change its permissions, or run as its owner",
         errno.EPERM: "no permission to read it; change its permissions, or run as its owner",
-        errno.ELOOP: "its symbolic links lead in a circle; remove them",
+        errno.ELOOP: "its symbolic links form a loop; remove them",
         errno.ENAMETOOLONG: "a name in it is longer than the file system takes; name a shorter one",
         errno.ENOENT: "there is no such file",
         errno.EISDIR: "it is a folder, not a file",
@@ -137,11 +137,11 @@ def parse_json(text: str | bytes, where: str) -> Any:
         )
     except json.JSONDecodeError as error:
         raise DetentError(
-            f"{where} is not JSON (line {error.lineno}, column {error.colno}: {error.msg}); mend it or get it again"
+            f"{where} is not JSON (line {error.lineno}, column {error.colno}: {error.msg}); fix it or get it again"
         ) from error
     except UnicodeDecodeError as error:
         raise DetentError(
-            f"{where} is not JSON (byte {error.start} is not valid UTF-8); mend it or get it again"
+            f"{where} is not JSON (byte {error.start} is not valid UTF-8); fix it or get it again"
         ) from error
     except RecursionError as error:
         raise _too_deep(where) from error
@@ -170,7 +170,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _NotTaken(f"the key {twice!r} stands twice in one object; keep one of the two")
+        raise _NotTaken(f"the key {twice!r} appears twice in one object; keep one of the two")
     return found
 
 
@@ -180,7 +180,7 @@ def _inside(value: Any) -> list[Any]:
 
 
 def _too_deep(where: str) -> DetentError:
-    return DetentError(f"{where}: its JSON is nested more than {MAX_DEPTH} levels deep, which is not read")
+    return DetentError(f"{where}: its JSON is nested more than {MAX_DEPTH} levels deep, which is not supported")
 
 
 def read_json(path: Path) -> Any:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from detent.errors import DetentError
 
-#: Whatever a library that reads odd values may raise. Its bugs and the values' faults can't be told apart.
+#: Whatever a library that reads odd values may raise. Its bugs can't be distinguished from faults of the values.
 MISTAKES = (
     ArithmeticError,
     AssertionError,
@@ -31,8 +31,8 @@ def as_detent_error(
     """Raise what a library raises in the block as a `DetentError`.
 
     Args:
-        tell: makes the message of it.
-        more: errors of the library's own beside `MISTAKES`.
+        tell: makes the message from it.
+        more: the library's own errors, in addition to `MISTAKES`.
         but: those of `MISTAKES` that pass as they are; `DetentError` always does.
     """
     try:

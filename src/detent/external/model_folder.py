@@ -26,7 +26,7 @@ def local_folder(model_dir: str) -> Path | None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise DetentError unless a folder with files is at `path`; what it is instead is said where it is known."""
+    """Raise DetentError unless a folder with files is at `path`; the message says what it is instead, if known."""
     if status(path) is None:
         raise DetentError(f"{path}: there is no such folder; give the folder of a downloaded checkpoint")
     if path.suffix.lower() == ".gguf":
@@ -59,7 +59,7 @@ def _why_no_config(folder: Path) -> DetentError:
     snapshots = folder / "snapshots"
     if is_folder(snapshots) and (found := names_in(snapshots)):
         return DetentError(
-            f"{folder} is a model in the hub's cache, which keeps each version in a folder of its own; give one of"
+            f"{folder} is a model in the hub's cache, which keeps each version in its own folder; give one of"
             f" them: {', '.join(str(snapshots / name) for name in found[:3])}"
         )
     if "hub" in names and is_folder(folder / "hub"):
@@ -67,14 +67,14 @@ def _why_no_config(folder: Path) -> DetentError:
     if models := [name for name in names if name.startswith("models--")]:
         ids = [name.removeprefix("models--").replace("--", "/") for name in models]
         return DetentError(f"{folder} is the hub's cache; give the name of a model in it: {', '.join(ids[:3])}")
-    return DetentError(f"{folder} has no {CONFIG_NAME}; a Hugging Face checkpoint has one beside its weights")
+    return DetentError(f"{folder} has no {CONFIG_NAME}; a Hugging Face checkpoint has one next to its weights")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of a folder's config.json.
 
     Raises:
-        DetentError: there is none, or it isn't the configuration of a model; an adapter lies beside it.
+        DetentError: there is none, or it isn't the configuration of a model; there is an adapter next to it.
     """
     path = folder / CONFIG_NAME
     if status(path) is None:
@@ -87,7 +87,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     check_as(ModelConfig, config, str(path))
     if is_file(folder / ADAPTER_NAME):
         raise DetentError(
-            f"{folder} holds a LoRA adapter ({ADAPTER_NAME}) beside the model, which would be left out. Merge the two"
+            f"{folder} holds a LoRA adapter ({ADAPTER_NAME}) next to the model, which would be left out. Merge the two"
             " (peft: merge_and_unload, then save_pretrained), or move the adapter's files away"
         )
     return config

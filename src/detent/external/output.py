@@ -1,9 +1,9 @@
-"""Output folders: where one may be written, what lies in it, and what an interrupted run has left beside it.
+"""Output folders: where one may be written, what is in it, and what an interrupted run has left next to it.
 
-A folder is made under a hidden name beside its target (`Workspace`), and renamed once it is whole. A marker inside says
-whose it is, and is locked as long as its process lives: what a killed run has left is known by the marker without a
-lock, and put right by the next run. A manifest lists what Detent wrote, with sizes and digests, and only a folder that
-holds nothing else is ever replaced.
+A folder is made under a hidden name next to its target (`Workspace`), and renamed once it is complete. A marker inside
+says whose it is, and is locked as long as its process lives: what a killed run has left is recognized by the marker
+without a lock, and cleaned up by the next run. A manifest lists what Detent wrote, with sizes and digests, and
+only a folder that holds nothing else is ever replaced.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def target_path(out_dir: str | os.PathLike[str]) -> Path:
 
 
 def check_target(out_dir: str | os.PathLike[str], *, source: Path | None, overwrite: bool) -> list[str]:
-    """All that can be said in advance about writing what is made of `source` to `out_dir`: called before long work.
-    What an interrupted run left there is put right first.
+    """Check in advance whether what is made from `source` can be written to `out_dir`: called before long work.
+    What an interrupted run left there is cleaned up first.
 
     Args:
         out_dir: the folder to appear.
@@ -72,10 +72,10 @@ def check_target(out_dir: str | os.PathLike[str], *, source: Path | None, overwr
         overwrite: whether a folder that Detent wrote may be replaced.
 
     Returns:
-        What the user has to be told.
+        What the user should be told.
 
     Raises:
-        DetentError: the folder exists and may not be replaced, can't be written, or lies inside the source or around
+        DetentError: the folder exists and may not be replaced, can't be written, or is inside the source or around
             it; a link in the source leads out of it; another run is writing there.
     """
     path = target_path(out_dir)
@@ -87,18 +87,18 @@ def check_target(out_dir: str | os.PathLike[str], *, source: Path | None, overwr
     check_replaceable(path, overwrite=overwrite)
     parent = next(folder for folder in path.parents if status(folder) is not None)
     if not parent.is_dir():
-        raise DetentError(f"{parent} is a file, so there can be no folder {path}; name another folder")
+        raise DetentError(f"{parent} is a file, so the folder {path} cannot be created; name another folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise DetentError(f"{path}: cannot be written (no permission to write in {parent}); name another folder")
     return notices
 
 
 def check_apart(out_dir: Path, source: Path) -> None:
-    """Raise DetentError where one of two real paths lies in the other."""
+    """Raise DetentError where one of two real paths is inside the other."""
     if out_dir == source:
         raise DetentError(f"{out_dir} is the source checkpoint itself; name another folder to write into")
     if source in out_dir.parents:
-        raise DetentError(f"{out_dir} lies inside the source checkpoint {source}; name a folder outside it")
+        raise DetentError(f"{out_dir} is inside the source checkpoint {source}; name a folder outside it")
     if out_dir in source.parents:
         raise DetentError(f"{out_dir} contains the source checkpoint {source}; name another folder to write into")
 
@@ -240,11 +240,11 @@ def _as_written(path: Path, written: WrittenFile) -> bool:
 
 
 class Workspace:
-    """A folder under a hidden name beside its target, marked as Detent's and locked until `close`.
+    """A folder under a hidden name next to its target, marked as Detent's and locked until `close`.
 
     Args:
         target: the folder that it is for; its parent exists.
-        purpose: ``writing``: what is to take its place; ``old``: what has to make room for that.
+        purpose: ``writing``: what is to take its place; ``old``: what must make room for that.
 
     Raises:
         OSError: it can't be made.
@@ -283,7 +283,7 @@ def _lock(file: int) -> bool:
 
 
 def clear_leftovers(target: Path) -> list[str]:
-    """Put right what interrupted runs have left beside `target`; returns what was done, a sentence each.
+    """Clean up what interrupted runs have left next to `target`; returns what was done, one message each.
 
     An unfinished output is removed. An earlier output that was moved aside comes back where nothing took its place.
 
@@ -301,10 +301,10 @@ def clear_leftovers(target: Path) -> list[str]:
             old = path / "old"
             if old.is_dir() and not target.exists():
                 old.rename(target)
-                notices.append(f"Put back {target}, which an interrupted run had moved aside to replace it.")
+                notices.append(f"put back {target}, which an interrupted run had moved aside to replace it")
             else:
                 what = "the replaced" if old.is_dir() else "an unfinished"
-                notices.append(f"Removed {path}, {what} output of an interrupted run.")
+                notices.append(f"removed {path}, {what} output of an interrupted run")
             shutil.rmtree(path, ignore_errors=True)
     return notices
 

@@ -277,11 +277,11 @@ class SavedState(Description):
     aliases: dict[str, str] = Field(default_factory=dict)
 
 
-# ---- what Detent writes beside a checkpoint -------------------------------------------------------------------------
+# ---- what Detent writes next to a checkpoint -------------------------------------------------------------------------
 
 
 class WrittenFile(Description):
-    """One file that Detent wrote: its size, and what tells whether it has changed since."""
+    """One file that Detent wrote: its size, and what shows whether it has changed since."""
 
     size: Annotated[int, Field(ge=0)]
     #: Of small files.
@@ -298,7 +298,7 @@ class Manifest(Description):
 
 
 class Unfinished(Description):
-    """What lies in a folder that Detent is still writing."""
+    """What is in a folder that Detent is still writing."""
 
     written_by: Literal["detent"]
     target: str

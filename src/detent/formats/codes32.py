@@ -1,6 +1,6 @@
 """Codes of one piece of a tensor in float32 arithmetic, with the bits of the float64 definition in `tiles`.
 
-This is what a CPU runs over large tensors: few passes, each over numbers that lie in the cache, into memory that is
+This is what a CPU runs over large tensors: few passes, each over numbers that are in the cache, into memory that is
 there already. Why the bits agree:
 
 * A quotient y = x / s rounded to float32 lies on the same side of every tie of the grid as the exact one, or is that

@@ -100,7 +100,7 @@ def _kernel(function: Callable[..., Any], fmt: Format, tiles: Tensor, extra: Til
 
 
 def _compile(function: Callable[..., Any], fmt: Format) -> Callable[..., Any]:
-    """Each kernel gets a code object of its own: the compiler's limit on recompilations counts per code object."""
+    """Each kernel gets its own code object: the compiler's limit on recompilations counts per code object."""
 
     def body(tiles: Tensor, extra: Any) -> Any:
         return function(fmt, tiles, extra)

@@ -106,7 +106,7 @@ class Float:
         magnitude = self.exponent_bits + self.mantissa_bits
         if self.exponent_bits < 0 or self.mantissa_bits < 0 or magnitude < 1 or self.bits > 8:
             raise DetentError(
-                f"a float element has at most 8 bits, at least one beside its sign, not {self.name} ({self.bits} bits)"
+                f"a float element has at most 8 bits, at least one besides its sign, not {self.name} ({self.bits} bits)"
             )
 
     @property
@@ -164,7 +164,8 @@ class Float:
         exponent = floor_log2(power) - self.min_exponent  # 0 for subnormals and for the first normal binade
         magnitude = (exponent << self.mantissa_bits) + mantissa
         negative = torch.signbit(grid).to(torch.int64) << (self.exponent_bits + self.mantissa_bits)
-        return ((negative if self.signed else 0) | magnitude).to(torch.uint8)
+        bits = negative | magnitude if self.signed else magnitude
+        return bits.to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
         if self in _NATIVE and (codes.is_cuda or codes.numel() < 1024):

@@ -145,7 +145,7 @@ def from_tiles(tiles: Tensor, granularity: Granularity, shape: tuple[int, ...]) 
 
 
 def _lie_in_rows(lengths: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether tiles lie one after the other in row-major memory: 1s, then one partial axis, then whole axes."""
+    """Whether tiles are consecutive in row-major memory: 1s, then one partial axis, then whole axes."""
     axis = 0
     while axis < len(shape) and lengths[axis] == 1:
         axis += 1

@@ -1,8 +1,8 @@
 """Bits on disk: dense packing of small codes, least significant bit first.
 
 ``unpack(pack(codes, bits), bits, n, codes.dtype) == codes`` for any width from 1 to 8 and any length. Eight codes
-lie in a 64-bit word, one to a byte. Moving the upper of each two down beside the lower, then of each two pairs, then of
-the two fours, leaves b bytes at the low end: three steps for any width, fewer where they fill bytes before.
+are in a 64-bit word, one per byte. Moving the upper of each two down next to the lower, then of each two pairs, then
+of the two fours, leaves b bytes at the low end: three steps for any width, fewer where they fill bytes before.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class QTensor:
         return QTensor(self.format, self.shape, **{n: t.to(device) for n, t in self.tensors().items()})
 
     def rows(self, start: int, stop: int) -> QTensor:
-        """Some indices of the first axis, as views; both bounds lie between blocks that share a scale.
+        """Some indices of the first axis, as views; both bounds are between blocks that share a scale.
 
         Example:
             >>> import torch
@@ -123,7 +123,7 @@ class QTensor:
         grid = self.format.granularity
         tall = 1 if grid.kind == "per_tensor" else grid.lengths(self.shape)[0]
         if start % tall or (stop % tall and stop != self.shape[0]):
-            raise DetentError(f"rows {start} to {stop}: {tall} rows share a scale, so they can't be taken apart")
+            raise DetentError(f"rows {start} to {stop}: {tall} rows share a scale, so they can't be split")
         shape = (stop - start, *self.shape[1:])
 
         def cut(name: str, x: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def scales_from_range(fmt: Format, low: Tensor, high: Tensor, *, amax_tensor: Te
             the largest of the ranges.
 
     Raises:
-        DetentError: a range isn't finite, or a low lies above its high.
+        DetentError: a range isn't finite, or a low is above its high.
     """
     low, high = low.to(torch.float32), high.to(torch.float32)
     if not bool((torch.isfinite(low) & torch.isfinite(high) & (low <= high)).all()):
@@ -237,7 +237,7 @@ def encode_packed(
         ``torch.int32`` for `word_bytes` 4.
 
     Raises:
-        DetentError: as `encode`; the format has micro-exponents, which lie beside codes and scales.
+        DetentError: as `encode`; the format has micro-exponents, which are stored next to codes and scales.
 
     Example:
         >>> import torch
@@ -317,8 +317,8 @@ def fake_quantize(
     """
     _check_input(x, name)
     if torch.is_grad_enabled() and x.requires_grad:
-        out: Tensor = _StraightThrough.apply(x, fmt, scales, outer_scale, clip, name)
-        return out
+        through: Callable[..., Tensor] = _StraightThrough.apply
+        return through(x, fmt, scales, outer_scale, clip, name)
     return _fake_quantize(x, fmt, scales, outer_scale, name)
 
 

@@ -64,7 +64,7 @@ class FloatScale:
         _known("scale dtype", self.dtype, [*_TORCH_DTYPES, *_SMALL_FLOATS])
         _known("scale rule", self.rule, ["qmax", "half_range"])
         if self.outer and self.dtype not in _SMALL_FLOATS:
-            raise DetentError(f"an outer scale stands over E4M3 or UE5M3 scales, not over {self.dtype} ones")
+            raise DetentError(f"an outer scale goes over E4M3 or UE5M3 scales, not over {self.dtype} ones")
         if self.four_over_six and not (self.outer and self.dtype == "e4m3"):
             raise DetentError("four_over_six chooses between E4M3 scales under an outer scale; this format has none")
 

@@ -1,5 +1,5 @@
 """What codes and scales that come from a file must be: the shapes and dtypes that a format gives them, and values that
-`encode` could have written. Anything else would decode to wrong numbers without a word.
+`encode` could have written. Anything else would silently decode to wrong numbers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def stored_layout(fmt: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[
 
 
 def check_scales(fmt: Format, scales: Scales, where: str, *, of_weight: bool = False) -> None:
-    """Refuse scales that are zero, negative, NaN or infinite, and zero points that are no codes.
+    """Refuse scales that are zero, negative, NaN or infinite, and zero points that are not codes.
 
     Args:
         fmt: of the codes.
@@ -126,4 +126,4 @@ def _check_positive(values: Tensor, what: str, where: str) -> None:
         return
     low, high = (float(v) for v in torch.aminmax(values.to(torch.float32)))
     if not (low > 0 and math.isfinite(high)):  # NaN makes both NaN
-        raise DetentError(f"{where}: {what}s from {low:g} to {high:g}; they have to be positive and finite")
+        raise DetentError(f"{where}: {what}s from {low:g} to {high:g}; they must be positive and finite")

@@ -1,4 +1,4 @@
-"""Adapters (LoRA and the like) beside the layers that they adapt.
+"""Adapters (LoRA and the like) alongside the layers that they adapt.
 
 They are found by structure: peft wraps a layer into a module that holds it as ``base_layer``, and whatever else that
 module holds (``lora_A.default``, ``lora_B.default``) belongs to the adapter. Adapters are small and are trained, so

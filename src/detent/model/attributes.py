@@ -35,10 +35,9 @@ def _matching(
         kind = class_name(parent_class) if isinstance(parent_class, type) else parent_class
         chosen = [name for name in chosen if kind in parent_classes(model, name)]
     if not chosen:
-        some = ", ".join(name for name, _ in list(named_quantizers(model))[:3]) or "none: call quantize() first"
-        raise DetentError(
-            f"no quantizer matches {shown(wildcard_or_filter)}; quantizers are called, for instance, {some}"
-        )
+        some = ", ".join(name for name, _ in list(named_quantizers(model))[:3])
+        known = f"quantizers have names such as {some}" if some else "the model has none: call quantize() first"
+        raise DetentError(f"no quantizer matches {shown(wildcard_or_filter)}; {known}")
     return chosen
 
 

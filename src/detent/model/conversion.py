@@ -124,12 +124,12 @@ def unconverted(model: nn.Module) -> Iterator[tuple[str, str]]:
         if isinstance(module, nn.MultiheadAttention):
             yield (
                 name,
-                "nn.MultiheadAttention multiplies with its weights itself; quantize separate projections instead",
+                "nn.MultiheadAttention multiplies by its weights itself; quantize separate projections instead",
             )
         elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
             yield name, f"{kind.__name__} is not supported"
         elif base is not None and not _has_quantizers(module):
-            yield name, f"{kind.__name__} is a {base.__name__} with a forward of its own; see detent.register()"
+            yield name, f"{kind.__name__} is a {base.__name__} with its own forward; see detent.register()"
         elif _holds_experts(module):
             yield (
                 name,
@@ -250,7 +250,7 @@ def set_attributes(model: nn.Module, name: str, attributes: Attributes) -> None:
 def _check_codes_allowed(name: str, parent: nn.Module, leaf: str, steps: int) -> None:
     if leaf != "weight_quantizer" or not isinstance(parent, QuantWeightBase) or steps > 1:
         raise DetentError(
-            f"{name}: fake_quant=False gives out codes, which only a single weight quantizer of a built-in module can;"
+            f"{name}: fake_quant=False returns codes, which only a single weight quantizer of a built-in module can do;"
             " use fake_quant=True here"
         )
 
@@ -284,14 +284,14 @@ def set_quantizer_by_cfg_context(model: nn.Module, quant_cfg: Any) -> Iterator[N
 
 
 def settle(model: nn.Module) -> None:
-    """What has to follow every change of which quantizers are on."""
+    """What must follow every change of which quantizers are on."""
     for name, module in model.named_modules():
         front = float_forward(module)
         on = [child for child, quantizer in quantizers_of(module) if quantizer.is_enabled] if front else []
         if on:
             raise DetentError(
                 f"{name}: its forward was replaced on the instance (by {front}) and would go on computing in float, so"
-                f" {on[0]} can't be on; quantize before replacing it, make a class of it (see detent.register()), or"
+                f" {on[0]} can't be on; quantize before replacing it, define a class for it (see detent.register()), or"
                 " switch the module's quantizers off"
             )
     route_attention(model)

@@ -1,7 +1,7 @@
 """The one way to change a weight.
 
 Invariants: a parameter that gets new values keeps its identity, dtype and device, and holds another tensor: the one
-before is left alone, for whoever has to go back (`detent.model.rollback`) or shares it. Every module that holds the
+before is left alone, for code that goes back (`detent.model.rollback`) or shares it. Every module that holds the
 parameter quantizes it again. A weight that isn't a parameter, packed or computed from others, is never changed.
 
 A weight is named by its module (``model.layers.0.mlp.down_proj``: its parameter is ``weight``) or, where a module holds
@@ -64,7 +64,7 @@ def put(module: nn.Module, attribute: str, value: Tensor, name: str = "", *, unt
         raise DetentError(
             f"{name or attribute}: a parameter of shape {tuple(parameter.shape)} can't take {tuple(value.shape)}"
         )
-    # Always a tensor of its own: `.to` gives back the very same one where nothing has to be converted.
+    # Always a new tensor: `.to` returns the same one where nothing needs converting.
     new = value.detach().to(parameter.device, parameter.dtype).contiguous()
     if new.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():
         new = new.clone()
@@ -109,7 +109,7 @@ class WeightEdits:
         return get(*self.place(name), name)
 
     def bias_of(self, name: str) -> str | None:
-        """The name of the bias beside a weight; None where there is none."""
+        """The name of the bias next to a weight; None where there is none."""
         module, attribute = self.place(name)
         bias = "bias" if attribute == "weight" else f"{attribute}_bias"
         owner = name if name in self._modules else name.rpartition(".")[0]
@@ -125,7 +125,7 @@ class WeightEdits:
             refresh(self.place(other)[0])
 
     def untie(self, name: str) -> None:
-        """Give a weight that is tied to another one memory of its own, and let the configuration say so."""
+        """Give a weight that is tied to another one its own memory, and let the configuration say so."""
         module, attribute = self.place(name)
         shared = get(module, attribute, name)
         put(module, attribute, shared, name, untie=True)

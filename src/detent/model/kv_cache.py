@@ -44,7 +44,7 @@ def kv_scales(model: nn.Module) -> dict[str, tuple[Scales, Scales]]:
 
 
 def floor_kv_scales(model: nn.Module, minimum: float) -> None:
-    """Raise calibrated key and value ranges until no scale lies below `minimum`, keys and values of a block alike."""
+    """Raise calibrated key and value ranges until no scale is below `minimum`, keys and values of a block alike."""
     for _, module in attention_modules(model):
         for name in ("k_bmm_quantizer", "v_bmm_quantizer"):
             quantizer = getattr(module, name, None)

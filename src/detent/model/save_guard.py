@@ -1,7 +1,7 @@
 """`save_pretrained` of a quantized transformers model, which would write a float model without saying so.
 
-transformers knows nothing of quantizers: it writes the float weights beside the quantizers' ranges, and what it wrote
-loads as a float model. So a converted model gets a `save_pretrained` of its own, an attribute of the instance, which is
+transformers knows nothing of quantizers: it writes the float weights along with the quantizers' ranges, and the result
+loads as a float model. So a converted model gets its own `save_pretrained`, an attribute of the instance, which is
 copied and pickled with it and undone with it.
 """
 

@@ -39,7 +39,7 @@ _VERSION = 1
 
 
 def detent_state(model: nn.Module) -> dict[str, Any]:
-    """What has to be known beside the `state_dict` to rebuild the quantized model: plain JSON.
+    """What must be known besides the `state_dict` to rebuild the quantized model: plain JSON.
 
     Raises:
         DetentError: the model isn't quantized.
@@ -363,13 +363,13 @@ def _check_ranges(where: str, quantizer: TensorQuantizer, state: dict[str, Tenso
             raise DetentError(f"{where}.{buffer} has {state[buffer].numel()} values; a range of a whole tensor is one")
     for buffer in ("_amax", "_global_amax"):
         if buffer in state and bool((state[buffer] < 0).any()):
-            raise DetentError(f"{where}.{buffer} is a largest magnitude and yet negative")
+            raise DetentError(f"{where}.{buffer} is a largest magnitude, but negative")
     if ("_low" in state) != ("_high" in state):
         raise DetentError(f"{where} has one end of its range without the other")
     if "_low" in state and (
         state["_low"].shape != state["_high"].shape or bool((state["_low"] > state["_high"]).any())
     ):
-        raise DetentError(f"{where}: the low end of a range lies above its high end")
+        raise DetentError(f"{where}: the low end of a range is above its high end")
     empty = torch.empty(0, dtype=quantizer.format.scale.stored_dtype)
     scales = Scales(state.get("_scale", empty), state.get("_zero_point"), state.get("_outer_scale"))
     check_scales(quantizer.format, scales, where, of_weight="weight_quantizer" in where)

@@ -69,7 +69,7 @@ def fold_weight(model: nn.Module, keep_attrs: bool = False) -> None:
     """Replace each weight by its quantized value and switch its weight quantizer off, so that forward passes are fast.
 
     The values are those that the forward pass used before, computed in float32 and rounded once to the weight's dtype.
-    A weight that is tied to another module gets memory of its own: its twin stays as it is.
+    A weight that is tied to another module gets its own memory: its twin stays as it is.
 
     Args:
         model: a quantized model.

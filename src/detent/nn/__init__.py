@@ -1,7 +1,7 @@
 """Formats inside models: the quantizer, the registry, and the quantized modules."""
 
 from detent.nn import modules as _modules  # noqa: F401  registers the built-in quantized modules
-from detent.nn.backends import is_registered_quant_backend, register_quant_backend, unregister_quant_backend
+from detent.nn.backends import register_quant_backend, unregister_quant_backend
 from detent.nn.modules import (
     QuantConv1d,
     QuantConv2d,
@@ -33,7 +33,6 @@ __all__ = [
     "QuantWeightBase",
     "SequentialQuantizer",
     "TensorQuantizer",
-    "is_registered_quant_backend",
     "quantizers_of",
     "register",
     "register_quant_backend",

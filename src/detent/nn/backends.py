@@ -53,7 +53,7 @@ def register_quant_backend(name: str, function: Backend) -> None:
 
 
 def unregister_quant_backend(name: str) -> None:
-    """Undo `register_quant_backend`; a name that isn't there is no error.
+    """Undo `register_quant_backend`; an unknown name is not an error.
 
     Example:
         >>> import detent
@@ -61,11 +61,6 @@ def unregister_quant_backend(name: str) -> None:
         >>> detent.unregister_quant_backend("same")
     """
     _backends.pop(name, None)
-
-
-def is_registered_quant_backend(name: str) -> bool:
-    """Whether quantizers can name this backend."""
-    return name in _backends
 
 
 def run_backend(name: str, x: Tensor, quantizer: BackendUser) -> Tensor:
@@ -88,13 +83,13 @@ def run_backend(name: str, x: Tensor, quantizer: BackendUser) -> Tensor:
             keywords.bind(x, quantizer, **given)
         except TypeError as error:
             raise DetentError(
-                f"{quantizer.name}: backend {name!r} doesn't go with backend_extra_args {given!r}: {error}"
+                f"{quantizer.name}: backend {name!r} doesn't accept backend_extra_args {given!r}: {error}"
             ) from None
     y = function(x, quantizer, **given)
     if not isinstance(y, Tensor) or y.shape != x.shape:
         got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise DetentError(
-            f"{quantizer.name}: backend {name!r} has to return a tensor of shape {tuple(x.shape)}, not {got}"
+            f"{quantizer.name}: backend {name!r} must return a tensor of shape {tuple(x.shape)}, not {got}"
         )
     return y
 

@@ -17,7 +17,7 @@ from detent.errors import DetentError, NothingObserved
 
 
 def is_static(bias: Mapping[Any, Any] | None) -> bool:
-    """Whether a bias has to be found from data once, rather than from each tensor anew."""
+    """Whether a bias is found once, from data, instead of being recomputed for each tensor."""
     return bool(bias) and bias is not None and bias.get("type", "static") == "static"
 
 

@@ -74,7 +74,7 @@ class CalibratedState(nn.Module):
     _outer_scale: Tensor | None
     _pre_quant_scale: Tensor | None
     _bias_value: Tensor | None
-    #: A low-rank branch beside the weight that this quantizer rounds: see `detent.nn.low_rank`.
+    #: A low-rank branch alongside the weight that this quantizer rounds: see `detent.nn.low_rank`.
     _svdquant_lora_a: Tensor | None
     _svdquant_lora_b: Tensor | None
     _fused_rotation: Tensor | None
@@ -208,7 +208,7 @@ class CalibratedState(nn.Module):
 
     @property
     def svdquant_lora_a(self) -> Tensor | None:
-        """[rank, in]: the first matrix of the low-rank branch beside the weight; None without a branch."""
+        """[rank, in]: the first matrix of the low-rank branch alongside the weight; None without a branch."""
         return self._svdquant_lora_a
 
     @svdquant_lora_a.setter
@@ -225,7 +225,7 @@ class CalibratedState(nn.Module):
         self._set_buffer("_svdquant_lora_b", None if value is None else value.detach().clone())
 
     def export_amax(self) -> Tensor | None:
-        """`amax` as a checkpoint wants it: a copy, zeros replaced by 1 so that no scale is 0."""
+        """`amax` as a checkpoint needs it: a copy, zeros replaced by 1 so that no scale is 0."""
         amax = self.amax if self.amax is not None else self._global_amax
         return None if amax is None else torch.where(amax == 0, 1.0, amax).clone()
 

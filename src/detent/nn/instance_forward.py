@@ -1,8 +1,8 @@
 """Modules whose `forward` was set on the instance, in front of that of their class.
 
 accelerate's hooks and offloading do it, so do `functools.partial`, decorators and other patches. Python finds an
-instance's attribute before that of its class, so giving such a module a quantized class changes nothing by itself: what
-stands in front has to be made to call the quantized forward.
+instance's attribute before that of its class, so giving such a module a quantized class changes nothing by itself: the
+replacement must be made to call the quantized forward.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MARK = "_float_forward"
 
 
 def rebind_forward(module: nn.Module, original: Callable[..., Any]) -> None:
-    """Let what stands in front of a converted module's forward call the forward that its class has now.
+    """Let what replaces a converted module's forward on the instance call the forward that its class has now.
 
     Everything that holds the bound forward of the original class is replaced: attributes of the instance
     (accelerate keeps it as ``_old_forward``), partials, and variables that a function encloses. The objects themselves
@@ -39,7 +39,7 @@ def rebind_forward(module: nn.Module, original: Callable[..., Any]) -> None:
 
 
 def float_forward(module: nn.Module) -> str:
-    """What stands in front of a converted module's forward and can't be made to call it; "" for nothing."""
+    """What replaces a converted module's forward on the instance and can't be made to call it; "" for nothing."""
     return str(module.__dict__.get(_MARK, "")) if "forward" in module.__dict__ else ""
 
 

@@ -1,9 +1,9 @@
 """A quantized weight that is used again as long as neither the weight nor its quantizer has changed.
 
 PyTorch counts changes of a tensor, so optimizer steps, `load_state_dict` and edits under `no_grad` are seen by that
-count. Edits through ``weight.data`` are not counted. Whoever makes one has either been handed the weight by its
-module, after which all of it is compared once with what it was, or holds it from elsewhere: for those a sample of the
-weight is compared each time, which sees every edit but those of a few single elements.
+count. Edits through ``weight.data`` are not counted. Code that makes one either just read the weight
+from its module (then all of it is compared once with what it was) or kept a reference (for those edits a sample of the
+weight is compared on every call, which sees all but edits of a few single elements).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A low-rank branch beside a quantized weight: ``y = Q(x) Q(W)^T + (x A^T) B^T``, A [rank, in] and B [out, rank].
+"""A low-rank branch alongside a quantized weight: ``y = Q(x) Q(W)^T + (x A^T) B^T``, A [rank, in] and B [out, rank].
 
 The branch reads the input scaled and rotated like the quantized path, but not rounded. It is held by the weight
 quantizer, as ``weight_quantizer.svdquant_lora_a`` and ``svdquant_lora_b``, so it is saved, restored and moved with the
-quantizer's other state, and stays in use when the quantizer is switched off, folded or packed: the weight beside it is
+quantizer's other state, and stays in use when the quantizer is switched off, folded or packed: the weight alongside is
 only the rest.
 """
 

@@ -77,7 +77,7 @@ class HistogramObserver:
         if fmt.granularity.kind != "per_tensor":
             raise DetentError(f"calibrator {method!r} works per tensor; this quantizer is {fmt.granularity}")
         if not 0 < percentile <= 100:
-            raise DetentError(f"a percentile lies in (0, 100], not {percentile}")
+            raise DetentError(f"a percentile is in (0, 100], not {percentile}")
         if method == "entropy" and not isinstance(fmt.element, Integer):
             raise DetentError(f"the entropy calibrator is defined for integers, not {fmt.element.name}; use 'mse'")
         if not isinstance(fmt.scale, FloatScale) or fmt.scale.outer:
@@ -199,7 +199,7 @@ def make_observer(calibrator: Any, fmt: Format) -> Observer:
 
     Args:
         calibrator: ``max``, ``percentile`` (also called ``histogram``), ``entropy`` or ``mse``; ``(name, {option:
-            value})``; or a class of one's own, called with the format and the arguments that follow it in a tuple.
+            value})``; or a custom class, called with the format and the arguments that follow it in a tuple.
         fmt: the format that the range is for.
     """
     name, *arguments = calibrator if isinstance(calibrator, (tuple, list)) else (calibrator,)

@@ -37,7 +37,9 @@ class QuantModule(nn.Module):
     parallel_state: ParallelState
 
     def _setup(self) -> None:
-        raise DetentError(f"{type(self).__name__} defines no _setup, which has to create its quantizers")
+        raise DetentError(
+            f"{type(self).__name__} has no _setup method; it must create the quantizers that forward calls"
+        )
 
 
 class QuantInputBase(QuantModule):
@@ -61,7 +63,7 @@ class QuantWeightBase(QuantModule):
     The weight lives in one of three forms: the float parameter; after `pack_weight`, buffers with packed codes and
     scales, from which ``module.weight`` is dequantized each time it is asked for; or a tensor that PyTorch computes
     from other parameters (`torch.nn.utils.parametrize`, weight norm). While it is a parameter that cannot change (eval
-    mode and no gradient wanted) its quantized value is kept and used again until the parameter or the quantizer
+    mode and no gradient needed) its quantized value is kept and used again until the parameter or the quantizer
     changes.
     """
 
@@ -235,7 +237,7 @@ def quantizers_of(module: nn.Module) -> Iterator[tuple[str, Quantizer]]:
 
 
 def check_module(model: Any) -> nn.Module:
-    """`model`, which has to be a module. Raises DetentError with what it is instead."""
+    """`model`, which must be a module. Raises DetentError saying what it is instead."""
     if isinstance(model, nn.Module):
         return model
     what = f"the class {model.__name__}; make an instance of it" if isinstance(model, type) else type(model).__name__

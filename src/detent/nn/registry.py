@@ -73,8 +73,8 @@ class _Registry:
     def get(self, original: type[nn.Module]) -> type[nn.Module] | None:
         """The quantized class for instances of `original`, or None.
 
-        A subclass of a registered class counts as that class as long as it leaves `forward` alone; one with a forward
-        of its own may do anything with the weight, so it needs a registration of its own.
+        A subclass of a registered class counts as that class as long as it leaves `forward` alone; one with its own
+        forward may do anything with the weight, so it needs its own registration.
         """
         if issubclass(original, QuantModule):
             return None
@@ -88,7 +88,7 @@ class _Registry:
         return None
 
     def overridden(self, kind: type[nn.Module]) -> type[nn.Module] | None:
-        """The registered class that `kind` derives from with a forward of its own, so that it isn't converted."""
+        """The registered class that `kind` derives from with its own forward, so that it isn't converted."""
         if self.get(kind) is not None or issubclass(kind, QuantModule):
             return None
         found = (base for base in kind.__mro__[1:] if base in self._entries)

@@ -191,7 +191,7 @@ class TensorQuantizer(CalibratedState):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether a range has to be found from data before this quantizer is complete."""
+        """Whether a range must be found from data before this quantizer is complete."""
         if not self.is_enabled or self._format.base is not None or self._constant_amax() is not None:
             return False
         if self.attributes.backend is not None or not isinstance(self._format.scale, FloatScale):
@@ -202,14 +202,14 @@ class TensorQuantizer(CalibratedState):
 
     @property
     def needs_bias(self) -> bool:
-        """Whether a bias has to be found from data."""
+        """Whether a bias must be found from data."""
         return self.is_enabled and is_static(self.attributes.bias)
 
     def enable_calib(self) -> None:
         """Start observing, from nothing.
 
         Raises:
-            DetentError: the calibrator doesn't go with the format.
+            DetentError: the calibrator doesn't fit the format.
         """
         self._observer = self._new_observer() if self.needs_calibration else None
         self._bias_observer = self._new_bias_observer()
@@ -340,7 +340,7 @@ class TensorQuantizer(CalibratedState):
             fits = all(s in (1, n) for s, n in zip(reversed(scale.shape), reversed(x.shape), strict=False))
             if scale.dim() > x.dim() or not fits:
                 raise DetentError(
-                    f"{self.name}: a pre_quant_scale of shape {tuple(scale.shape)} doesn't go with a tensor of shape"
+                    f"{self.name}: a pre_quant_scale of shape {tuple(scale.shape)} doesn't fit a tensor of shape"
                     f" {tuple(x.shape)}"
                 )
             x = x * scale.to(x.device, x.dtype)

@@ -5,7 +5,7 @@ of data can be observed apart.
 
 Second moments are sums of float32 products. Each update adds one matrix product, itself a float32 sum over the tokens
 of a batch, to a float32 total: after n updates an entry is off by at most about n * 2^-24 of ``sum |x_i x_j|``, far
-below the sampling error of any calibration set. What the factors may lose before that is said in `statistics.products`.
+below the sampling error of any calibration set. `statistics.products` says what the factors may lose before that.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class SiteStatistics:
 
 
 def _evenly(rows: Tensor, most: int | None) -> tuple[Tensor, float]:
-    """At most so many rows, and how many each of them counts for."""
+    """At most `most` rows, evenly spaced, and how many rows each counts for."""
     if most is None or len(rows) <= most:
         return rows, 1.0
     at = torch.linspace(0, len(rows) - 1, most, device=rows.device).round().long()
