@@ -91,7 +91,7 @@ class BlockChain:
         return cut_call(hidden, self.calls[index][batch], self.masks[batch], slice(0, 1)) is not None
 
     def device(self, index: int) -> torch.device:
-        """Where a block's parameters lie."""
+        """The device of a block's parameters."""
         return next((p.device for p in self.blocks[index].parameters()), torch.device("cpu"))
 
     def run_all(self, index: int, inputs: TensorStore) -> Iterator[Tensor]:
@@ -136,7 +136,12 @@ def record_chain(model: nn.Module, names: Sequence[str], run: Run, *, spill: boo
 
 
 class _Recorder:
-    """Stands in for the blocks while the loop runs."""
+    """Stands in for the blocks while the loop runs.
+
+    On the first batch each block computes, on its first sequence alone, so that it can be compared with the block run
+    by itself. From the second batch on no block computes: each returns its input in the form of its first output, and
+    only what the first block is given, and what all of them are called with besides, is recorded.
+    """
 
     def __init__(self, blocks: list[nn.Module], spill: bool) -> None:
         self._blocks = blocks
@@ -151,8 +156,10 @@ class _Recorder:
         #: For each block the call on the first sequence, what entered it there, and what came out.
         self.first: list[tuple[BlockCall, Tensor, Tensor]] = []
         self.first_mask: Tensor | None = None
+        #: What the model was given back by the block before, to check that the next one is called with just that.
         self._handed_on: Tensor | None = None
         self.trouble = ""
+        #: For each block its first output, whose form later ones take, and the last call.
         self._template: list[Any] = [None for _ in blocks]
         self._last: list[BlockCall | None] = [None for _ in blocks]
 
@@ -207,9 +214,14 @@ class _Recorder:
         args: Any,
         kwargs: dict[str, Any],
     ) -> Any:
-        """Run a block on the first sequence of the first batch (all of it, if it can't be cut)."""
+        """Run a block on the first sequence of the first batch (all of it, if it can't be cut).
+
+        Cut, the block sees one sequence while the model goes on with all of them: the block's own `hidden` is passed
+        through unchanged, and the next block is fed the one sequence that the block before really gave.
+        """
         if index and self._handed_on is not None and not torch.equal(hidden.nan_to_num(), self._handed_on.nan_to_num()):
-            self.trouble = "what enters a block is not what left the block before it"
+            self.trouble = "the input of a block is not the output of the block before it"
+        # A cache object, even an empty one, would be filled with one sequence only, so such a call isn't cut.
         whole = args, kwargs
         cached = any(kwargs.get(name) is not None for name in _CACHES)
         small = None if cached else cut_call(hidden, call, self.masks[0], slice(0, 1))
@@ -226,6 +238,7 @@ class _Recorder:
             self.trouble = (
                 f"a block changes the shape of what enters it, from {tuple(entered.shape)} to {tuple(left.shape)}"
             )
+            # Recording has failed here; the model goes on with all of its sequences.
             return output if small is None else original(*whole[0], **whole[1])
         self.first.append((call, entered.detach().clone(), left))
         self._template[index] = output
@@ -233,9 +246,12 @@ class _Recorder:
         return output if small is None else like_output(output, hidden)
 
     def _shared(self, index: int, call: BlockCall) -> BlockCall:
-        """`call` with tensors of an earlier one where they are equal, so that masks are held once."""
-        earlier = self._last[index - 1] if index and self._last[index - 1] is not None else self._last[index]
-        previous = self._last[index] or earlier
+        """`call` with the tensors of an earlier call where they are equal, so that masks are held once.
+
+        That is this block's call in the batch before; in the first batch, the call of the block before it. Within a
+        batch, most models hand the same tensor to every block anyway.
+        """
+        previous = self._last[index] or (self._last[index - 1] if index else None)
 
         def same(new: Any, old: Any) -> Any:
             if isinstance(new, Tensor) and isinstance(old, Tensor) and new is not old:

@@ -78,7 +78,7 @@ def calibrate(
         forward_loop: a function that calls the model it is given on calibration data, once however many algorithms
             there are. Only needed where activations have static ranges. Where the model is called with an
             `attention_mask` [batch, seq], what it masks stays out of the statistics.
-        structure: of the model, where it is known; else it is found where it is needed.
+        structure: of the model, where it is known; otherwise it is found when it is needed.
         fold: where channel scales go. ``"never"``: they stay in the layers' input quantizers (`pre_quant_scale`).
             ``"auto"``: they are folded into the norm or matrix before, as the command line does; sites without a proved
             place keep round-to-nearest for that algorithm.
@@ -179,7 +179,7 @@ def _check_data(model: nn.Module, steps: Sequence[QuantizeAlgorithmConfig], loop
             " calibration data"
         )
     if all(handler_of(step).scope != "model" or not handler_of(step).finds_ranges for step in steps):
-        _check_ranges(model)  # else a custom algorithm may find them
+        _check_ranges(model)  # otherwise a custom algorithm may find them
 
 
 def _check_ranges(model: nn.Module) -> None:
@@ -193,7 +193,7 @@ def _check_ranges(model: nn.Module) -> None:
 
 
 def _groups(steps: Sequence[QuantizeAlgorithmConfig]) -> list[tuple[list[QuantizeAlgorithmConfig], Traversal]]:
-    """Steps that run together, with how they are brought data; those that change the model as a whole stand alone.
+    """Steps that run together, with how they get their data; steps that change the whole model are run alone.
 
     Raises:
         DetentError: steps that run together ask for different things.
@@ -273,27 +273,32 @@ class _Calibration:
     def _learn(self, steps: list[QuantizeAlgorithmConfig], traversal: Traversal) -> None:
         """Algorithms that learn from data.
 
-        In order: what the float model predicts, for those that train the rounded model in the end; the sites, with the
-        activation ranges on the way where the whole model is observed in one run; weights that are no site's; the
-        training in the end; activation ranges that are still to be found, or that a channel scale has made stale.
+        In order: what the float model predicts, for those that train the rounded model at the end; the sites, with the
+        activation ranges on the way where the whole model is observed in one run; weights outside of all sites; the
+        training at the end; activation ranges that are still missing, or that a channel scale has made stale.
         """
         model, loop, ledger = self.model, self._loop, Ledger(self._folding)
         waiting, layers = _waiting(model), [layer for layer in layers_of(model) if layer.has_rows]
+        # At most one step trains the whole rounded model. Its targets are recorded now, while the weights are still
+        # float; where there is too little data for it, the others do without it (`alone`: they train longer instead).
         last: Any = next((step for step in steps if handler_of(step).scope == "end"), None)
         lessons = [] if last is None else predictions(model, layers_of(model), loop, last)
         if not lessons:
             steps = [handler_of(step).alone(step) for step in steps]
+        # One forward pass over the whole model can serve the activation quantizers as well: `ranges` looks on there.
+        # Block by block there is no such pass, `ranges.done` stays false, and ranges are found afterwards.
         data = loop.limited(model, traversal.max_tokens)
         experts = Experts(model, chain_of(model, self._structure), self._structure)
         ranges = _ActivationPass(model, waiting, data, experts)
         subject = Subject.of(model, data, lambda: list(named_members(model)), self._structure, ranges)
         solve_model(subject, Solver(steps, ledger, traversal.min_tokens), traversal)
+        # Embeddings and the like, which nothing but their own weight can tell a range.
         solved = {id(layer.module) for layer in layers_of(model) if layer.has_rows}
         for name, quantizer, weight in quantized_weights(model):
             if id(model.get_submodule(name.rpartition(".")[0])) not in solved:
                 calibrate_weight(name, quantizer, weight, None)
         if last is not None:
-            if not ranges.done:
+            if not ranges.done:  # the model is trained with its activations rounded
                 self._find_ranges()
             self.done.changed |= distill_model(model, lessons, layers, last, ledger)
         if self._folding is not None:
@@ -304,6 +309,8 @@ class _Calibration:
 
     def _find_stale_ranges(self, waiting: list[TensorQuantizer], ledger: Ledger, *, found: bool) -> None:
         """Activation ranges after algorithms that learn from data: those that aren't known, or no longer hold."""
+        # A scale folded into the rows of a linear layer changes what that layer gives, so that output, key and value
+        # ranges are stale too; any other scale leaves only the inputs of the layers that it scales stale.
         elsewhere = any(not q.name.endswith("input_quantizer") for q in waiting)
         if not found or (self._folding is not None and self._folding.rows and elsewhere):
             self._find_ranges()
@@ -336,7 +343,7 @@ def _waiting(model: nn.Module) -> list[TensorQuantizer]:
 
 
 class _ActivationPass:
-    """A run of the loop in which quantizers find their ranges, together with whatever else looks on.
+    """A run of the loop in which quantizers find their ranges, and in which others may observe the model too.
 
     Attributes:
         done: whether the ranges have been found.
@@ -361,8 +368,8 @@ class _ActivationPass:
     def _share_among_experts(self, unseen: list[TensorQuantizer]) -> list[TensorQuantizer]:
         """Give experts that saw no token the range that covers those of the others; quantizers that aren't an expert's.
 
-        Experts of one list read the same tensor, each some of its rows, so a range that covers all of theirs is what
-        the rows of another one are expected in.
+        Experts of one list read rows of the same tensor, so the rows of another expert can be expected to lie in the
+        range that covers all of theirs.
         """
         by_name = {q.name: q for q in self._waiting}
         lost, blind = [], {id(q) for q in unseen}

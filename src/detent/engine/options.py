@@ -1,4 +1,4 @@
-"""How calibration data is brought to a list of algorithms: asked for step by step, decided once for all of them."""
+"""How calibration data is fed to a list of algorithms: what each step asks for, decided once for all of them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from detent.errors import DetentError
 
 @dataclass(frozen=True)
 class Traversal:
-    """How data is brought to the algorithms that run together.
+    """How data is fed to the algorithms that run together.
 
     Each is what the steps ask for, as `DataAlgorithmConfig` describes it; where none does, what suits them best.
 
     Attributes:
         by_blocks: traverse the model block by block.
-        told: whether the user has to know if that can't be.
+        notifies: whether the user is told if that isn't possible.
         inputs: ``"float"``, ``"quantized"`` or None: decided by the formats.
         spill: keep the inputs of blocks on disk.
         max_tokens: the largest number of tokens to observe; None for all.
@@ -28,7 +28,7 @@ class Traversal:
     """
 
     by_blocks: bool
-    told: bool
+    notifies: bool
     inputs: str | None
     spill: bool
     max_tokens: int | None
@@ -50,7 +50,7 @@ class Traversal:
         min_tokens = _agreed([step for step in data if "min_tokens" in step.model_fields_set], "min_tokens")
         return Traversal(
             by_blocks=suits if layerwise is None else layerwise,
-            told=suits or bool(layerwise) or needs,
+            notifies=suits or bool(layerwise) or needs,
             inputs=_agreed(data, "inputs"),
             spill=any(step.spill for step in data),
             max_tokens=max_tokens,
@@ -66,7 +66,7 @@ def _agreed(steps: Sequence[DataAlgorithmConfig], name: str) -> Any:
         first, before = given[0]
         if value != before:
             raise DetentError(
-                f"{name}: {first.method} asks for {before!r} and {step.method} for {value!r}, but they are brought the"
-                " same data; give one value, or leave it out in one of them"
+                f"{name}: {first.method} asks for {before!r} and {step.method} for {value!r}, but they share"
+                " one run over the data; give one value, or leave it out in one of them"
             )
     return given[0][1] if given else None

@@ -1,9 +1,9 @@
-"""Two ways of bringing data to the algorithms: the whole model in one forward pass, or block by block.
+"""Two ways of feeding data to the algorithms: the whole model in one forward pass, or block by block.
 
 Whole model: every site is observed in one run of the calibration loop, then solved. Block by block: a block is
 observed, its sites are solved, and its outputs, float or quantized, are what the next block is observed on. Memory for
-second moments is then one block's. What lies outside the blocks is observed in a run with the blocks' outputs put in
-place.
+second moments is then one block's. Layers outside the blocks are observed in a run in which the
+blocks are skipped and the last one returns the recorded outputs.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Subject:
         quantizers: gives every quantizer of the model; all are off while it is observed.
         blocks: names of the blocks that are traversed one by one.
         experts: of the model.
-        activation_pass: what else looks on where the whole model is observed in one run.
+        activation_pass: a context for the run in which the whole model is observed at once, to find activation ranges.
     """
 
     model: nn.Module
@@ -83,7 +83,7 @@ def solve_model(subject: Subject, solver: Solver, traversal: Traversal) -> None:
     Args:
         subject: the model, with its data.
         solver: the algorithms.
-        traversal: how data is brought to them.
+        traversal: how they get their data.
 
     Raises:
         DetentError: NaN or infinity in an activation (named: block, site, batch); data that never reaches a layer.
@@ -139,7 +139,7 @@ def _chain(subject: Subject, traversal: Traversal) -> BlockChain | None:
         chain = record_chain(model, names, subject.run, spill=traversal.spill)
     if isinstance(chain, NoChain):
         text = f"Processing the whole model at once instead of block by block: {chain.reason}"
-        notify(text) if traversal.told else _log.info(text)
+        notify(text) if traversal.notifies else _log.info(text)
         return None
     return chain
 
@@ -149,8 +149,8 @@ def _block_by_block(
 ) -> None:
     """Each block in turn: observe it, solve its sites, train it where an algorithm does, hand its outputs on.
 
-    `inputs` is what the block is fed, `references` what the float model feeds it (where an algorithm wants to know):
-    both are made by the block before and freed when this one is done, all but the recorded inputs of the first.
+    `inputs` is what the block is fed, `references` what the float model feeds it (where an algorithm needs that):
+    both come from the block before and are freed once this block is done, except the recorded inputs of the first.
     """
     inside = {name: [layer for layer in layers if layer.name.startswith(f"{name}.")] for name in chain.names}
     quantized = _sees_quantized(solver, layers, traversal)
@@ -161,15 +161,19 @@ def _block_by_block(
     for index, name in enumerate(track(chain.names, "Block by block", len(chain.names))):
         observed = _ObservedBlock(chain, index, inputs, references, need, training)
         outputs = chain.store()
+        # 1. Observe and solve.
         if traversal.one_by_one is None:
-            # The float block's outputs come from the same run, unless quantized ones are handed on.
+            # The run that observes also gives the float block's outputs. Where quantized outputs are handed on
+            # instead, nothing needs those, and each pass stops once all layers have been called.
             sites = observed.sites(inside[name], None if quantized else outputs, stop=quantized)
             _account_for(sites, inside[name], subject.experts, solver)
             solver.solve(sites)
         else:
             _one_after_the_other(observed, inside[name], traversal.one_by_one, subject.experts, solver)
-        if learner is not None and observed.made is not None:
-            train_block(chain, index, inputs, observed.made, inside[name], learner, solver.ledger)
+        # 2. Train the block towards the float block's outputs.
+        if learner is not None and observed.float_outputs is not None:
+            train_block(chain, index, inputs, observed.float_outputs, inside[name], learner, solver.ledger)
+        # 3. Run it once more with its weights quantized. Those on their grid already need no second rounding.
         if quantized:
             with (
                 fast_forward(chain.blocks[index].parameters(), training=training),
@@ -177,10 +181,11 @@ def _block_by_block(
             ):
                 for output in chain.run_all(index, inputs):
                     outputs.append(output)
+        # 4. Free what it was fed. `chain.inputs` stays: `replaced_outputs` runs the blocks on its first batch.
         for done in (inputs, references):
             if done is not None and done is not chain.inputs:
                 done.clear()
-        inputs, references = outputs, observed.made
+        inputs, references = outputs, observed.float_outputs
     outside = [layer for layer in layers if not any(layer in members for members in inside.values())]
     if outside:
         off = quantizers_off(subject.quantizers())
@@ -191,10 +196,15 @@ def _block_by_block(
 
 
 class _ObservedBlock:
-    """One block, run on all batches while its sites are observed; where references are wanted, the float block
-    alongside it.
+    """One block, run on all batches while its sites are observed.
 
-    What layers read in the float block is kept from the first run for later ones, as far as `REFERENCE_BYTES` go.
+    Where an algorithm compares with the float model, there are two streams of activations::
+
+        inputs     --> the block as it is solved --> outputs
+        references --> a float copy of it        --> float_outputs, the references of the next block
+
+    and each statistic pairs what a layer reads in the first with what it reads in the second. The float copy runs once
+    per batch if what its layers read fits into `REFERENCE_BYTES`; later runs over the same batches reuse that.
     """
 
     def __init__(
@@ -209,16 +219,16 @@ class _ObservedBlock:
         self.names, self._training = chain.names, training
         self._chain, self._index, self._inputs, self._need = chain, index, inputs, need
         self._references = references
-        self._kept: dict[int, dict[str, list[torch.Tensor]]] = {}
-        self._bytes = 0
-        #: What the float block makes of the references, once it has run.
-        self.made: TensorStore | None = None
+        self._float_inputs: dict[int, dict[str, list[torch.Tensor]]] = {}
+        self._kept_bytes = 0
+        #: What the float copy gives for the references, once it has run.
+        self.float_outputs: TensorStore | None = None
         self.keep_float_block()
 
     def keep_float_block(self) -> None:
-        """Take the block as it is now for the one that makes references."""
+        """Copy the block as it is now, and forget what was read from an earlier copy."""
         self._float_block = None if self._references is None else copy.deepcopy(self._chain.blocks[self._index])
-        self._kept.clear()
+        self._float_inputs.clear()
 
     def sites(
         self,
@@ -238,20 +248,21 @@ class _ObservedBlock:
             batches: only the first ones, by their number.
             need: other statistics than the block's usual ones.
             leaders: layers whose inputs in the float block are kept for later runs; by default `layers`.
-            stop: leave the rest of the block out once all layers were called, from the second batch on.
+            stop: end each pass once all layers have been called, from the second batch on.
         """
         chain, index = self._chain, self._index
         block = chain.blocks[index]
         count = len(self._inputs) if batches is None else batches
         observer = SiteObserver(layers, self._need if need is None else need, chain.names, stop=stop, batches=count)
-        if self._references is not None and self.made is None and batches is None:
-            self.made = chain.store()
+        # A run over the first batches alone (which only shows the sites) pairs nothing, and must not fill the store.
+        if self._references is not None and self.float_outputs is None and batches is None:
+            self.float_outputs = chain.store()
         own = [module for module in block.modules() if isinstance(module, TensorQuantizer)]
         device = chain.device(index)
         with quantizers_off(own), observer, fast_forward(block.parameters(), training=self._training):
             for batch in range(count):
                 observer.batch = batch
-                if self.made is not None:
+                if self.float_outputs is not None:
                     observer.references = self._read(batch, layers if leaders is None else leaders, device)
                 try:
                     output = chain.run(index, batch, self._inputs.get(batch, device))
@@ -262,12 +273,12 @@ class _ObservedBlock:
         return observer.sites
 
     def _read(self, batch: int, layers: Sequence[Layer], device: torch.device) -> dict[str, list[torch.Tensor]]:
-        """What `layers` read in the float block; runs it, unless that is known from an earlier run."""
+        """What `layers` read in the float copy for a batch; runs it unless an earlier run was kept."""
         assert self._references is not None
         assert self._float_block is not None
-        assert self.made is not None
-        if batch in self._kept:
-            return {name: list(tensors) for name, tensors in self._kept[batch].items()}
+        assert self.float_outputs is not None
+        if batch in self._float_inputs:
+            return {name: list(tensors) for name, tensors in self._float_inputs[batch].items()}
         read: dict[str, list[torch.Tensor]] = {}
         prefix = f"{self.names[self._index]}."
         inside = dict(self._float_block.named_modules())
@@ -283,11 +294,11 @@ class _ObservedBlock:
         finally:
             for hook in hooks:
                 hook.remove()
-        if len(self.made) == batch:
-            self.made.append(output)
-        self._bytes += sum(t.numel() * t.element_size() for tensors in read.values() for t in tensors)
-        if self._bytes <= REFERENCE_BYTES:
-            self._kept[batch] = {name: list(tensors) for name, tensors in read.items()}
+        if len(self.float_outputs) == batch:  # not yet stored by an earlier run over the batches
+            self.float_outputs.append(output)
+        self._kept_bytes += sum(t.numel() * t.element_size() for tensors in read.values() for t in tensors)
+        if self._kept_bytes <= REFERENCE_BYTES:
+            self._float_inputs[batch] = {name: list(tensors) for name, tensors in read.items()}
         return read
 
 
@@ -296,14 +307,14 @@ def _one_after_the_other(
 ) -> None:
     """Solve a block's sites one by one, each observed with the ones before it solved.
 
-    Steps before number `first` run beforehand, on all sites: what they fold into other layers has to be there before
-    those are rounded.
+    Steps before number `first` run beforehand, on all sites: what they fold into other layers has to be in place
+    before those are rounded.
     """
     sites = observed.sites(layers, batches=None if first else 1, need=None if first else Wanted())
     if first:
         _account_for(sites, layers, experts, solver)
         solver.solve(sites, steps=solver.steps[:first])
-        observed.keep_float_block()
+        observed.keep_float_block()  # the scaled block computes the same function, but its layers read other values
     leaders = [site.layers[0] for site in sites]
     for site in sites:
         for again in observed.sites(site.layers, leaders=leaders, stop=True):
@@ -318,7 +329,7 @@ def _one_after_the_other(
 
 
 def _sees_quantized(solver: Solver, layers: Sequence[Layer], traversal: Traversal) -> bool:
-    """Whether a block is observed on what quantized blocks give: as asked, else as an algorithm is better off."""
+    """Whether a block is observed on the outputs of quantized blocks: as asked for, or as algorithms prefer."""
     if traversal.inputs is not None:
         return traversal.inputs == "quantized"
     facts = [LayerFacts.of(layer) for layer in layers]
