@@ -58,7 +58,7 @@ def test_an_encoder(tmp_path: Path) -> None:
     out = succeed("structure", tmp_path).out
     assert out.startswith("BertForMaskedLM")
     assert "bert.encoder.layer.1: 1 block" in out
-    assert "no fold: attention.output.LayerNorm also feeds output.LayerNorm without a weight between" in out
+    assert "no fold: attention.output.LayerNorm also feeds output.LayerNorm with no weight in between" in out
 
 
 def test_overrides(phi3: Path, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_experts_that_transformers_takes_apart(place: Workplace, tmp_path: Path)
         "--group_size", 32, "--skip_evaluation", "--model_export", "compressed-tensors", run=detent
     )
     assert outcome.code == 2
-    assert "transformers expects each expert as layers of its own" in outcome.err
+    assert "transformers expects each expert as separate layers" in outcome.err
     outcome = place.quantize("--group_size", 32, "--skip_evaluation")
     assert "Detent's own layout" in outcome.err
 

@@ -52,7 +52,7 @@ def test_a_plain_block() -> None:
 def test_a_norm_that_feeds_the_residual() -> None:
     structure = of(Block(residual="norm"), Block())
     assert site(structure, "0.up").fold is None
-    assert site(structure, "0.up").reason == "0.norm also feeds 1.norm without a weight between and the model's output"
+    assert site(structure, "0.up").reason == "0.norm also feeds 1.norm with no weight in between and the model's output"
     assert site(structure, "1.up").fold is not None
 
 

@@ -19,7 +19,7 @@ from detent.pretrained.facts import is_multimodal, outside_language
 from detent.pretrained.names import CheckpointNames
 from detent.structure import Structure
 
-#: Modules that stay in floating point unless the user says otherwise, beside the output embedding: routers choose
+#: Modules that stay in floating point unless the user says otherwise, besides the output embedding: routers choose
 #: experts by small differences, and the language models of the guides leave their vision parts alone.
 DEFAULT_EXCLUSIONS = (
     "*.gate",
@@ -116,7 +116,7 @@ def unreached(model: nn.Module, structure: Structure, linears: list[str], *, lea
     why = dict.fromkeys(taken, "the module around it uses its weight without calling it, so its input can't be seen")
     if learns and is_multimodal(model):
         unread = [name for name in structure.unread if name in linears]
-        why |= dict.fromkeys(unread, "text alone doesn't reach it, so nothing can be learnt about its input")
+        why |= dict.fromkeys(unread, "text alone doesn't reach it, so nothing can be learned about its input")
     return why
 
 
@@ -140,9 +140,9 @@ def check_attention(model: nn.Module, structure: Structure | None) -> list[str]:
 
 
 def without_a_name(names: CheckpointNames, linears: list[str]) -> dict[str, str]:
-    """{module name: reason} of the linear layers whose codes and scales would have no name of their own in a file."""
+    """{module name: reason} of the linear layers whose codes and scales would have no separate name in a file."""
     return {
-        name: f"the file holds it together with others as {group.tensors[0]}; this version leaves it"
+        name: f"the file stores it joined with others as {group.tensors[0]}; this version leaves it"
         for name in linears
         if names.layer(name) is None and (group := names.of_parameter(f"{name}.weight")) is not None
     }
@@ -164,10 +164,10 @@ def overlooked(
 def left_in_float(
     source: Source, model: nn.Module, names: CheckpointNames, layers: Iterable[str]
 ) -> tuple[tuple[str, ...], bool]:
-    """How to tell engines of every matrix that isn't in `layers` that it stays; and whether transformers merges any.
+    """How to tell engines which matrices stay, all that aren't in `layers`; and whether transformers merges any.
 
-    Modules are named as in the file and, where that differs, as in the model class. Engines ask for each expert of a
-    mixture by a name of its own, whatever the file holds, so those are told by a pattern.
+    Modules are named as in the file and, where that differs, as in the model class. Engines look up each expert of
+    a mixture under a separate name, whatever the file holds, so those are given by a pattern.
     """
     layers = set(layers)
     quantized = layers | {names.layer(name) or name for name in layers}
@@ -220,7 +220,7 @@ def _tail(name: str) -> str:
 def reason_kept(tensor: str, model: nn.Module, names: CheckpointNames, why: dict[str, str]) -> str:
     group = names.of_tensor(tensor)
     if not group.parameters:
-        return "the model class has no place for it; carried along unchanged"
+        return "the model class does not use it; copied unchanged"
     module_name, _, leaf = group.parameters[0].rpartition(".")
     if module_name in why:
         return why[module_name]
@@ -238,5 +238,5 @@ def reason_kept(tensor: str, model: nn.Module, names: CheckpointNames, why: dict
     if isinstance(module, nn.Linear) and isinstance(module, QuantWeightBase):
         return "left by the scheme"
     if isinstance(module, nn.Linear):
-        return f"{kind} is a linear layer with a forward of its own"
+        return f"{kind} is a linear layer with a custom forward"
     return f"a {kind}, and schemes cover linear layers alone"

@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from detent.algorithms.registry import refusals
+from detent.algorithms.registry import handler_of, refusals
 from detent.checkpoints import LayerFormats, ModelFormats, Source, choose
 from detent.checkpoints.records import exported_format
 from detent.config import QuantCfg, QuantizeAlgorithmConfig, Scheme, quant_cfg_for
-from detent.config.algorithm import MaxCalibConfig, MseCalibConfig
-from detent.config.transforms import HQQConfig
 from detent.errors import DetentError
 from detent.formats import Format, Integer
 from detent.formats.stored import has_outer
@@ -61,7 +59,7 @@ class Plan:
             embedding, no output embedding, not excluded by the user. Their modules are of kinds that aren't quantized.
         unties: whether the output embedding is quantized, and so no longer the same as the input embedding.
         algorithms: what runs on the weights, in order; round-to-nearest where there is none.
-        names: what the tensors of the file and the parameters of the model have to do with each other. `formats` and
+        names: which tensors of the file make which parameters of the model. `formats` and
             `quant_cfg` name modules of the model; `kept` and `parameters` name tensors of the file.
     """
 
@@ -82,7 +80,7 @@ class Plan:
 
     @property
     def overlooked_share(self) -> float:
-        """Which part of the parameters that could be worth quantizing is not quantized, from 0 to 1."""
+        """The share of the parameters worth quantizing that isn't quantized, from 0 to 1."""
         left = sum(self.overlooked.values())
         return left / max(1, left + sum(self.parameters.values()))
 
@@ -115,9 +113,8 @@ class Plan:
     @property
     def streams(self) -> bool:
         """Whether each weight can be quantized by itself: without data, and without a change to any other."""
-        alone = (MaxCalibConfig, MseCalibConfig, HQQConfig)
         data_free = not self.needs_data and self.formats.kv_cache is None
-        return data_free and all(isinstance(step, alone) for step in self.algorithms)
+        return data_free and all(handler_of(step).scope == "weight" for step in self.algorithms)
 
 
 def make_plan(

@@ -31,7 +31,7 @@ def misread(model: nn.Module, formats: ModelFormats) -> dict[str, str]:
     taken_apart = _taken_apart(model)
     if taken_apart:
         reasons.append(
-            f"compressed-tensors does not hold {taken_apart}: transformers expects each expert as layers of its own"
+            f"compressed-tensors does not hold {taken_apart}: transformers expects each expert as separate layers"
             " there, and this version leaves experts merged"
         )
     initialised = _initialised(model, formats)

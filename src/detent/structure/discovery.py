@@ -44,7 +44,7 @@ def find_structure(
 ) -> Structure:
     """Blocks, sites, proved folds, experts, key and value projections and the residual stream of a model.
 
-    The model runs a few times on a few tokens, without its weights being used: it may lie on any device, the meta
+    The model runs a few times on a few tokens, without its weights being used: it may be on any device, the meta
     device included, in any dtype, and may be quantized already. It is left as it was.
 
     Args:
@@ -77,7 +77,8 @@ def find_structure(
     while True:
         found = _Discovery(model, short, long, table, skeleton).structure()
         transfer = Transfer(found.chains, skeleton.skipped)
-        # Blocks that look alike from outside and turn out not to be: all of them are run then.
+        # Only the first and last block of each kind were run. Where these two turn out different, or a block that was
+        # left out has no weight of a name that the transfer gives it, every block of that kind is run after all.
         unlike = {n for pair in skeleton.pairs() if not transfer.alike(found, *pair) for n in pair}
         complete = transfer.completed(found)
         unlike |= {s.block or "" for s in complete.sites if not _exists(s, names)} - {""}
@@ -107,7 +108,11 @@ class _Discovery:
             )
 
     def _first_run(self) -> tuple[Trace, list[Rows]]:
-        """The run that shows the chains of blocks, and in which rows are matched."""
+        """The run that shows the chains of blocks, and in which rows are matched.
+
+        It is repeated until the skeleton is confirmed: which blocks are repeated is guessed from the modules, and seen
+        in the run itself. A model that fails with blocks left out is run with all of them.
+        """
         while True:
             matcher = Matcher()
             try:
@@ -116,7 +121,7 @@ class _Discovery:
             except _MISTAKES as error:
                 if isinstance(error, (DetentError, torch.OutOfMemoryError)):
                     raise
-                if self._skeleton.skipped:  # the model may not bear that
+                if self._skeleton.skipped:  # leaving blocks out may be what it fails on
                     self._skeleton.keep()
                     continue
                 text = str(error).strip().partition("\n")[0] or "no message"
@@ -147,7 +152,12 @@ class _Discovery:
     # ---- rows -------------------------------------------------------------------------------------------------------
 
     def _completed(self, matched: list[Rows]) -> dict[int, tuple[str, Tensor]]:
-        """By number of a reading, the producer and the rows of all its channels; where need be with further runs."""
+        """By number of a reading, the producer and the rows of all its channels; with further runs if necessary.
+
+        Matching, by gradients in the first run, finds channels that are a row times something. For readings that it
+        leaves open, a producer's rows are multiplied by distinct factors, and the ratio of what is read with and
+        without these tells each channel's row. A wave is one run, in which each open reading tries its next producer.
+        """
         found: dict[int, tuple[str, Tensor]] = {}
         open_: dict[int, list[str]] = {}
         for index, (reading, matches) in enumerate(zip(self.trace.readings, matched, strict=True)):
@@ -173,7 +183,10 @@ class _Discovery:
     # ---- sites ------------------------------------------------------------------------------------------------------
 
     def _grouped(self) -> list[Group]:
-        """Readings that form a site: of one weight, of equal activations, or of the same norm's output."""
+        """Readings that form a site: of one weight, of equal activations, or of the same norm's output.
+
+        Readings that share any of these keys are joined, and so are those they share others with (union-find).
+        """
         readings = self.trace.readings
         parent = list(range(len(readings)))
 
@@ -216,7 +229,8 @@ class _Discovery:
             group.producer, group.rows = next(self.rows[i] for i in group.readings if i in self.rows)
             producer = self.producers[group.producer]
             others = [self.trace.readings[i] for i in reached[group.producer] if i not in group.readings]
-            # Rows that nobody else reads may be scaled, such as the values of a fused qkv; the proof will tell which.
+            # Where the site reads every row, any other reading would be scaled too: refused. Where it reads some
+            # of them (the values of a fused qkv), the other readings may read other rows: the proof will tell.
             covered = len(group.rows.unique()) == self._sizes[group.producer]
             if not producer.parameters:
                 group.reason = f"{group.producer} has no parameters that a scale can be folded into"
@@ -232,20 +246,20 @@ class _Discovery:
             if storage in embeddings:
                 return f"its weight is also the embedding table {embeddings[storage]} (tied)"
             if reading.name in self.trace.used:
-                return f"{reading.name} is also used in other ways than multiplying with it"
+                return f"{reading.name} is also used for something other than a product"
             if not reading.whole:
-                return "a weight reads it with a part of its columns"
+                return "a weight reads it with only some of its columns"
         return ""
 
     def _unmatched(self, group: Group) -> str:
-        """Why not every reading of a site is made of the same rows of one producer; "" if it is."""
+        """Why the readings of a site aren't all made of the same rows of one producer; "" if it is."""
         seen = [i for i in group.readings if self.trace.readings[i].rows]  # experts without tokens say nothing
         found = [self.rows[i] for i in seen if i in self.rows]
         if not seen or len(found) < len(seen):
             return self._why_unmatched(seen or group.readings)
         makers = list(dict.fromkeys(name for name, _ in found))
         if len(makers) > 1:
-            return f"different calls read what different modules made: {', '.join(makers)}"
+            return f"different calls read the outputs of different modules: {', '.join(makers)}"
         if any(not torch.equal(rows, found[0][1]) for _, rows in found):
             return "different calls read different channels"
         return ""
@@ -253,11 +267,11 @@ class _Discovery:
     def _why_unmatched(self, indices: list[int]) -> str:
         makers = list(dict.fromkeys(leaf.producer for i in indices for leaf in self.trace.readings[i].leaves))
         if not makers:
-            return "it is made of the model's inputs, not by a weight or a norm"
+            return "it comes from the model's inputs, not from a weight or a norm"
         if all(self.producers[m].kind == "embedding" for m in makers):
             return f"it is looked up in {', '.join(makers)}"
         if len(makers) > 2:
-            return "it is made of the outputs of several weights and norms together"
+            return "it combines the outputs of several weights and norms"
         return f"no rows of {', '.join(makers)} multiply its channels (not linear in them)"
 
     def _override(self) -> list[tuple[str, Group]]:
@@ -305,7 +319,12 @@ class _Discovery:
         return self.trace.readings[group.readings[0]].name
 
     def _prove(self) -> None:
-        """Scale all candidates at once; look into those that share a reading with a failure one at a time."""
+        """Scale all candidates at once; look into those that share a reading with a failure one at a time.
+
+        If nothing fails, all are proved by one run. Otherwise those that touch no failed reading are proved, and of
+        the rest as many as touch no common reading are tried in one run: a failure there has one culprit, which is
+        refused. What is left goes round again.
+        """
         candidates = [(seed, group) for seed, group in enumerate(self.groups) if group.producer and not group.reason]
         while candidates:
             failed = self._failed(candidates)
@@ -325,7 +344,7 @@ class _Discovery:
                 if broken:
                     reading = self.trace.readings[broken[0]]
                     group.reason = f"scaling rows of {group.producer} changes {_described(reading.kind, reading.name)}"
-            # What was proved alone stays; a round without a refusal would repeat itself.
+            # What was proved here isn't tried again: a round without a refusal would repeat itself forever.
             proved = {id(group) for _, group in independent if not group.reason}
             candidates = [c for c in suspects if not c[1].reason and id(c[1]) not in proved]
 
@@ -362,7 +381,7 @@ class _Discovery:
         roles = Roles(self.model, self.trace, blocks)
         sites = roles.complete([self._site(group, roles) for group in self.groups])
         fused_groups, mixtures = roles.used(sites)
-        notes = [] if blocks else ["no chain of repeated blocks was found: the model is treated as a whole"]
+        notes = [] if blocks else ["no chain of repeated blocks was found: the model is processed as a whole"]
         found = find_stream(self.model, self.reference, self.probe, sites, blocks)
         if found.note:
             notes.append(found.note)
@@ -421,4 +440,4 @@ class _Discovery:
 
 
 def _described(kind: str, name: str) -> str:
-    return {"weight": name, "norm": f"{name} without a weight between", "output": f"the model's {name}"}[kind]
+    return {"weight": name, "norm": f"{name} with no weight in between", "output": f"the model's {name}"}[kind]

@@ -45,7 +45,7 @@ class Matcher:
         if reading.kind != "weight":
             self.rows.append({})
             return
-        # Fused experts are all alike, as the proof will tell: two of them are enough to look at.
+        # All fused experts behave alike, which the proof confirms: looking at two of them is enough.
         known = self._known.setdefault((reading.name, frozenset(leaf.producer for leaf in reading.leaves)), [])
         if len(known) < 2:
             known.append(self._match(reading))
@@ -148,7 +148,7 @@ class Group:
         producer: the one producer of all channels, or None.
         rows: the row of each channel.
         reason: why it can't be folded; "" while it may.
-        bound: whether the reason lies in the weights that read it, so that no fold would do.
+        bound: whether the weights that read it are the reason, so that no fold at all is possible.
     """
 
     readings: list[int]

@@ -48,7 +48,7 @@ def may_scale(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def describe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Scaling | None:
-    """Try `module` out on tensors like ``args[0]``; None if it is no norm and has no weight that multiplies.
+    """Try `module` out on tensors like ``args[0]``; None if it is neither a norm nor multiplies by a weight.
 
     The module itself isn't called: a copy with random parameters is.
     """

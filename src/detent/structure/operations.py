@@ -57,7 +57,7 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def mixed(func: Any, args: Any, kwargs: Any) -> Any:
-    """Call an operation; where it refuses float64 beside the model's own dtype, with everything in float64."""
+    """Call an operation; where it refuses float64 mixed with the model's own dtype, with everything in float64."""
     try:
         return func(*args, **kwargs)
     except RuntimeError:

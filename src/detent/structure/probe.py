@@ -2,7 +2,7 @@
 
 Every operation with a weight matrix (linear, convolution, embedding lookup, fused experts) is *cut*: its input is
 noted, and instead of its product random numbers of the product's shape go on. Norms, and modules that multiply by a
-vector, are cut too. So between two cuts lie only activation functions, attention, gates and sums, and
+vector, are cut too. So between two cuts there are only activation functions, attention, gates and sums, and
 
 * a run costs no matrix products and works on the meta device, whatever the size of the model;
 * what a cut's input depends on is exactly the few *leaves* (outputs of cuts) that autograd's graph leads to;
@@ -105,7 +105,7 @@ class Probe(TorchFunctionMode):
         return mixed(func, args, kwargs)
 
     def _cut(self, func: Any, name: str, args: Any, kwargs: Any) -> Tensor | None:
-        """What stands for the result of an operation with a weight; None for any other operation."""
+        """The result put in place of an operation with a weight; None for any other operation."""
         if name in CASTS and (weight := self._weights.find(args[0], self._current)) is not None:
             dtypes = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.dtype)]
             cast = args[0].to(dtypes[0]) if args[0].is_meta and dtypes else func(*args, **kwargs)
@@ -129,7 +129,7 @@ class Probe(TorchFunctionMode):
         name = self._weights.find(weight, self._current)
         if name is None and "matmul" in func.__name__:
             name = self._weights.find(x, self._current)
-            if name is not None:  # W @ x: the channels of x and of the product lie along the axis before the last
+            if name is not None:  # W @ x: channels of x and of the product are on the last axis but one
                 weight, x, columns, rows, axis = x, weight, -1, -2, -2
         computed = name is None and self._current in self._weights.computing and getattr(weight, "ndim", 0) >= 2
         if not isinstance(x, Tensor) or (name is None and not computed):
@@ -166,7 +166,7 @@ class Probe(TorchFunctionMode):
         return Producer("rows", module, (attribute, *([bias] if bias else [])), axis)
 
     def _absorbs(self, a: Any, b: Any) -> bool:
-        """Whether `a` is fresh from a cut, and `b` the bias that its module adds: a part of what the cut stands for."""
+        """Whether `a` comes straight from a cut and `b` is the bias that its module adds: a part of the cut."""
         if not isinstance(a, Tensor) or not isinstance(b, Tensor) or type(a.grad_fn).__name__ != "CloneBackward0":
             return False
         variable = getattr(a.grad_fn.next_functions[0][0], "variable", None)  # type: ignore[union-attr]
@@ -191,13 +191,25 @@ class Probe(TorchFunctionMode):
         return self._leaf(name, "embedding", torch.Size((*ids.shape, table.shape[1])), -1, ids.device)
 
     def _note(self, name: str, args: Any, kwargs: Any) -> None:
-        """Remember which leaves make keys and values, and which choose among experts."""
+        """Remember which leaves make keys and values, and which choose among experts.
+
+        PyTorch's own attention names its key and value. Attention spelled out is recognised by three operations in
+        a row, since none of its products has a weight::
+
+            q @ k^T        a product of two activations: kept in `_product`
+            softmax        of something made of both its factors alone, scaled and masked: k is a key, and `_scores`
+                           are the weights that the softmax is made of
+            scores @ v     the first product whose left factor is made of all of `_scores`: v is a value
+
+        Experts are chosen by a top-k, sort or maximum of a weight's output.
+        """
         if name == "scaled_dot_product_attention":
             tensors = (*args, *(kwargs[k] for k in ("query", "key", "value") if k in kwargs))
             self.trace.keys.update(dict.fromkeys(self._makers(tensors[1])))
             self.trace.values.update(dict.fromkeys(self._makers(tensors[2])))
         elif name in PRODUCTS and len(operands := operands_of(args, kwargs)) > (second := PRODUCTS[name][0]):
             a, b = operands[second - 1 : second + 1]
+            # Products of other things may come in between; a rotation of keys, for instance.
             if self._scores is not None and self._scores <= {leaf.producer for leaf in self.leaves_of(a)}:
                 self.trace.values.update(dict.fromkeys(self._makers(b)))
                 self._scores, self._product = None, None
@@ -336,7 +348,7 @@ class Probe(TorchFunctionMode):
                     module.forward = before
 
     def _realised(self, value: Any) -> Any:
-        """Tensors without memory (of a model on the meta device) as tensors with some numbers in them."""
+        """Tensors on the meta device as tensors that hold some numbers."""
         if isinstance(value, (list, tuple)):
             return type(value)(self._realised(v) for v in value)
         if not isinstance(value, Tensor) or not value.is_meta:

@@ -38,7 +38,7 @@ class Roles:
         self.gates = tuple(n for n, size in rows.items() if size == 1 and self.block_of(n) and n not in trace.choosers)
 
     def block_of(self, name: str) -> str | None:
-        """The block that a name lies in."""
+        """The block that a name belongs to."""
         return next((block for block in self._blocks if name.startswith(f"{block}.")), None)
 
     # ---- routers and experts ----------------------------------------------------------------------------------------
@@ -122,23 +122,23 @@ class Roles:
                 if name not in self.routers and name not in self.gates:
                     parents.setdefault(name.rpartition(".")[0], []).append(name)
             for names in parents.values():
-                together = [
+                joined = [
                     n for n in names if any(reached.get(n, set()) & reached.get(m, set()) for m in names if m != n)
                 ]
-                if len(together) > 1:
-                    groups.append(tuple(together))
+                if len(joined) > 1:
+                    groups.append(tuple(joined))
         attention = {*self._trace.keys, *self._trace.values}
         attention |= {name for group in groups for name in group if attention & set(group)}
         mixtures = []
         for mixture in self.mixtures:
-            beside = [
+            neighbours = [
                 name
                 for site in sites
                 if mixture.router in site.weights or set(mixture.weights) & set(site.weights)
                 for name in site.weights
                 if name not in site.routed and name not in (*self.routers, *self.gates, *attention)
             ]
-            shared = dict.fromkeys(n for name in beside for n in (name, *sorted(reached.get(name, ()))))
+            shared = dict.fromkeys(n for name in neighbours for n in (name, *sorted(reached.get(name, ()))))
             mixtures.append(replace(mixture, shared=tuple(n for n in shared if n not in mixture.weights)))
         return tuple(groups), tuple(mixtures)
 

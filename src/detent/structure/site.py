@@ -33,7 +33,7 @@ class Fold:
             fused matrices (qkv, gate_up) are given so, and grouped-query attention, where several site channels share
             one row: then the scale has to be the same for them (`tie_scale`).
         proved: the probe's function did not change under a random scale. Only proved folds are in `Site.fold`.
-        axis: axis of the first parameter along which its rows lie: 0 for `nn.Linear`, 1 for GPT-2's ``Conv1D``; counted
+        axis: axis of the first parameter that counts its rows: 0 for `nn.Linear`, 1 for GPT-2's ``Conv1D``; counted
             from the end (-2 or -1) for fused experts [experts, ., .]. Biases have their rows along the last axis.
     """
 
@@ -53,11 +53,11 @@ class Site:
         name: the first weight's name.
         weights: names of the weights, in call order. All of their columns have to be scaled when the fold is used:
             where a router and experts read the same normalised tokens they are one site.
-        block: name of the block it lies in; None outside the blocks.
+        block: name of the block that it is in; None outside the blocks.
         width: number of channels.
-        fold: where its scale can go; None if nowhere.
+        fold: where its scale can go; None if there is no such place.
         reason: why there is no fold; "" if there is.
-        column_axes: for each weight the axis of its parameter along which the site's channels lie: 1 for `nn.Linear`
+        column_axes: for each weight the axis of its parameter that counts the site's channels: 1 for `nn.Linear`
             and convolutions, 0 for GPT-2's ``Conv1D``, counted from the end for fused experts.
         routed: those of `weights` that see only the tokens that a router sends them.
         router: whether one of the weights is a router.
@@ -151,7 +151,7 @@ class Mixture:
         module: name of the module that holds the experts.
         router: name of the weight whose output chooses among them; None if none was found.
         count: number of experts.
-        kind: how they lie: "stacked" in tensors [experts, ., .], "joined" one after the other in matrices
+        kind: how they are stored: "stacked" in tensors [experts, ., .], "joined" one after the other in matrices
             [experts * n, .], or "list" where each is a module. In both kinds of tensors experts are parts along axis 0.
         weights: names of all of their weights.
         members: the experts' modules; () unless kind is "list".
@@ -179,14 +179,14 @@ class Structure:
         keys, values: names of the weights that make attention's keys and values; a fused qkv is in both.
         stream: the residual stream; None where there is none or more than one (encoder-decoder).
         unread: names of modules with weight matrices that the probe never reached.
-        taken: names of weights that another module than their own multiplies with, without calling the latter.
+        taken: names of weights that a module other than their own multiplies with, without calling their own.
         notes: what a user should know: why no blocks were found, and the like.
         chains: the blocks by chain, in the order in which they run: each reads what the one before it gave, all of one
             shape. An encoder and a decoder are two chains.
         gates: names of weights in blocks with one row, whose output multiplies all channels of others, such as what a
             shared expert makes. They choose nothing, but every channel depends on each of their few weights.
         mixtures: the mixtures of experts.
-        fused_groups: weights that engines join into one matrix: they lie in one module, read the same activation, and
+        fused_groups: weights that engines join into one matrix: they are in one module, read the same activation, and
             their outputs meet (query, key and value; gate and up). They have to have the same format, and where a scale
             covers a matrix the same scale. All weights of a `Mixture` have to have the same format too.
     """
@@ -207,7 +207,7 @@ class Structure:
     taken: tuple[str, ...] = ()
 
     def block_of(self, name: str) -> str | None:
-        """The block that a module or weight lies in, or is; None outside the blocks."""
+        """The block that a module or weight is in, or is itself; None outside the blocks."""
         parts = name.split(".")
         blocks = set(self.blocks)
         return next((p for i in range(len(parts), 0, -1) if (p := ".".join(parts[:i])) in blocks), None)
@@ -217,7 +217,7 @@ class Structure:
         return next((m for m in self.mixtures if name in m.weights), None)
 
     def expert_of(self, name: str) -> str | None:
-        """The expert that a module or weight lies in: its module, or that of all experts where they are tensors."""
+        """The expert that a module or weight belongs to: its module, or that of all experts where they are tensors."""
         for mixture in self.mixtures:
             inside = (m for m in mixture.members if name == m or name.startswith(f"{m}."))
             found = next(inside, mixture.module if name in mixture.weights or name == mixture.module else None)

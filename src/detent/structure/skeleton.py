@@ -1,4 +1,4 @@
-"""The chains of repeated blocks, and a run of a model in which two blocks of each kind stand for all of them.
+"""The chains of repeated blocks, and a run of a model in which two blocks of each kind represent all of them.
 
 A *chain* is a run of modules in a list, each called once, each reading what the one before it gave, all of one shape.
 Blocks of one *kind* have the same classes, attributes and shapes of parameters (numbers that differ in every block,
@@ -27,10 +27,10 @@ _SIMPLE = (bool, int, float, str, type(None), torch.dtype)
 
 
 class Skeleton:
-    """Watches the runs of a model for chains and leaves out what is alike; `watching` has to be active during them.
+    """Watches the runs of a model for chains and leaves out blocks of one kind; `watching` is active during them.
 
     Attributes:
-        skipped: by block that was left out, the block that stands for it.
+        skipped: by block that was left out, the block that represents it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -57,7 +57,7 @@ class Skeleton:
         self._shown: dict[Any, tuple[Any, Any]] = {}  # by kind, how its first block was called and what it returned
 
     def keep(self, blocks: Iterable[str] | None = None) -> None:
-        """From now on run all members of the lists that `blocks` lie in (of every list, for None)."""
+        """From now on run all members of the lists that hold `blocks` (of every list, for None)."""
         names = None if blocks is None else set(blocks)
         self._whole |= {key for key, members in self._lists.items() if names is None or not names.isdisjoint(members)}
 
@@ -76,7 +76,7 @@ class Skeleton:
         return sorted(found, key=lambda chain: self._order.index(chain[0]))
 
     def confirmed(self) -> bool:
-        """Whether a run showed all that it should: what was left out lies in chains, and every list was watched.
+        """Whether a run showed all that it should: what was left out is in chains, and every list was watched.
 
         If not, the lists concerned are run whole from now on.
         """
@@ -85,7 +85,7 @@ class Skeleton:
         return not strangers and self._watched == set(self._to_watch())
 
     def _to_watch(self) -> list[str]:
-        """The lists that don't lie in blocks which may be left out."""
+        """The lists that aren't inside blocks which may be left out."""
         found: list[str] = []
         covered: list[str] = []
         for key, members in self._lists.items():
@@ -134,8 +134,8 @@ class Skeleton:
     def _stand_in(self, members: list[str], name: str) -> str | None:
         """The last member of the same kind, if `name` is neither that nor the first."""
         kind = self._kinds.get(name)
-        alike = [m for m in members if self._kinds.get(m) == kind]
-        return alike[-1] if kind is not None and name not in (alike[0], alike[-1]) else None
+        same = [m for m in members if self._kinds.get(m) == kind]
+        return same[-1] if kind is not None and name not in (same[0], same[-1]) else None
 
     def _forward(self, key: str, name: str, before: str | None, original: Callable[..., Any]) -> Callable[..., Any]:
         kind, stand_in = self._kinds.get(name), self._stand_in(self._lists[key], name)
@@ -220,7 +220,7 @@ def _kinds(model: nn.Module, key: str, members: list[str], tied: list[list[str]]
 
 
 def _tied(model: nn.Module) -> list[list[str]]:
-    """Names of parameters that lie in one memory."""
+    """Names of parameters that share memory."""
     places: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places.setdefault(memory(parameter), []).append(name)

@@ -112,7 +112,7 @@ def _weight(model: nn.Module, name: str) -> Any:
 
 
 def _unfit(trace: Trace, width: int, terms: set[str], members: list[Reading]) -> str:
-    """Why the parts can't be rotated, whatever the probe says; "" if nothing speaks against it."""
+    """Why the parts can't be rotated, whatever the probe says; "" if there is no reason."""
     for name, producer in trace.producers.items():
         if name in terms and producer.kind == "norm":
             return f"{name} multiplies what is added to the stream by a weight per channel"
@@ -121,12 +121,12 @@ def _unfit(trace: Trace, width: int, terms: set[str], members: list[Reading]) ->
             return f"{reading.name} reads {reading.sums.shape[1]} channels, not {width}"
         scaling = trace.producers[reading.name].scaling
         if scaling is not None and not (scaling.rotates or scaling.centres):
-            return f"{reading.name} is no RMS or layer norm over the stream's channels"
+            return f"{reading.name} is not an RMS or layer norm over the stream's channels"
     return ""
 
 
 def _moved(trace: Trace, probe: Callable[[Change], Trace], width: int, terms: set[str], members: list[Reading]) -> str:
-    """What doesn't turn along when the stream is rotated; "" if everything does."""
+    """What doesn't rotate with the stream; "" if everything does."""
     mirror = householder(width)
 
     def turn(value: Tensor, axis: int) -> Tensor:
@@ -141,10 +141,10 @@ def _moved(trace: Trace, probe: Callable[[Change], Trace], width: int, terms: se
         if of_stream and old.kind == "output":
             return f"the stream, or a norm of it, is the model's {old.name}"
         if of_stream and old.sums.shape[1] != width:
-            return f"{old.name} reads it together with something else"
+            return f"{old.name} reads it joined with something else"
         expected = reflect(old.sums, mirror) if of_stream else old.sums
         if not bool((new.sums - expected).abs().max() <= TOLERANCE * expected.abs().max()):
-            return f"{old.name} reads more than a sum of its parts"
+            return f"{old.name} reads something other than the sum of the stream's parts"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""What one run under a probe leaves behind: the readings of cuts, in order, and what is known of their makers."""
+"""What one run under a probe recorded: the readings of cuts, in order, and what is known of their producers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Reading:
 
     Attributes:
         name: of the weight or the norm; of the output.
-        axis: of the weight's parameter along which its columns lie.
+        axis: of the weight's parameter that counts its columns.
         tensor: the input with channels last, [rows, channels], part of autograd's graph; None once it was looked at.
         leaves: what it depends on.
         sums: its rows under random weights, float64 [COMBINATIONS, channels]: what it is remembered by.
@@ -68,11 +68,11 @@ class Trace:
         producers: by name.
         keys, values: the weights that make attention's keys and values.
         choosers: by weight whose output is ranked, its number of rows.
-        fused: by weight that is used in equal parts, one of them at a time, the number of parts; and whether they lie
-            one after the other in a matrix [parts * n, .] rather than in [parts, ., .].
+        fused: by weight that is used in equal parts, one of them at a time, the number of parts; and whether they are
+            stored one after the other in a matrix [parts * n, .] rather than in [parts, ., .].
         embeddings: the tables in which something was looked up.
-        used: weights that had to do with anything but a product.
-        taken: weights that another module than their own multiplied with.
+        used: weights that took part in anything but a product.
+        taken: weights that a module other than their own multiplied with.
     """
 
     readings: list[Reading] = field(default_factory=list)

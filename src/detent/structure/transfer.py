@@ -20,7 +20,7 @@ class Transfer:
 
     Args:
         chains: all blocks, chain by chain in the order in which they run.
-        skipped: by block that was left out, the block that stands for it.
+        skipped: by block that was left out, the block that represents it.
     """
 
     def __init__(self, chains: Sequence[Sequence[str]], skipped: dict[str, str]) -> None:
@@ -37,14 +37,14 @@ class Transfer:
     def alike(self, structure: Structure, first: str, last: str) -> bool:
         """Whether two blocks were found to have the same sites, folds and roles, their names aside."""
 
-        def told(block: str) -> Any:
+        def renamed(block: str) -> Any:
             names = {block: "{block}", **dict(zip(self._around[block], ("{before}", "{after}"), strict=True))}
             sites = [replace(s, reason="") for s in structure.sites if s.block == block and not self._spans(s)]
             across = [w for s in structure.sites if self._spans(s) for w in s.weights if self.block(w) == block]
             roles = [[x for x in getattr(structure, role) if self.block(x) == block] for role in _ROLES]
             return self._renamed([sites, across, roles], names)
 
-        return bool(told(first) == told(last))
+        return bool(renamed(first) == renamed(last))
 
     def completed(self, structure: Structure) -> Structure:
         """The structure of all blocks."""
@@ -58,14 +58,14 @@ class Transfer:
         return replace(structure, stream=stream, **lists)
 
     def block(self, value: Any) -> str | None:
-        """The block that a name, or what has names, lies in."""
+        """The block that a name, or what has names, belongs to."""
         while not isinstance(value, str):
             value = value[0] if isinstance(value, tuple) else getattr(value, fields(value)[0].name)
         match = self._blocks.match(value)
         return match.group() if match else None
 
     def _spans(self, value: Any) -> bool:
-        """Whether a site's weights lie in several blocks, such as all that read an encoder's output."""
+        """Whether a site's weights are in several blocks, such as all that read an encoder's output."""
         return isinstance(value, Site) and len({self.block(name) for name in value.weights}) > 1
 
     def _widened(self, site: Site) -> Site:
@@ -104,7 +104,7 @@ class Transfer:
         return tuple(result)
 
     def _moved(self, value: T, block: str, to: str) -> T:
-        """What is known of one block, told of another; the blocks before and after it are those of the whole model."""
+        """What is known of one block under another's names, whose neighbours are those in the whole model."""
         place = self._place[to]
         around = self._order[place - 1] if place else "", self._order[place + 1] if place + 1 < len(self._order) else ""
         result: T = self._renamed(value, {**dict(zip(self._around[block], around, strict=True)), block: to})

@@ -19,12 +19,12 @@ def memory(tensor: Tensor) -> int:
 
 
 class DrawnWeights:
-    """A model's parameters by the memory they lie in, and its weight matrices by name.
+    """A model's parameters by the memory they share, and its weight matrices by name.
 
     Attributes:
         parameters: the matrices by name (a module's, or a parameter's: see `detent.structure.site`).
         owners, attributes: the module and the attribute that hold each.
-        computing: names of modules whose weight may be computed anew for each call (quantized, packed, parametrized).
+        computing: names of modules whose weight may be recomputed for every call (quantized, packed, parametrized).
     """
 
     def __init__(self, model: nn.Module) -> None:
