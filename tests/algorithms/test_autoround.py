@@ -100,7 +100,7 @@ def test_keeps_plain_rounding_when_nothing_is_better() -> None:
 
 def test_refuses_what_it_cannot_serve() -> None:
     weight = torch.randn(4, 16)
-    with pytest.raises(DetentError, match="autoround: .*chooses codes together"):
+    with pytest.raises(DetentError, match="autoround: .*chooses codes jointly"):
         OffsetWeight(weight, micro_exponent(4), own_scales(weight, micro_exponent(4)))
     with pytest.raises(DetentError, match="no weight to train"):
         autoround(lambda _: torch.zeros(()), [0], [])

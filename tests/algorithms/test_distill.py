@@ -178,7 +178,7 @@ def test_divergence_is_the_textbook_one() -> None:
 
 def test_refuses_what_it_cannot_serve() -> None:
     weight = weight_of(width=32)
-    with pytest.raises(DetentError, match="learned rounding: .*chooses codes together"):
+    with pytest.raises(DetentError, match="learned rounding: .*chooses codes jointly"):
         LearnedWeight(weight, micro_exponent(4), own_scales(weight, micro_exponent(4)))
     learned = LearnedWeight(weight, nvfp4(), own_scales(weight, nvfp4()))
     with pytest.raises(DetentError, match="no weight to train"):

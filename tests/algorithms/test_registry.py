@@ -96,7 +96,7 @@ CONV = (8, 4, 3, 3)
         ("max", LayerFacts(MICRO), None),
         ("mse", LayerFacts(MICRO), None),
         ("gptq", LayerFacts(None, INT8), None),
-        ("gptq", LayerFacts(MICRO), "chooses codes together"),
+        ("gptq", LayerFacts(MICRO), "chooses codes jointly"),
         ("awq_lite", LayerFacts(MICRO), None),
         ("gptq", LayerFacts(GROUPS, None, "Conv2d", CONV), "convolution's scales have to be per tensor or per channel"),
         ("autoround", LayerFacts(GROUPS, twice=True), "quantized twice"),

@@ -13,7 +13,7 @@ import detent
 from detent.algorithms import awq
 from detent.algorithms.awq import Clipping, awq_scale
 from detent.algorithms.gptq import Job, factorise, gptq
-from detent.algorithms.objective import output_error, plainly_rounded, requantize
+from detent.algorithms.objective import output_error, requantize, rounded_to_nearest
 from detent.algorithms.scale_search import weighing_of, weighted_range
 from detent.algorithms.smoothquant import smoothquant_scale
 from detent.errors import DetentError
@@ -128,7 +128,7 @@ def test_gptq_stays_on_the_grid_and_never_loses_to_plain_rounding(fmt: Format) -
     ours = ((x.double() @ (result.weight - w).double().T) ** 2).sum(0)
     assert bool((ours <= plain * (1 + 1e-4) + 1e-9).all())
     assert float(ours.sum()) < float(plain.sum())
-    quick = plainly_rounded(w, fmt, q.scales)
+    quick = rounded_to_nearest(w, fmt, q.scales)
     assert result.before == pytest.approx(float(((x.double() @ (quick - w).double().T) ** 2).sum()), rel=1e-4)
     assert result.after == pytest.approx(float(ours.sum()), rel=1e-3)
 
@@ -137,7 +137,7 @@ def test_gptq_stays_on_the_grid_and_never_loses_to_plain_rounding(fmt: Format) -
 def test_quick_rounding_differs_from_the_definition_between_two_codes_only(fmt: Format) -> None:
     w = torch.cat([weight(), 40 * weight(), torch.round(100 * weight()) / 64])
     scales = encode(w, fmt).scales
-    quick, exact = plainly_rounded(w, fmt, scales), requantize(w, fmt, scales)
+    quick, exact = rounded_to_nearest(w, fmt, scales), requantize(w, fmt, scales)
     assert torch.equal(requantize(quick, fmt, scales), quick)
     torch.testing.assert_close((quick - w).abs().double(), (exact - w).abs().double(), rtol=1e-5, atol=1e-6)
     assert float((quick != exact).double().mean()) < 0.1
@@ -147,7 +147,7 @@ def test_gptq_with_uncorrelated_inputs_is_plain_rounding() -> None:
     w, fmt = weight(), integer(4, per_group(16))
     q = encode(w, fmt)
     (result,) = gptq([Job(w, fmt, q.scales)], factorise(torch.eye(48)))
-    assert torch.equal(result.weight, plainly_rounded(w, fmt, q.scales))
+    assert torch.equal(result.weight, rounded_to_nearest(w, fmt, q.scales))
 
 
 def test_gptq_refuses_what_it_cannot_serve() -> None:

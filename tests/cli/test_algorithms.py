@@ -74,7 +74,7 @@ def test_rotations_reload_as_they_were_simulated(before: tuple[str, ...], place:
         (("--quant_algo", "gpqt"), "did you mean 'gptq'"),
         (("--quant_algo_config_file_path", "x.json"), "name the algorithm with --quant_algo"),
         (("--quant_algo", "gptq", "--quant_algo_config_file_path", "nowhere.json"), "there is no file nowhere.json"),
-        (("--quant_algo", "gptq", "--quant_scheme", "w_mx6"), "chooses codes together"),
+        (("--quant_algo", "gptq", "--quant_scheme", "w_mx6"), "chooses codes jointly"),
         (("--skip_quantization", "--quant_algo", "awq"), "has no effect"),
     ],
 )  # fmt: skip

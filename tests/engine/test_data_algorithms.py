@@ -234,7 +234,7 @@ class Tangled(nn.Module):
 def test_blocks_that_do_not_follow_each_other_are_recognised() -> None:
     chain = record_chain(Tangled(), ["layers.0", "layers.1", "layers.2"], lambda m: m(torch.ones(2, 16)))
     assert isinstance(chain, NoChain)
-    assert "not what left the block before" in chain.reason
+    assert "not the output of the block before" in chain.reason
 
 
 def test_generation_with_a_cache_is_recognised() -> None:
@@ -482,7 +482,7 @@ def never(_: nn.Module) -> None:
 @pytest.mark.parametrize("algorithm", ["gptq", "awq_clip", "awq_full", "local_hessian", "autoround", "best", "distill"])
 def test_a_format_that_cannot_be_served_is_refused_before_the_loop_runs(algorithm: str) -> None:
     micro = {"*weight_quantizer": {"format": detent.parse_scheme("w_mx6").weight}, "*lm_head*": {"enable": False}}
-    with pytest.raises(DetentError, match=r": model.layers.0.self_attn.q_proj: .* chooses codes together.*\(14 layers"):
+    with pytest.raises(DetentError, match=r": model.layers.0.self_attn.q_proj: .* chooses codes jointly.*\(14 layers"):
         quantized(algorithm, micro, feed=never)
 
 

@@ -1,4 +1,4 @@
-"""`rotate_model`: the function stays, quantization gets better, and what can't be rotated is refused or taken back."""
+"""`rotate_model`: the function stays, quantization gets better, and what can't be rotated is refused or undone."""
 
 from __future__ import annotations
 
@@ -315,7 +315,7 @@ def test_rotations_that_make_rounding_worse_are_taken_back() -> None:
         detent.disable_quantizer(model, "*input_quantizer")
     before = snapshot(model)
     report = rotate_model(model, find_structure(model))
-    assert "taken back, since it raised the error" in report.notice
+    assert "undone, since it raised the error" in report.notice
     assert all(part.where == () for part in report.parts)
     assert report.changed == ()
     assert_same(model, before)

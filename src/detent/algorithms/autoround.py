@@ -90,7 +90,7 @@ class OffsetWeight(GridWeight):
 
     @torch.no_grad()
     def settle(self) -> None:
-        """After an update: bring offsets and factors back to where they belong."""
+        """After an update: clamp offsets and factors to their ranges."""
         self.offset.clamp_(-0.5, 0.5)
         for factor in (self.low, self.high):
             if factor is not None:

@@ -3,7 +3,7 @@
 A scale s per input channel divides the activation and multiplies the weight's columns; the product is unchanged until
 both are rounded. Eq. 4, 5: ``s = mean|x|^alpha / w_mean^beta``, normalised so that ``max(s) * min(s) = 1``; searched on
 ``tr((W - Q(W s) / s) G (W - Q(W s) / s)^T)``, over all weights that read the activation: first on a grid with
-beta = 1 - alpha and with beta = 0, then between the neighbours of the best. The plain weight wins ties.
+beta = 1 - alpha and with beta = 0, then between the neighbours of the best. No scale wins ties.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from detent.algorithms.channel_scales import LEAST, MOST, ScaleChoice, leave_alone, take_scale
 from detent.algorithms.max import weight_range
-from detent.algorithms.objective import error_measure, plainly_rounded, rounded_under
+from detent.algorithms.objective import error_measure, rounded_to_nearest, rounded_under
 from detent.algorithms.registry import Handler, LayerFacts, codes_together, register, scale_after_branch
 from detent.algorithms.scale_search import (
     RangeChoice,
@@ -68,7 +68,7 @@ def awq_scale(
         weights: float [out, in] of every layer that reads the site.
         formats: their formats.
         alpha_step: distance of the exponents tried in [0, 1].
-        refine: try also what lies between the best grid point and its neighbours.
+        refine: also try values between the best grid point and its neighbours.
         clip: how each tile is clipped afterwards: the best scales, and none at all, are then compared as they are after
             clipping, and the objectives are those of clipped weights.
         tie: makes a scale usable.
@@ -117,7 +117,7 @@ def awq_scale(
         for weight, fmt in zip(some, formats, strict=True):
             wide = weight.detach().float() * scale
             choice = clip.search(wide, fmt, divided_weighing(weighings[fmt], scale))
-            clipped = plainly_rounded(wide, fmt, choice.scales(fmt, wide.abs().amax()))
+            clipped = rounded_to_nearest(wide, fmt, choice.scales(fmt, wide.abs().amax()))
             differences.append(clipped.sub_(wide).div_(scale))
         return _share(weights, some) * quick(torch.cat(differences))
 
@@ -130,7 +130,7 @@ def awq_scale(
 
 
 def _some_rows(weights: Sequence[Tensor], formats: Sequence[Format], elements: int) -> list[Tensor]:
-    """Rows of all weights together, evenly spread, of about `elements` elements; all where rows share scales."""
+    """Evenly spread rows of all weights, of about `elements` elements; all where rows share scales."""
     most = max(_LEAST_ROWS, elements // weights[0].shape[1])
     step = max(1, sum(weight.shape[0] for weight in weights) // most)
     apart = all(fmt.granularity.lengths(tuple(w.shape))[0] == 1 for w, fmt in zip(weights, formats, strict=True))
@@ -138,7 +138,7 @@ def _some_rows(weights: Sequence[Tensor], formats: Sequence[Format], elements: i
 
 
 def _share(weights: Sequence[Tensor], some: Sequence[Tensor]) -> float:
-    """How many rows each of some rows stands for."""
+    """How many rows each of the chosen rows represents."""
     return sum(map(len, weights)) / max(1, sum(map(len, some)))
 
 

@@ -31,7 +31,7 @@ class BlockWork:
         ledger: what was done to them before.
         objective: of a portion, the mean squared error of the block's outputs: a scalar that is differentiable with
             respect to what the layers compute with.
-        portions: of the calibration data: as many sequences each as the configuration's ``batch_size`` says.
+        portions: of the calibration data: ``batch_size`` sequences each, from the configuration.
     """
 
     layers: Sequence[Layer]

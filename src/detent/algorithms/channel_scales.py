@@ -43,7 +43,7 @@ def take_scale(
             energy = energy_of(layer.matrix(), measure)
         outcome = Outcome(
             name,
-            objective + (f", {share} layers together" if share > 1 else ""),
+            objective + (f", {share} layers sharing it" if share > 1 else ""),
             choice.before,
             choice.after,
             energy,

@@ -8,7 +8,7 @@ diagonal) costs nothing, so its weights are rounded to nearest.
 In that order ``G + damping = U D U^T`` with U unit upper triangular and D diagonal, so that the objective of a row's
 error d = w - w^ is ``sum_k D_k (d_k + sum_{l<k} U_lk d_l)^2``: column k is rounded to what is nearest to
 ``w_k + sum_{l<k} U_lk d_l``. That is GPTQ's result without inverting G (it is Babai's nearest plane, arXiv 2507.18553),
-and the sum is the objective that was reached. What earlier columns add to later ones is brought along in halves: those
+and the sum is the objective that was reached. What earlier columns add to later ones is added in halves: those
 of the first half of the columns to the second in one matrix product, and so on within either half.
 
 If the result has a larger objective than round-to-nearest (RTN) under the same scales, row by row, that row keeps RTN.
@@ -29,7 +29,7 @@ from detent.algorithms.objective import (
     energy_of,
     nearest_values,
     output_error,
-    plainly_rounded,
+    rounded_to_nearest,
     rows_error,
     units_of,
 )
@@ -50,7 +50,7 @@ _FEW = 16
 #: Rows whose objective is nearer to that of round-to-nearest than this share of it are compared in exact
 #: products.
 _CLOSE = 0.02
-#: Elements rounded together: half a dozen copies of them are held.
+#: Elements rounded together: about six copies of them are in memory.
 _MOST_ELEMENTS = 1 << 24
 
 
@@ -59,9 +59,9 @@ class RoundedWeight:
     """A weight on its grid.
 
     Attributes:
-        weight: float32 [out, in], every value one that a code stands for: encoding it under the same scales is exact.
+        weight: float32 [out, in], every value that of a code: encoding it under the same scales is exact.
         before, after: the objective of round-to-nearest, and of `weight`.
-        energy: the objective of a weight of zeros, of which some rows may stand for all.
+        energy: the objective of a weight of zeros, estimated from some rows where there are many.
         kept_rows: rows that keep round-to-nearest, since the algorithm would have made them worse.
     """
 
@@ -129,9 +129,7 @@ def factorise(moment: Tensor, *, damping: float = 0.01, act_order: bool = True) 
                 carry = (lower / roots).T.flip(0, 1).float().contiguous()
                 return Factor(moment, order, cost, carry, share, share * mean, dead)
         share = max(share * 10, 1e-4)
-    raise DetentError(
-        "gptq: the second moment isn't positive definite under any damping; is the calibration data sane?"
-    )
+    raise DetentError("gptq: the second moment isn't positive definite under any damping; check the calibration data")
 
 
 @dataclass(frozen=True)
@@ -175,9 +173,9 @@ def gptq(jobs: Sequence[Job], factor: Factor) -> list[RoundedWeight]:
             raise DetentError(f"gptq: a weight of {shape} needs a second moment of {job.weight.shape[1]} squared")
     results: dict[int, RoundedWeight] = {}
     for fmt in {job.format for job in jobs}:
-        alike = [i for i, job in enumerate(jobs) if job.format == fmt]
-        rounded = _round_alike([jobs[i] for i in alike], factor)
-        results |= dict(zip(alike, rounded, strict=True))
+        chosen = [i for i, job in enumerate(jobs) if job.format == fmt]
+        rounded = _round_alike([jobs[i] for i in chosen], factor)
+        results |= dict(zip(chosen, rounded, strict=True))
     return [results[i] for i in range(len(jobs))]
 
 
@@ -187,9 +185,9 @@ def _round_alike(jobs: Sequence[Job], factor: Factor) -> list[RoundedWeight]:
     target = weight if all(job.target is None for job in jobs) else torch.cat([job.goal for job in jobs])
     sizes = [len(job.weight) for job in jobs]
     plain = torch.cat(
-        [plainly_rounded(part, fmt, job.scales) for part, job in zip(weight.split(sizes), jobs, strict=True)]
+        [rounded_to_nearest(part, fmt, job.scales) for part, job in zip(weight.split(sizes), jobs, strict=True)]
     )
-    units = Units.together([units_of(fmt, job.scales, (len(job.weight), len(order))) for job in jobs])
+    units = Units.stacked([units_of(fmt, job.scales, (len(job.weight), len(order))) for job in jobs])
     units = replace(units, at=units.at[order.cpu()])
     result, after = torch.empty_like(target), torch.empty(len(target), dtype=torch.float64, device=target.device)
     step, back = max(1, _MOST_ELEMENTS // len(order)), torch.argsort(order)
@@ -218,7 +216,7 @@ def _round_alike(jobs: Sequence[Job], factor: Factor) -> list[RoundedWeight]:
 
 
 class _Columns:
-    """The columns of a weight while they are rounded, transposed to [in, out] so that each lies in one piece.
+    """The columns of a weight while they are rounded, transposed to [in, out] so that each is contiguous.
 
     Attributes:
         work: what each column is rounded to, as far as it is known.
@@ -290,9 +288,9 @@ class GPTQHandler(Handler[GPTQCalibConfig]):
         damped = factor.damping > step.perc_damp
         for layer, job, result in zip(site.layers, jobs, results, strict=True):
             site.ledger.adopt(layer, result.weight, job.scales, latent=job.goal)
-            told = [f"needed damping {factor.damping:g}, not {step.perc_damp:g}"] if damped else []
+            notices = [f"needed damping {factor.damping:g}, not {step.perc_damp:g}"] if damped else []
             if result.kept_rows:
-                told.append(f"{result.kept_rows} of {len(result.weight)} rows keep round-to-nearest")
+                notices.append(f"{result.kept_rows} of {len(result.weight)} rows keep round-to-nearest")
             outcome = Outcome(
                 "gptq",
                 "tr(D G D^T)" + (" against the float model's outputs" if job.target is not None else ""),
@@ -300,7 +298,7 @@ class GPTQHandler(Handler[GPTQCalibConfig]):
                 result.after,
                 result.energy,
                 {"damping": factor.damping, "act_order": step.act_order},
-                "; ".join(told),
+                "; ".join(notices),
                 noteworthy=damped,
             )
             site.note(layer, outcome)

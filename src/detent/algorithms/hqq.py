@@ -9,8 +9,9 @@ and is the default. The objective is split with an auxiliary error e,
 
 and solved in turns: e by generalised soft thresholding, ``sign(x) max(|x| - |x|^(p-1) / beta, 0)``, then the tile's
 scale, and zero point where the format has a free one, by least squares of ``w - e`` on the values of the codes; beta
-grows by kappa at each step. The start is the best of the plain range and shrunken ones. Every step's range is measured
-by the objective itself, and the best is kept; the plain range is among them and wins ties.
+grows by kappa at each step. The start is the best of the range of round-to-nearest and
+shrunken ones. Every step's range is measured by the objective itself, and the best is kept; the range of
+round-to-nearest is among them and wins ties.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from detent.formats import FloatScale, Format
 from detent.formats.granularity import to_tiles
 from detent.formats.tiles import scale_from_range, simulate
 
-#: Shares of the plain range to start from, besides all of it.
+#: Shares of the range of round-to-nearest to start from, besides all of it.
 _SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
 #: Steps without a better range for any tile, after which no more are made.
 _PATIENCE = 3
@@ -73,7 +74,7 @@ def hqq_range(
     if not isinstance(fmt.scale, FloatScale) or fmt.base is not None:
         raise DetentError(f"hqq: {fmt} has no float scale to choose; use 'max', or a format with one")
     if not 0 < lp_norm <= 1:
-        raise DetentError(f"hqq: lp_norm lies in (0, 1], not {lp_norm}")
+        raise DetentError(f"hqq: lp_norm must be in (0, 1], not {lp_norm}")
     low, high = weight_range(weight, fmt)
     outer = None
     if fmt.scale.outer:
@@ -106,7 +107,7 @@ class _HalfQuadratic:
     iters: int
 
     def solve(self, tiles: Tensor, exists: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(low, high, objective of the plain range, objective of the result), [tiles, 1] each."""
+        """(low, high, objective of round-to-nearest, objective of the result), [tiles, 1] each."""
         before = self._objective(tiles, self._values(tiles, low, high), exists)
         best_low, best_high, least = low, high, before
         for share in _SHARES:
@@ -174,7 +175,7 @@ class HQQHandler(Handler[HQQConfig]):
     def refusal(self, step: HQQConfig, layer: LayerFacts) -> str | None:
         fmt = layer.weight
         if fmt is not None and fmt.base is not None and isinstance(fmt.scale, FloatScale) and not fmt.dynamic:
-            return f"its format {fmt} is made of the codes of another; use 'max' or 'mse'"
+            return f"its format {fmt} is built on the codes of another format; use 'max' or 'mse'"
         return None
 
     def range_of(self, step: HQQConfig, weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor] | None:

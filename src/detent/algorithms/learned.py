@@ -3,15 +3,15 @@
 Every element has a *position* on the axis of codes; what the layer computes with is the value of the code nearest to
 it, ``(nearest(position) - zero_point) * scale``. Rounding passes its gradient on unchanged (straight-through, Bengio et
 al., arXiv 1308.3432), and the scale's gradient is then the code itself: learned step size quantization (arXiv
-1902.08153) with the position as a variable of its own, so that a scale that moves does not move the codes.
+1902.08153) with the position as a separate variable, so that a scale that moves does not move the codes.
 
-Invariants: the values are always on the grid, whatever was trained, so nothing is lost when training ends; to begin
-with they are exactly the rounded weight that was handed in.
+Invariants: the values are always on the grid, whatever was trained, so nothing is lost when training ends; at
+first they are exactly the rounded weight that was passed in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class GridWeight(nn.Module):
             algorithm: for messages.
 
         Raises:
-            DetentError: the format chooses codes together (MX4, MX6, MX9, progressive).
+            DetentError: the format chooses codes jointly (MX4, MX6, MX9, progressive).
         """
         super().__init__()
         check_elementwise(fmt, algorithm)
@@ -90,7 +90,7 @@ class LearnedWeight(GridWeight):
     ) -> None:
         """
         Args:
-            weight: float [out, in], what rounding started from: positions lie as near to it as their codes allow.
+            weight: float [out, in], what rounding started from: positions are as near to it as their codes allow.
             fmt, scales: see `GridWeight`.
             rounded: float [out, in], values on the grid of `scales` to begin with, by default round-to-nearest.
             reach: how far a position may at first be from its code, in units of the element; below half a step, so that
@@ -112,7 +112,7 @@ class LearnedWeight(GridWeight):
 
     def forward(self) -> Tensor:
         scale, zero_point = self._affine()
-        tiles: Tensor = _OnGrid.apply(self.position, scale, zero_point, self._fmt.element)
+        tiles = _on_grid(self.position, scale, zero_point, self._fmt.element)
         return from_tiles(tiles, self._fmt.granularity, self._shape)
 
     def _affine(self) -> tuple[Tensor, Tensor | None]:
@@ -159,8 +159,7 @@ def _towards(code: Tensor, position: Tensor, element: Element, reach: float) -> 
 
 def nearest(position: Tensor, element: Element) -> Tensor:
     """The grid values nearest to float32 positions, float32; the gradient is passed on except beyond the range."""
-    out: Tensor = _Nearest.apply(position, element)
-    return out
+    return _nearest(position, element)
 
 
 def _round(position: Tensor, element: Element) -> Tensor:
@@ -208,6 +207,11 @@ class _OnGrid(torch.autograd.Function):
         return grad * scale, of_scale, None, None
 
 
+# `apply` has no annotations in PyTorch.
+_nearest: Callable[[Tensor, Element], Tensor] = _Nearest.apply
+_on_grid: Callable[[Tensor, Tensor, Tensor | None, Element], Tensor] = _OnGrid.apply
+
+
 class Snapshot:
     """The values of parameters at some step, and the objective there."""
 
@@ -240,4 +244,4 @@ def shuffled(count: int, steps: int, seed: int) -> list[int]:
 def check_some(weights: Any, algorithm: str) -> None:
     """Raises DetentError where there is nothing to train."""
     if not weights:
-        raise DetentError(f"{algorithm}: there is no weight to train")
+        raise DetentError(f"{algorithm}: there are no weights to train")

@@ -102,7 +102,7 @@ class BaseCalibrateModeDescriptor:
 
     @property
     def restore(self) -> RestoreEntrypoint:
-        """What is called to bring back what `convert` did. Ranges and weights are restored without it."""
+        """What is called to redo what `convert` did. Ranges and weights are restored without it."""
         return lambda model, config, metadata: model
 
     @property

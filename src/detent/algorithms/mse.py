@@ -52,7 +52,7 @@ def least_error_range(
     Args:
         weight: float tensor of any shape.
         fmt: a static format with a float scale.
-        factors: what the plain range is multiplied with, 1 being tried in any case.
+        factors: what the range of round-to-nearest is multiplied by; 1 is always tried.
         fp8_scale_sweep: try every E4M3 scale instead of `factors`; for formats with an E4M3 scale under an outer one.
         global_amax: the largest magnitude behind the outer scale, by default that of `weight`.
 
@@ -91,7 +91,7 @@ def pieces(tiles: Tensor, low: Tensor, high: Tensor) -> Iterator[tuple[slice, Te
 
 
 def e4m3_ranges(fmt: Format, high: Tensor, outer: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The (low, high) that each positive finite E4M3 scale under an outer one stands for, in the shape of `high`."""
+    """The (low, high) that each positive finite E4M3 scale under an outer one gives, in the shape of `high`."""
     for scale in E4M3.values()[1:127]:
         amax = (scale * fmt.element.maximum * outer).expand_as(high)
         yield -amax, amax

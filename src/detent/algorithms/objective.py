@@ -41,7 +41,8 @@ def rows_error(difference: Tensor, moment: Tensor, *, exact: bool = False) -> Te
     d = difference.to(torch.float32)
     with nullcontext() if exact else fast_products(d.numel() * d.shape[1]):
         product = d @ moment
-    return torch.linalg.vecdot(product, d).double().clamp_min(0.0)
+    error: Tensor = torch.linalg.vecdot(product, d)
+    return error.double().clamp_min(0.0)
 
 
 def error_measure(statistics: SiteStatistics, most: int | None = None) -> Callable[[Tensor], float]:
@@ -89,12 +90,12 @@ def check_elementwise(fmt: Format, algorithm: str) -> None:
         DetentError: micro-exponents or a base format.
     """
     if chooses_codes_together(fmt):
-        raise DetentError(f"{algorithm}: {fmt} chooses codes together, not one by one; use 'max' or 'mse'")
+        raise DetentError(f"{algorithm}: {fmt} chooses codes jointly, not one by one; use 'max' or 'mse'")
 
 
 @dataclass(frozen=True)
 class Units:
-    """What the codes of a weight [out, in] stand for, column by column.
+    """What the codes of a weight [out, in] mean, column by column.
 
     ``element.nearest(w / unit + zero_point)`` is the code of w, and ``(code - zero_point) * unit`` its value.
 
@@ -123,8 +124,8 @@ class Units:
         return Units(self.unit[:, rows], None if self.zero_point is None else self.zero_point[:, rows], self.at)
 
     @staticmethod
-    def together(many: Sequence[Units]) -> Units:
-        """Those of weights put below one another; of one format."""
+    def stacked(many: Sequence[Units]) -> Units:
+        """Those of weights of one format, stacked along their rows."""
         zeros = [units.zero_point for units in many if units.zero_point is not None]
         return Units(torch.cat([units.unit for units in many], 1), torch.cat(zeros, 1) if zeros else None, many[0].at)
 
@@ -151,7 +152,7 @@ def units_of(fmt: Format, scales: Scales, shape: tuple[int, int]) -> Units:
 def nearest_values(weight: Tensor, fmt: Format, unit: Tensor, zero_point: Tensor | None) -> Tensor:
     """The values of the codes nearest to float32 `weight`, for what `Units.of` gives; float32.
 
-    Each is exactly what its code stands for. A quotient that float32 rounds onto the middle between two codes may take
+    Each is exactly the value of its code. A quotient that float32 rounds to the midpoint between two codes may take
     either.
     """
     if not float32.supports(fmt):
@@ -171,7 +172,7 @@ def _may_vanish(fmt: Format) -> bool:
 
 
 def tile_values(tiles: Tensor, fmt: Format, scale: TileScale) -> Tensor:
-    """What the codes of float32 tiles [tiles, elements] stand for, under the scale of each."""
+    """The values nearest to float32 tiles [tiles, elements], under the scale of each tile."""
     return simulate_static(tiles, fmt, scale)[0]
 
 
@@ -182,13 +183,13 @@ def quick_tile_values(tiles: Tensor, fmt: Format, scale: TileScale) -> Tensor:
     return nearest_values(tiles, fmt, multiplier(fmt, scale).float(), scale.zero_point)
 
 
-def plainly_rounded(weight: Tensor, fmt: Format, scales: Scales) -> Tensor:
+def rounded_to_nearest(weight: Tensor, fmt: Format, scales: Scales) -> Tensor:
     """The values of the codes nearest to float32 `weight` under given scales; see `nearest_values`."""
     return rounded_under(weight, fmt, _tile_scale(fmt, scales))
 
 
 def rounded_under(weight: Tensor, fmt: Format, scale: TileScale) -> Tensor:
-    """The same under the scales of its tiles, some tiles after the others so that they stay in a core's cache."""
+    """The same under the scales of its tiles, some tiles at a time so that they stay in a core's cache."""
     tiles = to_tiles(weight, fmt.granularity)
     out = torch.empty_like(tiles)
     step = max(1, PIECE // tiles.shape[1]) if len(scale.value) == len(tiles) else len(tiles)

@@ -1,7 +1,7 @@
 """The table of algorithms: from a configuration class to its handler.
 
-A handler says what an algorithm wants to be observed, what it refuses, and how it solves one site. Each stands at the
-foot of its algorithm's file and registers itself there; the files of this package are imported at the first look-up.
+A handler says what an algorithm wants to be observed, what it refuses, and how it solves one site. Each is at the
+end of its algorithm's file and registers itself there; the files of this package are imported at the first look-up.
 So an algorithm is added with one file here, and its class in `detent.config.algorithm`.
 """
 
@@ -187,7 +187,7 @@ _handlers: dict[type[QuantizeAlgorithmConfig], Handler[Any]] = {}
 
 
 def register(config: type[QuantizeAlgorithmConfig]) -> Callable[[H], H]:
-    """Have configurations of this class, and of subclasses without a handler of their own, served by the decorated one.
+    """Serve configurations of this class, and of subclasses that have no handler, by the decorated class.
 
     Example:
         >>> from detent.algorithms.registry import Handler, forget, register
@@ -239,7 +239,7 @@ def _load() -> None:
 
 
 def whole(steps: Iterable[QuantizeAlgorithmConfig]) -> list[QuantizeAlgorithmConfig]:
-    """The steps with composed algorithms taken apart."""
+    """The steps, with composed algorithms expanded into their parts."""
     return [part for step in steps if step.method is not None for part in handler_of(step).parts(step)]
 
 
@@ -301,7 +301,7 @@ def codes_together(layer: LayerFacts) -> str | None:
     if fmt is None:
         return None
     if chooses_codes_together(fmt):
-        return f"its format {fmt} chooses codes together, not one by one; use 'max' or 'mse'"
+        return f"its format {fmt} chooses codes jointly, not one by one; use 'max' or 'mse'"
     if layer.is_convolution and fmt.granularity.kind not in ("per_tensor", "per_channel"):
         return f"its format {fmt} has groups, but a convolution's scales have to be per tensor or per channel"
     return None

@@ -121,7 +121,7 @@ def turn_reader(weight: Tensor, rotation: Rotation, axis: int = 1, gain: Tensor 
 
 
 def turn_writer(weight: Tensor, rotation: Rotation, axis: int = 0) -> Tensor:
-    """``R^T W`` of a weight whose output channels lie along `axis`; of a bias or embedding along axis -1."""
+    """``R^T W`` of a weight whose output channels are on `axis`; of a bias or embedding along axis -1."""
     return rotation.turn(weight, axis)  # (R^T W)_ij = sum_k W_kj R_ki
 
 

@@ -2,11 +2,11 @@
 
 Two approximations of ``tr(D G D^T)``, D = W - Q(W): its diagonal (``sum_j G_jj D_ij^2``, exact where channels are
 uncorrelated), and its block diagonal over the tile's own columns (``local_hessian``), which keeps the correlations
-inside a tile. Either splits into tiles, so every tile is searched by itself and all at once. The plain range is among
-the candidates and wins ties.
+inside a tile. Either splits into tiles, so every tile is searched by itself and all at once. The range of
+round-to-nearest is among the candidates and wins ties.
 
-Scales of either sign: signed integers have one code more below zero than above, and each tile may turn it around. Under
-a negative scale the code -2^(b-1) stands for a positive number. It is free (a scale's sign bit), and the fewer the
+Scales of either sign: signed integers have one code more below zero than above, and each tile may swap the two. Under
+a negative scale the code -2^(b-1) is a positive number. It is free (a scale's sign bit), and the fewer the
 codes, the more it gives: about 10 % less error at 4 bits and 20 % at 2 (AutoRound does the same).
 """
 
@@ -44,7 +44,7 @@ class RangeChoice:
 
     Attributes:
         low, high: float32 in the shape of the scales.
-        before, after: the objective, summed over all tiles, of the plain range and of this one.
+        before, after: the objective, summed over all tiles, of the range of round-to-nearest and of this one.
         turned: bool in the shape of the scales: which tiles are better off with a negative scale; None where that
             wasn't asked.
     """
@@ -64,22 +64,21 @@ class RangeChoice:
 
 
 def can_turn(fmt: Format) -> bool:
-    """Whether a negative scale can be better: signed integers with a code to spare below zero, under a plain scale."""
+    """Whether a negative scale can be better: signed integers with a code to spare below zero, and a free scale."""
     element = fmt.element
     lopsided = isinstance(element, Integer) and element.signed and not element.narrow
     return lopsided and has_free_scale(fmt) and fmt.zero_point == "none" and fmt.base is None
 
 
 def range_factors(fmt: Format, count: int) -> list[float]:
-    """Evenly spaced multiples of the plain range, from where the best ones of a format's tiles begin to where
-    they end.
+    """Evenly spaced multiples of the range of round-to-nearest, over the interval in which a format's best ones are.
 
     For integers these are about the ends that hold 98 % of the best multiples for normal and Laplace numbers in tiles
     of 32 and 128.
     """
     element, rule = fmt.element, fmt.scale
     bits = element.bits if isinstance(element, Integer) else 0
-    # The ends below are for a plain range that is divided by half the number of steps.
+    # The ends below are for a range that is divided by half the number of steps.
     wider = 1.0
     if bits and isinstance(rule, FloatScale) and fmt.zero_point == "none":
         wider = rule.divisor(element, 0.0) / ((element.maximum - element.minimum) / 2)
@@ -125,7 +124,7 @@ def weighted_range(
         fmt: a format whose codes are chosen one by one.
         moment: what of G differences are weighed with, float32: its diagonal [in], or its block under each group of
             columns [groups, size, size], a short last group filled up with zeros. See `weighing_of`.
-        factors: what the plain range is multiplied with; for power-of-two scales 1/4, 1/2 and 2 instead.
+        factors: what the range of round-to-nearest is multiplied by; for power-of-two scales 1/4, 1/2 and 2 instead.
         finer: distances at which factors on both sides of each tile's best one are tried next, one distance after the
             other, between the least and the greatest of `factors` and 1.
         fp8_scale_sweep: try every E4M3 scale instead, for formats with these under an outer scale.
@@ -169,7 +168,7 @@ def weighted_range(
 
 @dataclass(frozen=True)
 class _Range:
-    """A range of each of some tiles, each [tiles, 1] or a number, and what the plain one is multiplied with for it."""
+    """A range for each of some tiles, [tiles, 1] or a number; `factor` times that of round-to-nearest."""
 
     low: Tensor
     high: Tensor
@@ -181,7 +180,7 @@ class _Best:
 
     Attributes:
         low, high, factor, negative: [tiles, 1].
-        error, plain: the objective under it, and under the plain range.
+        error, plain: the objective under it, and under the range of round-to-nearest.
     """
 
     def __init__(self, low: Tensor, high: Tensor) -> None:
@@ -212,7 +211,7 @@ class _Tried:
     sweep: bool
 
     def ranges(self, best: _Best) -> Iterator[_Range]:
-        """The plain range, then others; what comes later may depend on which was the best before."""
+        """The range of round-to-nearest, then others; later ones may depend on which was the best before."""
         plain = best.plain_range
         yield plain
         if self.sweep:
@@ -295,7 +294,8 @@ def _block_error(blocks: Tensor) -> Measure:
     def measure(_: slice, difference: Tensor) -> Tensor:
         d = difference.reshape(-1, groups, size).transpose(0, 1)
         product = torch.bmm(d, blocks)
-        return torch.linalg.vecdot(product, d).clamp_min(0.0).T.reshape(-1, 1)
+        error: Tensor = torch.linalg.vecdot(product, d)
+        return error.clamp_min(0.0).T.reshape(-1, 1)
 
     return measure
 

@@ -1,7 +1,7 @@
-"""One site at work: the object that handlers of algorithms are handed, and what is remembered of each layer.
+"""One site at work: the object passed to the handlers of algorithms, and what is remembered of each layer.
 
-An algorithm's functions are pure; through `SiteWork` a handler gets at weights, formats and statistics, and puts into
-the modules what they answer. What each did is kept in the `Ledger` as an `Outcome`.
+An algorithm's functions are pure; through `SiteWork` a handler reads weights, formats and statistics, and writes
+what they return into the modules. What each did is kept in the `Ledger` as an `Outcome`.
 """
 
 from __future__ import annotations
@@ -157,6 +157,8 @@ class SiteWork:
     def set_range(self, layer: Layer, low: Tensor, high: Tensor) -> None:
         """A range that was searched, in the shape of the format's scales."""
         fmt = layer.format
+        # A static float range stays in the quantizer. Powers of two and dynamic scales are not derived from one, so
+        # those get the scales themselves.
         if isinstance(fmt.scale, FloatScale) and not fmt.dynamic:
             grid = fmt.granularity.grid(tuple(layer.module.weight.shape))
             layer.quantizer.set_range(low.reshape(grid), high.reshape(grid))
@@ -190,7 +192,7 @@ class SiteWork:
 
     @property
     def is_linear(self) -> bool:
-        """Whether each channel of the activation is one column of the weights: not so for convolutions."""
+        """Whether each channel of the activation is one column of the weights, which doesn't hold for convolutions."""
         return all(layer.width == layer.channels for layer in self.readers)
 
     def cannot_scale(self) -> str:
@@ -226,6 +228,7 @@ class SiteWork:
         if folds is None:
             scale = _keep_in_quantizers(self.readers, scale)
         else:
+            # A fold changes the layer before, at another site: what was found for its weight no longer holds.
             for name in folds.apply(self._names, scale):
                 if name in self.ledger.states:
                     self.ledger.states[name].changed()
@@ -248,10 +251,11 @@ class SiteWork:
             if self.state(layer).stage is Stage.FRESH:
                 self.set_range_of(layer, None)
             quantizers = layer.module.weight_quantizer
+            # Algorithms chose for the first quantizer of a sequence; the others see the weight that it rounded.
             calibrate_weight(layer.name, quantizers, layer.module.weight.detach(), None, skip_first=True)
-        for (
-            layer
-        ) in self.readers:  # static per-tensor ranges under a new channel scale follow from the channels' ranges
+        # Statistics were divided by the channel scale, so they give a static per-tensor input range without another
+        # run. Any other range that the scale has made stale stays marked as `rescaled`, and is found from data later.
+        for layer in self.readers:
             quantizer, state = layer.input_quantizer, self.state(layer)
             if state.rescaled and quantizer is not None and _follows_channels(layer):
                 low, high = self.statistics.low.amin(), self.statistics.high.amax()
@@ -262,6 +266,7 @@ class SiteWork:
 def _keep_in_quantizers(layers: Sequence[Layer], scale: Tensor) -> Tensor:
     """Have the input quantizers multiply by 1 / scale; the inverse of what they really multiply by."""
     weight = layers[0].module.weight
+    # The model's dtype rounds the reciprocal, so the weight is multiplied by the inverse of what was really stored.
     reciprocal = (1 / scale).to(weight.dtype)
     now = reciprocal.reshape(-1, *[1] * (weight.dim() - 2))
     for layer in layers:
@@ -278,8 +283,8 @@ def _follows_channels(layer: Layer) -> bool:
     if quantizer is None or not quantizer.is_enabled or quantizer.attributes.bias or quantizer.rotation is not None:
         return False
     fmt = quantizer.format
-    plain = isinstance(fmt.scale, FloatScale) and not fmt.scale.outer and not fmt.dynamic
-    return plain and fmt.granularity.kind == "per_tensor" and quantizer.attributes.calibrator == "max"
+    static = isinstance(fmt.scale, FloatScale) and not fmt.scale.outer and not fmt.dynamic
+    return static and fmt.granularity.kind == "per_tensor" and quantizer.attributes.calibrator == "max"
 
 
 def squared_error(layer: Layer) -> float:

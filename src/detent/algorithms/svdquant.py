@@ -78,7 +78,7 @@ def svdquant(
         weight: float [out, in].
         fmt: the format of the rest.
         rank: of the branch; at most the smaller side of the weight is used.
-        moment: G, float32 [in, in], or its diagonal [in]; None weighs all inputs alike.
+        moment: G, float32 [in, in], or its diagonal [in]; None weighs all inputs equally.
         rounds: how often branch and rest are fitted to each other, from each start.
         quantize: rounds a rest [out, in]; by default with the scales that it asks for itself.
 
@@ -98,7 +98,7 @@ def svdquant(
     width = weight.shape[1]
     if moment is not None and moment.shape not in ((width,), (width, width)):
         raise DetentError(
-            f"svdquant: a weight with {width} inputs needs a moment of as many, not {tuple(moment.shape)}"
+            f"svdquant: a weight with {width} inputs needs a moment of the same size, not {tuple(moment.shape)}"
         )
     dtype = weight.dtype
     weight = weight.detach().to(torch.float32)
@@ -149,7 +149,7 @@ def _leading(error: Tensor, moment: Tensor | None, rank: int) -> Tensor:
     out = error.shape[0]
     if out <= _EXACT:
         gram = weighed.double() @ error.double().T
-        _, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+        vectors: Tensor = torch.linalg.eigh((gram + gram.T) / 2).eigenvectors
         return vectors[:, -rank:].flip(1).float()
     # Any orthonormal columns give a valid branch, and the error of a nearly leading subspace is nearly the least.
     columns = min(out, rank + _OVERSAMPLING)
@@ -158,7 +158,7 @@ def _leading(error: Tensor, moment: Tensor | None, rank: int) -> Tensor:
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(weighed @ (error.T @ basis)).Q
     small = (basis.T @ weighed).double() @ (error.T @ basis).double()
-    _, vectors = torch.linalg.eigh((small + small.T) / 2)
+    vectors = torch.linalg.eigh((small + small.T) / 2).eigenvectors
     return (basis.double() @ vectors[:, -rank:].flip(1)).float()
 
 
@@ -170,7 +170,7 @@ def split_layer(layer: Layer, moment: Tensor | None, step: SVDQuantConfig) -> Ou
 
     Args:
         layer: the layer; channel scales are in its weight already, since they would not reach the branch later.
-        moment: second moment of its inputs, scaled and rotated as they are; None weighs all inputs alike.
+        moment: second moment of its inputs, scaled and rotated as they are; None weighs all inputs equally.
         step: rank, and which layers get none.
 
     Returns:
@@ -191,7 +191,7 @@ def split_layer(layer: Layer, moment: Tensor | None, step: SVDQuantConfig) -> Ou
     if split is None:
         layer.set_matrix(weight)
         drop_low_rank(layer.module)
-        notice = "no branch is better than none; keeping round-to-nearest"
+        notice = "no low-rank branch beat round-to-nearest; keeping round-to-nearest"
         return Outcome("svdquant", objective, 0.0, 0.0, notice=notice, kept_plain=True, noteworthy=True)
     set_low_rank(layer.module, split.a, split.b, layer.name)
     layer.set_matrix(split.rest)

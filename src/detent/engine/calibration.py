@@ -118,14 +118,14 @@ def run(
     structure: Structure | None = None,
     fold: Fold = "never",
 ) -> Calibrated:
-    """`calibrate` for callers that keep no model after a failure: nothing is remembered to go back to.
+    """`calibrate` for callers that discard the model after a failure: nothing is kept to restore it from.
 
     Args:
         model, forward_loop, structure, fold: see `calibrate`.
         steps: parsed.
 
     Raises:
-        DetentError: as `calibrate` does; the model is then in no state to be used.
+        DetentError: as `calibrate` does; the model can't be used afterwards.
     """
     loop = forward_loop if isinstance(forward_loop, DataLoop) else DataLoop(forward_loop)
     steps = whole(steps)

@@ -51,8 +51,8 @@ class Call:
             *zip(self.args, other.args, strict=False),
             *((v, other.kwargs.get(k)) for k, v in self.kwargs.items()),
         ]
-        alike = len(self.args) == len(other.args) and self.kwargs.keys() == other.kwargs.keys()
-        if not alike or self.mask is not None or other.mask is not None or not _fit(self.output, other.output):
+        same = len(self.args) == len(other.args) and self.kwargs.keys() == other.kwargs.keys()
+        if not same or self.mask is not None or other.mask is not None or not _fit(self.output, other.output):
             return None
         if not any(isinstance(a, Tensor) and a.dim() for a, _ in values) or not all(_fit(a, b) for a, b in values):
             return None
@@ -87,7 +87,7 @@ class Call:
 
 
 def regrouped(calls: Sequence[Call], size: int) -> list[Call]:
-    """The same calls with `size` sequences each, as far as they can be cut and put together."""
+    """The same calls with `size` sequences each, as far as they can be cut and joined."""
     groups: list[Call] = []
     for piece in (piece for call in calls for piece in call.split(size)):
         if groups and groups[-1].sequences + piece.sequences <= size:
@@ -100,7 +100,7 @@ def regrouped(calls: Sequence[Call], size: int) -> list[Call]:
 
 
 def _fit(a: Any, b: Any) -> bool:
-    """Whether two arguments can stand for one: tensors that fit behind each other, or equal values."""
+    """Whether two arguments can be joined into one: tensors that can be concatenated, or equal values."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dim() > 0 and a.shape[1:] == b.shape[1:] and a.dtype == b.dtype and a.device == b.device
     return a is b or (isinstance(a, (bool, int, float, str)) and a == b)
@@ -120,7 +120,7 @@ class BlockCall:
 def cut_call(
     hidden: Tensor, call: BlockCall, mask: Tensor | None, rows: slice
 ) -> tuple[Tensor, BlockCall, Tensor | None] | None:
-    """A call cut to some sequences of its batch, or None where there is one only or not every tensor has the batch in
+    """A call cut to some sequences of its batch, or None where there is only one or not every tensor has the batch in
     front."""
     batch = hidden.shape[0]
     if hidden.dim() != 3 or batch < 2:
@@ -174,7 +174,7 @@ def hidden_of(output: Any) -> Tensor:
 
 
 def like_output(template: Any, hidden: Tensor) -> Any:
-    """`hidden` returned in the way in which `template` holds one."""
+    """`hidden` in the form of `template`, the output of a block."""
     if isinstance(template, Tensor):
         return hidden
     if isinstance(template, tuple) and not hasattr(template, "_fields"):

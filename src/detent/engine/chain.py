@@ -16,8 +16,8 @@ from detent.structure.site import Structure
 
 
 def chain_of(model: nn.Module, structure: Structure | None) -> list[str]:
-    """Names of the blocks that are traversed one by one, in their order: of the lists in a structure, or of all lists
-    whose members are alike, the one with most parameters."""
+    """Names of the blocks that are traversed one by one, in their order: of the lists in a structure, or else of all
+    lists whose members are of few kinds, the one with most parameters."""
     lists = _alike_lists(model) if structure is None or not structure.blocks else _by_list(structure.blocks)
 
     def size(names: Sequence[str]) -> int:
@@ -34,7 +34,7 @@ def _by_list(names: Iterable[str]) -> list[list[str]]:
 
 
 def _alike_lists(model: nn.Module) -> list[list[str]]:
-    """Lists of two modules or more, of few kinds, each of which holds a matrix in a module of its own."""
+    """Lists of two modules or more, of few kinds, each of which holds a matrix in a submodule."""
     found = []
     for name, module in model.named_modules():
         if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:

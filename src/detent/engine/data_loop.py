@@ -26,7 +26,7 @@ from detent.progress import track
 
 
 class _FirstCallDone(BaseException):
-    """Leaves the user's loop after its first call; no handler of ordinary errors takes it for one."""
+    """Leaves the user's loop after its first call; not an `Exception`, so that the loop doesn't catch it."""
 
 
 class DataLoop:
@@ -117,7 +117,7 @@ class DataLoop:
             self.forward_loop()  # type: ignore[call-arg]
 
     def limited(self, model: nn.Module, rows: int | None) -> DataLoop:
-        """The first calls of the same data that together have `rows` vectors of input (tokens, where input is ids)."""
+        """The first calls of the same data that have `rows` vectors of input in total (tokens, where it is ids)."""
         if rows is None:
             return self
         kept, count = [], 0

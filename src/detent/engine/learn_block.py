@@ -35,8 +35,8 @@ def train_block(
     Args:
         chain, index: the block.
         inputs: what it is fed, for each batch.
-        targets: what the float model has for its outputs.
-        layers: the block's quantized layers, with ranges to begin with.
+        targets: the float model's outputs.
+        layers: the block's quantized layers, which already have ranges.
         step: the configuration of an algorithm of scope ``block``, which has a ``batch_size``.
         ledger: what was done to the layers before, and where what is done now is noted.
     """
@@ -63,7 +63,7 @@ def train_block(
 
 
 def _portions(chain: BlockChain, index: int, inputs: TensorStore, size: int) -> list[Portion]:
-    """The sequences of all batches, `size` together; a batch that can't be cut stays whole."""
+    """The sequences of all batches, `size` at a time; a batch that can't be cut stays whole."""
     portions: list[Portion] = []
     count = size
     for batch in range(len(inputs)):

@@ -42,7 +42,7 @@ class Lesson:
 
 
 def predictions(model: nn.Module, layers: Sequence[Layer], loop: DataLoop, config: DistillCalibConfig) -> list[Lesson]:
-    """What the float model says to the calibration data, a few sequences at a time, as far as `PREDICTION_BYTES` go;
+    """What the float model predicts for the calibration data, a few sequences at a time, up to `PREDICTION_BYTES`;
     nothing where that is too little to learn from.
 
     Raises:
@@ -86,22 +86,22 @@ def _held_out(config: DistillCalibConfig, lessons: int) -> int:
 
 
 def _calls_with_predictions(model: nn.Module, loop: DataLoop) -> list[Call]:
-    """The loop's calls; where it runs just now for the first time, with what the model said to the first of them."""
-    said: list[Tensor] = []
+    """The loop's calls; if this is its first run, with what the model returned for the first of them."""
+    outputs: list[Tensor] = []
     size = 0
 
-    def listen(_: nn.Module, __: Any, output: Any) -> None:
+    def record(_: nn.Module, __: Any, output: Any) -> None:
         nonlocal size
         if size < PREDICTION_BYTES:
-            said.append(_prediction(output)[0].detach())
-            size += said[-1].numel() * said[-1].element_size()
+            outputs.append(_prediction(output)[0].detach())
+            size += outputs[-1].numel() * outputs[-1].element_size()
 
-    hook = model.register_forward_hook(listen)
+    hook = model.register_forward_hook(record)
     try:
         calls = loop.calls_of(model)
     finally:
         hook.remove()
-    for index, (call, output) in enumerate(zip(calls, said, strict=False)):
+    for index, (call, output) in enumerate(zip(calls, outputs, strict=False)):
         if output.dim() and output.shape[0] == call.sequences:
             calls[index] = replace(call, output=output)
     return calls
@@ -132,7 +132,7 @@ def distill_model(
     others = _norm_parameters(model) if config.train_norms else {}
     weights_of = WeightEdits(model)
     for name, parameter in others.items():
-        weights_of.put(name, parameter)  # learned in memory of its own
+        weights_of.put(name, parameter)  # trained in memory that no other tensor shares
     held = _held_out(config, len(lessons))
     chosen = lessons[-held:] if held else lessons
     steps = _steps(config, len(lessons))

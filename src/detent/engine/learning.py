@@ -16,7 +16,7 @@ _COARSE = 6
 
 @contextmanager
 def only_these_learn(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
-    """No other parameter of the model wants a gradient inside the block."""
+    """Inside the context no other parameter of the model requires a gradient."""
     kept = {id(parameter) for parameter in trained}
     frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
     for parameter in frozen:

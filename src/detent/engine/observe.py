@@ -1,4 +1,4 @@
-"""Sites of a model at work: the layers that read one activation, and what data leaves behind there."""
+"""Observing sites: which layers read one activation, and the statistics of what they read."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from detent.padding import drop_padding
 from detent.statistics import SiteStatistics
 
 #: A second moment sums over `MOMENT_TOKENS` tokens, or `TOKENS_A_CHANNEL` per channel if that is more. Where there are
-#: more, and it is known in how many batches they come, evenly spread ones of each batch stand for all.
+#: more, and it is known in how many batches they come, evenly spread ones of each batch represent all of them.
 MOMENT_TOKENS, TOKENS_A_CHANNEL = 1 << 14, 8
 
 
 class AllLayersSeen(BaseException):
-    """Everything that was to be observed in this forward pass has been."""
+    """Ends a forward pass in which everything that was to be observed has been."""
 
 
 class SiteObserver:
     """Gathers statistics of what `layers` read while it is active (a context manager).
 
-    Layers that are called with the very same tensor form a site; which do is seen at their first call, and where two
-    layers of a site are called with different tensors later, they part.
+    Layers that are called with the very same tensor form a site. That is decided at their first call; layers of a site
+    that are later called with different tensors get separate sites.
 
     What the layers read in the float model can be put into `references` for a batch; what is observed next is paired
     with it.
@@ -128,7 +128,7 @@ class SiteObserver:
         return site
 
     def _part(self, site: ObservedSite, layer: Layer) -> ObservedSite:
-        """A site of its own for a layer that used to share one."""
+        """A separate site for a layer that used to share one, with the statistics so far."""
         site.layers.remove(layer)
         own = self._site_of[layer.name] = ObservedSite(
             [layer], site.statistics.divided(torch.ones_like(site.statistics.low))

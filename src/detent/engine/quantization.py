@@ -83,7 +83,7 @@ def run(
     structure: Structure | None = None,
     fold: Fold = "never",
 ) -> Calibrated:
-    """`quantize` for callers that keep no model after a failure: the float weights aren't held until it is done.
+    """`quantize` for callers that discard the model after a failure: the float weights aren't kept to restore it from.
 
     Args:
         model, config, forward_loop, strict, structure, fold: see `quantize`.
@@ -92,7 +92,7 @@ def run(
         What algorithms did to the weights.
 
     Raises:
-        DetentError: as `quantize` does; the model is then in no state to be used.
+        DetentError: as `quantize` does; the model can't be used afterwards.
     """
     loop = DataLoop(forward_loop)
     replace_quant_module(model, adapters=asked_for(model, config.rules, adapter_names(model)))

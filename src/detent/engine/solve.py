@@ -32,7 +32,7 @@ class Solver:
         ledger.keeps_latents = any(handler_of(step).from_latents for step in steps)
 
     def wants(self) -> Wanted:
-        """The statistics that the steps need together."""
+        """The statistics that the steps need, combined."""
         need = Wanted()
         for step in self.steps:
             need |= handler_of(step).wants(step)

@@ -13,7 +13,7 @@ from detent.errors import DetentError
 
 
 class TensorStore:
-    """Tensors by number, in memory or, with `folder`, in files of their own there."""
+    """Tensors by number, in memory or, with `folder`, in one file each there."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder

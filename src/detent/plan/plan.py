@@ -114,7 +114,7 @@ class Plan:
     def streams(self) -> bool:
         """Whether each weight can be quantized by itself: without data, and without a change to any other."""
         data_free = not self.needs_data and self.formats.kv_cache is None
-        return data_free and all(handler_of(step).scope == "weight" for step in self.algorithms)
+        return data_free and all(step.method and handler_of(step).scope == "weight" for step in self.algorithms)
 
 
 def make_plan(

@@ -24,7 +24,7 @@ def plain_attention(module: Any) -> Callable[..., tuple[Tensor, None]] | None:
         batch_first = module.batch_first or query.dim() == 2
 
         def heads(x: Tensor) -> Tensor:  # to [batch, heads, tokens, channels]
-            split = x.unflatten(-1, (module.num_heads, -1))
+            split: Tensor = x.unflatten(-1, (module.num_heads, -1))
             return split.movedim(-2, -3) if batch_first else split.permute(1, 2, 0, 3)
 
         y = F.scaled_dot_product_attention(heads(q), heads(k), heads(v))

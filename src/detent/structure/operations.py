@@ -79,7 +79,8 @@ def result_shape(func: Any, args: Any, kwargs: Any) -> torch.Size:
     def empty(value: Any) -> Any:
         return torch.empty(value.shape, device="meta") if isinstance(value, Tensor) else value
 
-    return func(*map(empty, args), **{k: empty(v) for k, v in kwargs.items()}).shape
+    shape: torch.Size = func(*map(empty, args), **{k: empty(v) for k, v in kwargs.items()}).shape
+    return shape
 
 
 def outputs_of(output: Any) -> list[tuple[str, Tensor]]:

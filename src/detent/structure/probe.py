@@ -108,7 +108,7 @@ class Probe(TorchFunctionMode):
         """The result put in place of an operation with a weight; None for any other operation."""
         if name in CASTS and (weight := self._weights.find(args[0], self._current)) is not None:
             dtypes = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.dtype)]
-            cast = args[0].to(dtypes[0]) if args[0].is_meta and dtypes else func(*args, **kwargs)
+            cast: Tensor = args[0].to(dtypes[0]) if args[0].is_meta and dtypes else func(*args, **kwargs)
             self._weights.cast(cast, weight)
             return cast
         if name == "embedding":

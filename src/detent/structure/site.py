@@ -253,7 +253,8 @@ def tie_scale(fold: Fold, scale: Tensor) -> Tensor:
         return scale
     logs = scale.double().log()
     means = logs.new_zeros(*scale.shape[:-1], len(counts)).index_add_(-1, group, logs) / counts
-    return means.exp()[..., group].to(scale.dtype)
+    tied: Tensor = means.exp()[..., group].to(scale.dtype)
+    return tied
 
 
 @torch.no_grad()

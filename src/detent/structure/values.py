@@ -33,7 +33,8 @@ def combinations(rows: int) -> Tensor:
 def householder(width: int) -> Tensor:
     """The unit vector v of the reflection I - 2 v v^T, an orthogonal matrix that mixes all channels."""
     v = torch.randn(width, generator=_generator(width), dtype=torch.float64)
-    return v / v.norm()
+    unit: Tensor = v / v.norm()
+    return unit
 
 
 def reflect(x: Tensor, v: Tensor) -> Tensor:

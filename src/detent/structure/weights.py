@@ -15,7 +15,8 @@ from detent.nn import QuantWeightBase, TensorQuantizer
 
 def memory(tensor: Tensor) -> int:
     """What all views of one piece of memory have in common, also on the meta device."""
-    return tensor.untyped_storage()._cdata
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 class DrawnWeights:

@@ -1,1 +1,1 @@
-"""What changes weights and leaves the function of the model alone: folds and rotations."""
+"""Changes of weights that preserve what the model computes: folds and rotations."""

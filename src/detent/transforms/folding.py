@@ -1,4 +1,4 @@
-"""Channel scales put into the weights of a model, where its structure has a proved place for them.
+"""Channel scales folded into the weights of a model, where its structure has a proved place for them.
 
 A scale s divides the activation of a site and multiplies the columns of all weights that read it. Folded, the division
 is done by the module before: a norm's weight, or the rows of a linear layer.

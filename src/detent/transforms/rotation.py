@@ -6,7 +6,7 @@ quantized, so that they are saved and restored with every other attribute. The m
 
 Objective: how far the outputs on the probe are from the float model's when every quantizer that is on rounds with the
 range of the tensor at hand: the mean KL divergence where they are logits, else the squared error relative to their
-square. If the rotated model has a larger one, the rotations are taken back.
+square. If the rotated model has a larger one, the rotations are undone.
 """
 
 from __future__ import annotations
@@ -90,11 +90,9 @@ def rotate_model(
     if before is not None and after is not None and after > before:
         before_all.restore()
         changed = set()
-        notice = (
-            f"rotation: taken back, since it raised the error of the probe's outputs from {before:.4g} to {after:.4g}"
-        )
+        notice = f"rotation: undone, since it raised the error of the probe's outputs from {before:.4g} to {after:.4g}"
         after = before
-        parts = tuple(RotationPart(p.name, (), p.size, "taken back") if p.where else p for p in parts)
+        parts = tuple(RotationPart(p.name, (), p.size, "undone") if p.where else p for p in parts)
     for part in parts:
         _log.info("rotation: %s", part)
     return RotationReport(parts, change, before, after, tuple(sorted(changed)), notice)
@@ -104,7 +102,7 @@ def random_tokens(model: nn.Module, tokens: int = 32) -> Run:
     """A probe of two sequences of random tokens, the same at every call.
 
     Raises:
-        DetentError: the model doesn't say how many tokens it knows.
+        DetentError: the model doesn't say how large its vocabulary is.
     """
     config: Any = getattr(model, "config", None)
     vocabulary = vocabulary_size(config)
@@ -148,14 +146,14 @@ class _Proof:
         return tuple(parts), self._change()
 
     def _proved(self, rotate: Callable[[], RotationPart], way_out: str) -> RotationPart:
-        """A rotation that was asked for: what keeps it from being done is an error."""
+        """A rotation that was asked for: whatever prevents it is an error."""
         try:
             return self._checked(rotate())
         except CannotRotate as error:
             raise DetentError(f"rotation: {error}; {way_out}") from None
 
     def _optional(self, name: str, rotate: Callable[[], RotationPart]) -> RotationPart:
-        """A rotation where it can be: what keeps it from being done is taken back and said."""
+        """A rotation where it can be: what prevents it is undone and reported."""
         memory, changed = ModelMemory(self.model), set(self.rotator.weights.changed)
         try:
             return self._checked(rotate())
@@ -203,7 +201,7 @@ def _objective(model: nn.Module, run: Run, reference: Tensor) -> float | None:
 
 
 def _output(result: Any) -> Tensor:
-    """The tensor that counts in what the probe returned, float64."""
+    """The tensor to compare in what the probe returned, float64."""
     for name in ("logits", "last_hidden_state"):
         if isinstance(getattr(result, name, None), Tensor):
             result = getattr(result, name)

@@ -101,7 +101,7 @@ class Rotator:
         return list(zip(self.sites[site].weights, self.sites[site].column_axes, strict=True))
 
     def _release(self, norm: Norm, rotation: Rotation) -> Tensor | None:
-        """What a norm multiplies with, float64, which is now up to its readers; its bias goes into theirs."""
+        """What a norm multiplied by, float64, which its readers now do; its bias goes into theirs."""
         gain = None
         if norm.fold:
             weight = self.weights.get(norm.name)
@@ -176,13 +176,13 @@ class Rotator:
                 return width
         width = _head_width_of(self.model)
         if width is None:
-            raise DetentError("the width of a head isn't known")
+            raise DetentError("the width of a head is unknown")
         return width
 
     # ---- R3 ---------------------------------------------------------------------------------------------------------
 
     def keys(self) -> RotationPart:
-        """Queries and keys turned before their products, where quantizers stand."""
+        """Queries and keys turned before their products, where there are quantizers."""
         asked = self.config.r3 is True
         chosen = [
             (name, module)
