@@ -1,7 +1,7 @@
 """Training weights by gradient descent: what a block hands to an algorithm, and what layers compute with meanwhile.
 
 While training runs, a layer computes with a weight that is on the grid of its format and can be trained; afterwards it
-holds that weight's values and scales. What the layer held before is left alone, so that one can go back.
+holds that weight's values and scales. What the layer held before stays unchanged, so that it can be restored.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def hqq_range(
         global_amax: the largest magnitude behind an outer scale, by default that of `weight`.
 
     Raises:
-        DetentError: the format has no float scale to choose or is made of the codes of another; p is out of range.
+        DetentError: the format has no float scale to choose or is built on another format's codes; p is out of range.
     """
     if not isinstance(fmt.scale, FloatScale) or fmt.base is not None:
         raise DetentError(f"hqq: {fmt} has no float scale to choose; use 'max', or a format with one")

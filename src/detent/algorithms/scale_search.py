@@ -31,7 +31,7 @@ from detent.formats.granularity import to_tiles
 from detent.formats.tiles import TileScale, multiplier, scale_from_range
 from detent.statistics import SiteStatistics
 
-#: What a range is multiplied with, where scales are powers of two: other factors round to one of these.
+#: What a range is multiplied by, where scales are powers of two: other factors round to one of these.
 _POWERS = (0.25, 0.5, 2.0)
 #: Bits from which on the sign of a tile's scale is that which gives its largest number the code without a counterpart:
 #: the error is within 1 % of that with both signs tried.

@@ -255,8 +255,8 @@ class _Recorder:
 
         def same(new: Any, old: Any) -> Any:
             if isinstance(new, Tensor) and isinstance(old, Tensor) and new is not old:
-                alike = new.shape == old.shape and new.dtype == old.dtype and new.device == old.device
-                return old if alike and torch.equal(new, old) else new
+                fits = new.shape == old.shape and new.dtype == old.dtype and new.device == old.device
+                return old if fits and torch.equal(new, old) else new
             if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
                 return tuple(same(a, b) for a, b in zip(new, old, strict=True))
             return new

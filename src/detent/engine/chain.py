@@ -1,8 +1,8 @@
 """The chain of blocks and the experts of a model: from its structure, or guessed where that isn't known.
 
-Whether blocks really run one after the other, each on what the one before gives, is seen when they run. Experts are
-members of a list of modules of which each batch of data reaches some alone; what one without data needs, such as the
-range of its input, is taken from the others.
+Whether blocks really run one after the other, each on the output of the one before, is checked when they run. Experts
+are members of a list of modules, and each batch of data reaches only some of them; what an expert without data needs,
+such as the range of its input, is taken from the others.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _holds_a_layer(module: nn.Module) -> bool:
 class Experts:
     """The experts of a model.
 
-    They are what the structure says; where none was found, any member of a list of modules that isn't the chain of
+    They are those of the structure; where that has none, any member of a list of modules that isn't the chain of
     blocks can be one.
     """
 

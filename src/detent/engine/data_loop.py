@@ -173,8 +173,8 @@ def _takes_an_argument(function: Callable[..., Any]) -> bool:
 def _mask_from_arguments(model: nn.Module) -> Iterator[None]:
     """Padding never enters statistics: where a call passes an `attention_mask` [batch, seq], its zeros are left out.
 
-    The call may be of the model or of a part of it (``model.model(...)``): the outermost module that is given a mask
-    says it for all that it calls.
+    The call may be of the model or of a part of it (``model.model(...)``): the mask of the outermost module that is
+    given one holds for everything that it calls.
     """
     active: list[ExitStack] = []
 

@@ -340,7 +340,7 @@ def _account_for(sites: Sequence[ObservedSite], layers: Sequence[Layer], experts
     """Layers that data never reached: experts are solved without data, others are an error.
 
     Raises:
-        DetentError: a layer that isn't an expert, of which another one saw data, saw nothing.
+        DetentError: a layer saw no data, and isn't an expert whose siblings did.
     """
     seen = {layer.name for site in sites for layer in site.layers}
     unseen = [layer for layer in layers if layer.name not in seen]

@@ -54,7 +54,7 @@ def misread(model: nn.Module, formats: ModelFormats) -> dict[str, str]:
             if _is_on(module, "k_bmm_quantizer") and not hasattr(module.config, "num_key_value_heads")
         ][:1]
         reasons += [
-            f"compressed-tensors does not hold a key/value cache of which that of {name} stays: its reader would"
+            f"compressed-tensors does not hold a key/value cache that leaves out {name}: its reader would"
             " quantize it too"
             for name, module in attention_modules(model)
             if _reads_cache_scales(module) and not _is_on(module, "k_bmm_quantizer")

@@ -193,13 +193,13 @@ class Probe(TorchFunctionMode):
     def _note(self, name: str, args: Any, kwargs: Any) -> None:
         """Remember which leaves make keys and values, and which choose among experts.
 
-        PyTorch's own attention names its key and value. Attention spelled out is recognised by three operations in
-        a row, since none of its products has a weight::
+        PyTorch's own attention names its key and value. Attention spelled out is recognised by three operations,
+        in this order; neither of its products has a weight::
 
             q @ k^T        a product of two activations: kept in `_product`
-            softmax        of something made of both its factors alone, scaled and masked: k is a key, and `_scores`
-                           are the weights that the softmax is made of
-            scores @ v     the first product whose left factor is made of all of `_scores`: v is a value
+            softmax        of something that depends on all that q and k depend on: k is a key, and `_scores` are
+                           the leaves that the softmax depends on
+            scores @ v     the next product whose left factor depends on all of `_scores`: v is a value
 
         Experts are chosen by a top-k, sort or maximum of a weight's output.
         """
@@ -209,7 +209,7 @@ class Probe(TorchFunctionMode):
             self.trace.values.update(dict.fromkeys(self._makers(tensors[2])))
         elif name in PRODUCTS and len(operands := operands_of(args, kwargs)) > (second := PRODUCTS[name][0]):
             a, b = operands[second - 1 : second + 1]
-            # Products of other things may come in between; a rotation of keys, for instance.
+            # Other products may come between the softmax and this one; they leave `_scores` as it is.
             if self._scores is not None and self._scores <= {leaf.producer for leaf in self.leaves_of(a)}:
                 self.trace.values.update(dict.fromkeys(self._makers(b)))
                 self._scores, self._product = None, None
