@@ -55,7 +55,7 @@ def round_weights(model: nn.Module, bits: int, group: int = 128) -> None:
 
 
 def rounded_perplexities(folder: Path, texts: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Perplexity of the saved model on each text: as stored, and after plain rounding to 8, 4 and 3 bits."""
+    """Perplexity of the saved model on each text: as stored, and rounded to nearest in 8, 4 and 3 bits."""
     results: dict[str, dict[str, float]] = {name: {} for name in texts}
     for label, bits in (("bfloat16 weights", None), ("8 bits", 8), ("4 bits", 4), ("3 bits", 3)):
         model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -171,8 +171,8 @@ Loss on the held-out novels (mean over a fixed sample, natural logarithm per tok
 ## Perplexity
 
 Measured in float32 on consecutive windows of 512 tokens, without overlap, the first token of each window not scored;
-of each held-out novel the first {sample} tokens. The columns after the first are plain rounding of every linear weight
-except the output head: symmetric, groups of 128, scale amax / ((2^bits - 1) / 2), no calibration.
+of each held-out novel the first {sample} tokens. The columns after the first round every linear weight but that of the
+output head to nearest: symmetric, groups of 128, scale amax / ((2^bits - 1) / 2), no calibration.
 
 {head}
 {rule}

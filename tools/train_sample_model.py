@@ -6,7 +6,7 @@
 folder is a complete Hugging Face checkpoint (bfloat16 safetensors, tokenizer, model card) and is rewritten at every
 ``--save-every`` minutes, so a run that is stopped early still leaves a usable model.
 
-The model exists to be quantized, so the script ends by measuring what plain rounding of its weights does, and writes
+The model exists to be quantized, so the script ends by measuring what rounding its weights to nearest does, and writes
 that into the card together with what it was trained on and for how long.
 """
 

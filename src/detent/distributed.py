@@ -24,7 +24,7 @@ def all_reduce_max(x: Tensor, group: Any = None) -> Tensor:
 
 @dataclass
 class ParallelState:
-    """The process groups that a module's parameters are spread over; -1 stands for a group that is not in use.
+    """The process groups that a module's parameters are spread over; -1 for a group that is not in use.
 
     Attributes:
         data_parallel_group: ranks that hold the same weights and see different data (None: all ranks).

@@ -1,4 +1,4 @@
-"""What the user has to know about a run: logged, and collected for the report by whoever asks for it."""
+"""Notices to the user about a run: logged, or collected for the report by the code that makes it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Telling the observers inside a model which tokens of the batch that runs through it are only padding.
+"""Which tokens of the batch running through a model are padding, for the observers inside it.
 
-Whoever feeds a padded batch does it inside ``with token_mask(mask):``; whoever gathers statistics of an activation
+Code that runs a padded batch does so inside ``with token_mask(mask):``; code that gathers statistics of an activation
 passes it through :func:`drop_padding` first.
 """
 
@@ -22,7 +22,7 @@ def current_token_mask() -> Tensor | None:
 
 @contextmanager
 def token_mask(mask: Tensor | None) -> Iterator[None]:
-    """Say which tokens are real while a batch runs.
+    """Set which tokens are real while a batch runs.
 
     Args:
         mask: [batch, seq], nonzero for real tokens, as an `attention_mask` is; None for a batch without padding. A mask
@@ -41,7 +41,7 @@ def drop_padding(x: Tensor) -> Tensor:
 
     With a mask of [batch, seq], an activation [batch, seq, ...] becomes [1, real tokens, ...] and one of
     [batch * seq, ...] becomes [real tokens, ...]: the rank stays, so that an axis means the same as before. Without a
-    mask, or where the leading dimensions are neither, `x` comes back as it is: the mask cannot say which of its rows
+    mask, or where the leading dimensions are neither, `x` is returned unchanged: the mask cannot say which of its rows
     are padding. That is so for tokens routed to an expert and for attention heads [batch, heads, seq, ...]; batches
     without padding, which :func:`detent.data.batches.token_batches` makes, are exact there too.
     """

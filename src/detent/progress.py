@@ -1,6 +1,6 @@
 """Progress of long work, through one callback.
 
-Library code calls :func:`track` around a loop; it never prints. Whoever wants to show progress (the command line, a
+Library code calls :func:`track` around a loop; it never prints. Code that shows progress (the command line, a
 notebook) installs a reporter with :func:`use_reporter`.
 """
 

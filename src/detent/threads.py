@@ -2,7 +2,7 @@
 
 PyTorch spreads an operation over all threads as soon as it has 2^15 elements, and all of them wait for the slowest.
 Where another process holds a core, a region of microseconds then waits for the system to switch: milliseconds, spent
-spinning. Work of which no operation is worth a second thread should have one.
+spinning. If no operation is worth a second thread, one thread is faster.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def test_equals_brute_force(fmt: Format, size: int, dtype: torch.dtype) -> None:
     errors = torch.stack([per_row_group(squared(weight, fmt, scales_of(fmt, lo, hi)), size) for lo, hi in tried])
     chosen = per_row_group(squared(weight, fmt, scales_of(fmt, low, high)), size)
     torch.testing.assert_close(chosen, errors.amin(0), rtol=1e-12, atol=0)
-    assert (chosen <= errors[0]).all()  # never worse than plain rounding
+    assert (chosen <= errors[0]).all()  # never worse than round-to-nearest
     assert (chosen < errors[0]).any()
 
 

@@ -20,7 +20,7 @@ def test_defaults() -> None:
 
 
 def test_files_of_other_tools_are_taken() -> None:
-    """As a file for the second guide's --pre_optimization_config_file_path looks."""
+    """As a file for the --pre_optimization_config_file_path looks."""
     text = """{
         "name": "rotation", "model_decoder_layers": "model.layers", "backbone": "model",
         "scaling_layers": {"first_layer": [{"prev_modules": ["model.embed_tokens"]}]},

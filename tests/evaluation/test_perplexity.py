@@ -133,7 +133,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("bad", [torch.arange(1), torch.zeros(2, 8, dtype=torch.int64), torch.zeros(8)])
     def test_ids(self, model: Any, bad: Tensor) -> None:
-        with pytest.raises(DetentError, match="Token ids must be integers"):
+        with pytest.raises(DetentError, match="token ids must be integers"):
             perplexity(model, bad)
 
     def test_vocabulary(self, model: Any) -> None:

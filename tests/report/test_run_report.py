@@ -124,7 +124,7 @@ class TestJson:
             RunReport.read(tmp_path)
 
     def test_missing(self, tmp_path: Path) -> None:
-        with pytest.raises(DetentError, match="There is no report at"):
+        with pytest.raises(DetentError, match="there is no report at"):
             RunReport.read(tmp_path)
 
 

@@ -1,6 +1,6 @@
 """Writing a checkpoint folder whole or not at all.
 
-Everything goes into a temporary folder beside the target (`detent.external.output`); `finish` renames it. Until then
+Everything goes into a temporary folder next to the target (`detent.external.output`); `finish` renames it. Until then
 the target is untouched, and whatever goes wrong (an error, a full disk, Ctrl-C) leaves it so. A manifest in the folder
 lists what Detent wrote, and only a folder that holds nothing else is ever replaced.
 """
@@ -69,7 +69,7 @@ class CheckpointWriter:
             writer.add("model.norm.weight", tensor)
             writer.finish(config)
 
-    Tensors are held until a shard is full, so memory needs `max_shard_size` bytes beside the model. Leaving the block
+    Tensors are held until a shard is full, so memory needs `max_shard_size` bytes besides the model. Leaving the block
     without `finish` leaves nothing behind.
 
     Args:
@@ -81,7 +81,7 @@ class CheckpointWriter:
 
     Raises:
         DetentError: the folder exists and isn't empty (or, with `overwrite`, holds something that isn't as Detent wrote
-            it); it lies in the source folder or the other way round; it can't be written; the disk is full; a link in
+            it); one of it and the source folder contains the other; it can't be written; the disk is full; a link in
             the source leads out of it; another run is writing there.
     """
 
@@ -218,7 +218,7 @@ class CheckpointWriter:
         _write_json(self._temporary / INDEX_NAME, {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map})
 
     def _set_permissions(self) -> None:
-        """The usual ones: temporary folders, and files that safetensors writes, are for their owner alone."""
+        """The usual ones: temporary folders, and files that safetensors writes, are readable by their owner only."""
         mask = _umask()
         self._temporary.chmod(0o777 & ~mask)
         for path in self._temporary.glob("*.safetensors"):
@@ -226,7 +226,7 @@ class CheckpointWriter:
 
     def _replace(self) -> None:
         """Put the temporary folder in the target's place. The old one is moved aside, and comes back on failure."""
-        check_replaceable(self.out_dir, overwrite=self._overwrite)  # hours may have passed since the first look
+        check_replaceable(self.out_dir, overwrite=self._overwrite)  # hours may have passed since the first check
         aside = Workspace(self.out_dir, "old") if self.out_dir.exists() else None
         try:
             with shielded():
@@ -266,7 +266,7 @@ def _copy(path: Path, target: Path) -> None:
 
 
 def digest(tensor: Tensor) -> int:
-    """A checksum (CRC-32) of a tensor's bytes, which tells damage and mix-ups at nearly the speed of a copy."""
+    """A checksum (CRC-32) of a tensor's bytes, which detects damage and mix-ups at nearly the speed of a copy."""
     flat = tensor.cpu().contiguous().flatten()
     return zlib.crc32(flat.view(torch.uint8).numpy()) if flat.numel() else 0  # type: ignore[arg-type]
 

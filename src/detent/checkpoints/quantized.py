@@ -66,7 +66,7 @@ def choose(
 
     Args:
         formats: of the model.
-        only: the name of the one layout that will do; None for any.
+        only: the name of the only acceptable layout; None for any.
         refused: {name of a layout: why its readers would misread the model} for reasons that `formats` don't show.
 
     Raises:
@@ -147,7 +147,7 @@ class QuantizedWriter:
             self._exact[layer.name] = exact
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor that isn't quantized, as it is."""
+        """Write a tensor that isn't quantized, unchanged."""
         self._folder.add(name, tensor)
 
     def add_kv(self, module: str, key: Scales, value: Scales) -> None:

@@ -20,7 +20,7 @@ from detent.formats import FloatScale, Format, QTensor, Scales
 
 #: The version of the JSON description that `describe` writes.
 DESCRIPTION_VERSION = 1
-#: What few layers have; written only for those.
+#: Fields that few layers use; written only where set.
 _EXTRAS = ("rotated", "low_rank")
 
 
@@ -30,9 +30,9 @@ class Activation:
 
     Attributes:
         format: its format.
-        scales: calibrated scales, or None where they are made from each tensor anew (``format.dynamic``). A static
-            format with an outer scale (NVFP4) has a calibrated outer scale and block scales made anew: `scales` then
-            holds the outer scale, and an empty `scale`.
+        scales: calibrated scales, or None where they are computed from each tensor (``format.dynamic``). A static
+            format with an outer scale (NVFP4) has a calibrated outer scale and block scales computed for each
+            tensor: `scales` then holds the outer scale, and an empty `scale`.
     """
 
     format: Format
@@ -51,10 +51,10 @@ class LayerFormats:
 
     Attributes:
         shape: the logical shape of its weight, say (out, in).
-        weight, input, output: a format, or None for what stays in floating point.
+        weight, input, output: a format, or None for what is kept in floating point.
         kind: the class of its module: "Linear", "Embedding", "Conv2d", ...
-        rotated: size of the blocks in which its input is first rotated by a Hadamard matrix; 0: it isn't.
-        low_rank: rank of a branch in floating point beside the weight; 0: there is none.
+        rotated: size of the blocks in which its input is first rotated by a Hadamard matrix; 0: it is not.
+        low_rank: rank of a branch in floating point alongside the weight; 0: none.
     """
 
     shape: tuple[int, ...]

@@ -71,7 +71,7 @@ class Source:
 
     Args:
         path: the folder.
-        quantized: whether a quantized checkpoint is welcome. By default it is an error: quantizing codes again would
+        quantized: whether a quantized checkpoint is accepted. By default it is an error: quantizing codes again would
             destroy them.
 
     Attributes:

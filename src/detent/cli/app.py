@@ -1,4 +1,4 @@
-"""The commands, and what becomes of errors: one message and exit code 2 for what a user can mend."""
+"""The commands, and how errors end them: one message and exit code 2 for what a user can fix."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ app.command()(structure)
 def run(arguments: list[str]) -> int:
     """Run a command; returns the exit code.
 
-    Misspelled flags are the parser library's to explain, with code 2 too, as is Ctrl-C, with code 130. SIGTERM cleans
-    up like Ctrl-C, with code 143.
+    The parser library reports misspelled flags, with code 2 too, and Ctrl-C, with code 130. SIGTERM cleans up like
+    Ctrl-C, with code 143.
     """
     started = time.monotonic()
-    # What library code warns of is in the plan, which the report tells in the user's words.
+    # What library code warns of is already in the plan, and the report words it for the user.
     logger = logging.getLogger("detent")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
-"""What the shell hands over, put into the shape that the parser takes.
+"""Arguments of the shell, in the form that the parser takes.
 
-The second guide's flags are spelled with underscores; hyphens mean the same. ``--exclude_layers`` takes any number of
-names, none of them meaning "exclude nothing", which the parser library can't express: each name gets the flag put
-before it. So does ``--pre_quantization_optimization``. ``--group_size_per_layer PATTERN SIZE`` likewise becomes one
+The flags of AMD Quark's quantize_quark.py are spelled with underscores; hyphens mean the same. ``--exclude_layers``
+takes any number of names (none: "exclude nothing"), which the parser library can't express: each name gets the flag
+put before it, as do those of ``--pre_quantization_optimization``. ``--group_size_per_layer PATTERN SIZE`` becomes one
 value, ``PATTERN=SIZE``.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 MANY = ("--exclude_layers", "--pre_quantization_optimization")
 #: Flags that take two arguments.
 PAIRS = ("--group_size_per_layer",)
-#: What stands for such a flag with no arguments at all.
+#: The value of such a flag without arguments.
 NOTHING = ""
 
 

@@ -1,4 +1,4 @@
-"""What the terminal shows while work goes on: notices, and a bar for everything that takes longer than two seconds."""
+"""What the terminal shows during a run: notices, and a bar for everything that takes longer than two seconds."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-#: Whatever accompanies the work goes to standard error; results go to standard output.
+#: Notices and progress go to standard error; results go to standard output.
 err = Console(stderr=True)
 
 #: Seconds after which a task gets a bar, so that anything longer than two seconds has one by then.
 _PATIENCE = 1.0
-#: Columns of output that no terminal shows: wide enough for names to stay whole, so that it can be searched.
+#: Columns of output that does not go to a terminal: wide enough for names to stay whole, so that it can be searched.
 _WIDTH_OF_FILES = 200
 
 
@@ -38,7 +38,7 @@ def failure(text: str) -> None:
 class Bars:
     """A progress reporter: one bar at a time, shown once its task proves long.
 
-    Where standard error is no terminal, a long task leaves a line at its end instead.
+    Where standard error is not a terminal, a long task leaves a line at its end instead.
     """
 
     def __init__(self) -> None:

@@ -14,8 +14,8 @@ from detent.external.interrupts import in_main_thread
 
 @contextmanager
 def nothing_to_clean_up() -> Iterator[None]:
-    """A signal ends the process at once, without a traceback: for imports, in the middle of which exceptions turn into
-    other ones, or into half-made modules."""
+    """A signal ends the process at once, without a traceback: for imports, where an exception may turn into another
+    one, or leave a module half made."""
     if not in_main_thread():
         yield
         return

@@ -14,7 +14,7 @@ from detent.cli.arguments import NOTHING
 from detent.cli.startup import batch_size_of, check_early, choose_device, load_libraries, windows
 from detent.errors import DetentError
 
-#: Panels that an option can stand in: what sets these flags apart from the others is told once, with the option.
+#: Panels of the help; an option's panel says what sets it apart from the others.
 _QUANTIZING, _LATER = "quantizing", "not implemented yet"
 _EXPORTS = ("hf_format", "compressed-tensors", "onnx", "quark_format", "gguf")
 

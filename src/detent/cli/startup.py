@@ -34,7 +34,7 @@ def check_early(
     model_dir: str | None, texts: list[str | None], output_dir: str | None = None, *, overwrite: bool = False
 ) -> list[str]:
     """What can be said before libraries are loaded, which takes seconds: about the model's folder, the texts and the
-    output folder. Returns what the user has to be told. Raises DetentError."""
+    output folder. Returns notices for the user. Raises DetentError."""
     from detent.data import check_source
     from detent.external.model_folder import check_folder, local_folder, read_config
     from detent.external.output import check_target
@@ -60,7 +60,7 @@ def choose_device(name: str | None) -> str:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise DetentError(f"--device {name!r}: known are cpu, cuda and cuda:N")
+        raise DetentError(f"--device {name!r}: known: cpu, cuda, cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise DetentError(f"--device {name}: this machine has no CUDA device; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -69,7 +69,7 @@ def choose_device(name: str | None) -> str:
 
 
 def windows(number: int) -> int | None:
-    """What --num_eval_data asks for: so many windows, or None for all."""
+    """The number of windows that --num_eval_data asks for, or None for all."""
     if number == 0:
         raise DetentError("--num_eval_data 0: there is nothing to evaluate; pass --skip_evaluation, or -1 for all")
     return None if number == -1 else number

@@ -65,7 +65,7 @@ def evaluation_ids(text: TextSource | Sequence[str] | str, tokenizer: Any) -> Te
     ids = encode(joined, tokenizer)
     if ids.numel() < MIN_TOKENS:
         raise DetentError(
-            f"{name} has {ids.numel()} tokens: perplexity needs at least {MIN_TOKENS}. Give a longer text."
+            f"{name} has {ids.numel()} tokens: perplexity needs at least {MIN_TOKENS}; give a longer text"
         )
     return ids
 
@@ -86,7 +86,7 @@ def perplexity(
         text: token ids (int64, [tokens] or [1, tokens], from :func:`evaluation_ids`), or text for `tokenizer`.
         tokenizer: of the model; needed for text.
         window: tokens in a window; a model that takes fewer positions gets windows of as many as it takes.
-        max_windows: read only the first so many windows.
+        max_windows: read only this many windows, from the start.
         batch_size: windows run through the model at a time.
 
     Returns:
@@ -103,7 +103,7 @@ def perplexity(
         check_at_least("max_windows", max_windows, 1)
     if not isinstance(text, Tensor):
         if tokenizer is None:
-            raise DetentError("Measuring perplexity on text needs the model's tokenizer; without one, pass token ids.")
+            raise DetentError("measuring perplexity on text needs the model's tokenizer; without one, pass token ids")
         text = evaluation_ids(text, tokenizer)
     config = getattr(model, "config", None)
     window = min(window, max_sequence_length(config) or window)
@@ -120,10 +120,10 @@ def perplexity(
             for row_nll in _nll_of_rows(model, batch.to(device)):
                 if not math.isfinite(row_nll):
                     raise DetentError(
-                        f"The model's log-likelihood of window {windows + 1} (tokens {windows * window} to "
+                        f"the model's log-likelihood of window {windows + 1} (tokens {windows * window} to "
                         f"{min((windows + 1) * window, ids.numel()) - 1} of the text) is {-row_nll}: its outputs "
-                        "there are not finite or infinitely wrong. Its weights or activations overflow; "
-                        "try bfloat16 or float32, or another scheme."
+                        "there are not finite or infinitely wrong: its weights or activations overflow; "
+                        "try bfloat16 or float32, or another scheme"
                     )
                 nll += row_nll
                 windows += 1
@@ -135,13 +135,13 @@ def _checked_ids(ids: Tensor, vocabulary: int | None) -> Tensor:
     ids = ids.squeeze(0) if ids.ndim == 2 and ids.shape[0] == 1 else ids
     if ids.ndim != 1 or ids.numel() < MIN_TOKENS or ids.is_floating_point():
         raise DetentError(
-            f"Token ids must be integers of shape [tokens] or [1, tokens], with at least {MIN_TOKENS} tokens; "
-            f"found {ids.dtype} of shape {list(ids.shape)}."
+            f"token ids must be integers of shape [tokens] or [1, tokens], with at least {MIN_TOKENS} tokens; "
+            f"found {ids.dtype} of shape {list(ids.shape)}"
         )
     if vocabulary is not None and int(ids.max()) >= vocabulary:
         raise DetentError(
-            f"The text has token id {int(ids.max())}, but the model has only {vocabulary} ids (0 to {vocabulary - 1}). "
-            "The tokenizer belongs to another model; use the one that came with this model."
+            f"the text has token id {int(ids.max())}, but the model has only {vocabulary} ids (0 to {vocabulary - 1}): "
+            "the tokenizer belongs to another model; use the one that came with this model"
         )
     return ids.to(torch.int64)
 
@@ -151,7 +151,7 @@ def _window_batches(ids: Tensor, window: int, batch_size: int) -> list[Tensor]:
     whole = ids.numel() // window
     batches = list(ids[: whole * window].view(whole, window).split(batch_size)) if whole else []
     rest = ids[whole * window :]
-    # One token that is left over has nothing before it to be predicted from.
+    # A single token left over has no preceding token to be predicted from.
     return [*batches, rest.unsqueeze(0)] if rest.numel() >= MIN_TOKENS else batches
 
 
@@ -159,7 +159,7 @@ def _nll_of_rows(model: nn.Module, batch: Tensor) -> list[float]:
     """Total negative log-likelihood, in nats, of each row of a batch [rows, tokens]."""
     logits = getattr(model(input_ids=batch, use_cache=False), "logits", None)
     if logits is None:
-        raise DetentError(f"{type(model).__name__} gives no logits: perplexity needs a causal language model.")
+        raise DetentError(f"{type(model).__name__} gives no logits: perplexity needs a causal language model")
     step = max(1, _CHUNK_LOGITS // logits.shape[-1])
     totals = []
     for row, targets in zip(logits, batch.to(logits.device), strict=True):
@@ -176,6 +176,6 @@ def _exp_mean(nll: float, tokens: int) -> float:
     # exp overflows at 709.8 nats a token. Guessing at random among a million tokens costs 14.
     if mean > 700:
         raise DetentError(
-            f"The model's mean negative log-likelihood is {mean:.3g} nats a token: its outputs are meaningless."
+            f"the model's mean negative log-likelihood is {mean:.3g} nats a token: its outputs are meaningless"
         )
     return math.exp(mean)

@@ -32,7 +32,7 @@ def vocabulary_size(config: Any) -> int | None:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """The device that a model takes its token ids on: where its embedding lies, else its first parameter or buffer."""
+    """The device that a model takes its token ids on: that of its embedding, else of its first parameter or buffer."""
     get_embedding = getattr(model, "get_input_embeddings", None)
     modules = [model] if get_embedding is None else [get_embedding(), model]
     for module in modules:
@@ -51,7 +51,7 @@ def is_multimodal(model: nn.Module) -> bool:
 
 
 def outside_language(model: nn.Module) -> Callable[[str], bool]:
-    """Tells of a module's name whether it lies outside the language part of a model of several modalities."""
+    """A function that says whether a module's name is outside the language part of a model of several modalities."""
     get_decoder: Any = getattr(model, "get_decoder", None)
     if get_decoder is None or not is_multimodal(model):
         return lambda name: False

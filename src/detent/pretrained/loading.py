@@ -22,7 +22,7 @@ from detent.progress import track
 
 _log = logging.getLogger(__name__)
 
-#: What `--data_type` takes beside ``auto``.
+#: What `--data_type` takes besides ``auto``.
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _COMPUTED = (*DTYPES.values(), torch.float64)
 
@@ -152,7 +152,7 @@ def model_dtype(data_type: str, config: Any, source: Source) -> torch.dtype:
         return stored[0] if stored else torch.float32
     if dtype not in _COMPUTED:
         raise DetentError(
-            f"{source.path}: config.json gives the dtype {dtype}, in which no model is computed; pass data_type, one"
+            f"{source.path}: config.json gives the dtype {dtype}, in which models cannot compute; pass data_type, one"
             f" of {', '.join(DTYPES)}"
         )
     return dtype
@@ -199,7 +199,7 @@ def load_model(
         attention: an attention implementation by name; None leaves the choice to transformers.
         trust_remote_code: whether Python code that comes with the checkpoint may run.
         state_dict: weights in place of those of the checkpoint.
-        notify: told of tensors that the model has no place for.
+        notify: called with a notice about tensors that the model has no place for.
 
     Raises:
         DetentError: the architecture is unknown; weights are damaged, missing or have the wrong shape.
@@ -224,14 +224,12 @@ def load_model(
         for name, parameter in model.named_parameters():
             if not all_finite(parameter):
                 raise DetentError(
-                    f"{source.path}: {name} has a value that float16, which ends at 65504, can't hold; keep the model"
+                    f"{source.path}: {name} has a value too large for float16 (at most 65504); keep the model"
                     " in bfloat16 or float32"
                 )
     unused = sorted(info.get("unexpected_keys") or [])
     if unused:
-        notify(
-            f"{len(unused)} tensors of the checkpoint have no place in the model, so they do nothing: {unused[0]}, ..."
-        )
+        notify(f"{len(unused)} tensors of the checkpoint have no place in the model and are ignored: {unused[0]}, ...")
     net: nn.Module = model.requires_grad_(False).to(device).eval()
     _check_runs(source.path, net)
     return net

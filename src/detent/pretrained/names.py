@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from detent.errors import DetentError
 
-#: Added to a layer's name to learn how transformers renames what lies beside its weight.
+#: Added to a layer's name to learn how transformers renames what is stored with its weight.
 _PROBE = "weight_scale"
 
 
@@ -67,7 +67,7 @@ class CheckpointNames:
         return self._by_parameter.get(parameter)
 
     def parameter(self, tensor: str) -> str | None:
-        """The parameter that is one tensor of the file and nothing else; None where there is no such."""
+        """The parameter that is one tensor of the file and nothing else; None where there is none."""
         group = self._by_tensor.get(tensor)
         return group.parameters[0] if group is not None and group.converter is None and group.parameters else None
 
@@ -75,7 +75,7 @@ class CheckpointNames:
         """The name in the file of a module with a ``weight``, under which its codes and scales go too.
 
         Returns:
-            None if the weight isn't a tensor of its own there, or what lies beside it would not be found again. The
+            None if the weight isn't a tensor of its own there, or what is stored with it would not be found again. The
             module's own name if the file has nothing for it (a tied output embedding).
         """
         group = self.of_parameter(f"{module}.weight")
@@ -126,7 +126,7 @@ class CheckpointNames:
                 continue
             members, rule = found.setdefault(parameter, ([], converter))
             if members and (converter is None or rule is not converter):
-                raise DetentError(f"the checkpoint's tensors {members[0]} and {tensor} both claim to be {parameter}")
+                raise DetentError(f"the checkpoint's tensors {members[0]} and {tensor} both map to {parameter}")
             members.append(tensor)
         for parameter, (members, rule) in found.items():
             names = (parameter,) if rule is None else tuple(_targets(parameter, rule))

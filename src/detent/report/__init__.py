@@ -1,4 +1,4 @@
-"""The report of a run: as JSON beside the result, and as a summary in the terminal."""
+"""The report of a run: as JSON next to the result, and as a summary in the terminal."""
 
 from __future__ import annotations
 

@@ -50,8 +50,8 @@ def contents(folder: str | Path) -> dict[str, Any]:
 
 
 def _check_shapes(checkpoint: QuantizedCheckpoint) -> None:
-    """Compare the shapes that a file of another tool amounts to with those that its config.json asks for. Nothing is
-    compared where the architecture is known to code of its own alone."""
+    """Compare the shapes of another tool's file with those that its config.json calls for. Where the
+    architecture is defined by code that comes with the checkpoint, nothing is compared."""
     from detent.pretrained.loading import load_config, model_on_meta
 
     try:
@@ -68,7 +68,7 @@ def _check_shapes(checkpoint: QuantizedCheckpoint) -> None:
 
 
 def _quantized(checkpoint: QuantizedCheckpoint) -> list[dict[str, Any]]:
-    """The quantized layers. Whatever a layer stores beside its kept tensors belongs to its weight or activations."""
+    """The quantized layers. What a layer stores besides its kept tensors belongs to its weight or activations."""
     kept, layers = set(checkpoint.kept), checkpoint.formats.layers
     sizes = dict.fromkeys(layers, 0)
     others = []

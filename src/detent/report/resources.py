@@ -1,4 +1,4 @@
-"""How much memory this process has taken at most."""
+"""Peak memory of this process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def peak_memory_bytes() -> int:
-    """The most main memory that this process has held at one time, in bytes; 0 where the system doesn't tell."""
+    """The most main memory that this process has held at one time, in bytes; 0 where the system doesn't report it."""
     status = Path("/proc/self/status")
     if status.exists():
         # Preferred to getrusage, whose figure a process on Linux inherits from the larger one that started it.

@@ -23,7 +23,7 @@ class _Part(BaseModel):
 
 
 class Perplexity(_Part):
-    """Perplexity of the model as it was and as it is; None where it wasn't measured."""
+    """Perplexity before and after quantization; None where it wasn't measured."""
 
     before: float | None = None
     after: float | None = None
@@ -70,7 +70,7 @@ class AlgorithmReport(_Part):
     energy: float | None = None
     decided: dict[str, Any] = Field(default_factory=dict)
     notice: str = ""
-    #: Whether the weight stays as round-to-nearest has it.
+    #: Whether the weight keeps its round-to-nearest values.
     kept_plain: bool = False
     #: Whether the notice was shown in the summary too.
     noteworthy: bool = False
@@ -100,7 +100,7 @@ class Calibration(_Part):
 
 
 class RunReport(_Part):
-    """Everything that a run tells about itself."""
+    """Everything that a run reports."""
 
     detent_version: str
     #: The command line, as it was typed.
@@ -122,7 +122,7 @@ class RunReport(_Part):
     peak_memory_bytes: int
     #: The same on the CUDA devices, all together; None where they weren't used.
     peak_device_memory_bytes: int | None = None
-    #: What the user was told on the way.
+    #: Notices shown during the run.
     notices: list[str] = Field(default_factory=list)
     output_dir: str | None = None
 
@@ -138,12 +138,12 @@ class RunReport(_Part):
 
     @classmethod
     def read(cls, path: Path) -> RunReport:
-        """Read a report from its file, or from the folder it lies in.
+        """Read a report from its file, or from the folder that holds it.
 
         Raises:
             DetentError: there is none, or it is not a report.
         """
         path = path / REPORT_NAME if is_folder(path) else path
         if status(path) is None:
-            raise DetentError(f"There is no report at {path}.")
+            raise DetentError(f"there is no report at {path}")
         return check_as(cls, read_json(path), str(path))

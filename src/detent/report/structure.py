@@ -36,7 +36,7 @@ def _ranges(rows: tuple[int, ...]) -> list[list[int]]:
 
 
 def structure_tree(name: str, structure: Structure) -> Branch:
-    """What was found, equal blocks in a row told once."""
+    """What was found, consecutive equal blocks listed once."""
     root = Branch(name)
     root.branches += [Branch(f"note: {note}") for note in structure.notes]
     root.branches += _stream(structure)
@@ -75,13 +75,13 @@ def _runs_of_equal(structure: Structure) -> list[list[str]]:
     runs: list[list[str]] = []
     previous: Any = None
     for block in structure.blocks:
-        told = [(b.text, [c.text for c in b.branches]) for b in _sites_of(block, structure)]
+        listed = [(b.text, [c.text for c in b.branches]) for b in _sites_of(block, structure)]
         same_list = bool(runs) and runs[-1][-1].rpartition(".")[0] == block.rpartition(".")[0]
-        if same_list and told == previous:
+        if same_list and listed == previous:
             runs[-1].append(block)
         else:
             runs.append([block])
-        previous = told
+        previous = listed
     return runs
 
 

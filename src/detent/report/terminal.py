@@ -91,7 +91,7 @@ def _fact_rows(report: RunReport) -> list[tuple[str, str]]:
 
 
 def _algorithm_rows(report: RunReport) -> list[tuple[str, str]]:
-    """For each algorithm: how far its objective fell below that of plain rounding, over all weights."""
+    """For each algorithm: its objective relative to that of round-to-nearest, over all weights."""
     done: dict[tuple[str, str], list[float]] = {}
     for layer in report.layers:
         for one in layer.algorithms:
@@ -100,7 +100,7 @@ def _algorithm_rows(report: RunReport) -> list[tuple[str, str]]:
     for (name, objective), ratios in done.items():
         mean = math.exp(sum(math.log(max(ratio, 1e-12)) for ratio in ratios) / len(ratios))
         weights = "1 weight" if len(ratios) == 1 else f"{len(ratios)} weights"
-        rows.append((name, f"{objective}: {mean:.3f} of plain rounding's (geometric mean of {weights})"))
+        rows.append((name, f"{objective}: {mean:.3f} of round-to-nearest's (geometric mean of {weights})"))
     return rows
 
 

@@ -33,8 +33,8 @@ def evaluate_checkpoint(
     quantized: bool | None = None,
     run: Run | None = None,
 ) -> RunReport:
-    """Measure the perplexity of a checkpoint. The figure stands under ``perplexity.after`` for a quantized checkpoint
-    and under ``perplexity.before`` for a float one; sizes likewise.
+    """Measure the perplexity of a checkpoint. The result is ``perplexity.after`` for a quantized checkpoint
+    and ``perplexity.before`` for a float one; sizes likewise.
 
     Args:
         model_options, evaluation: what to measure, on what.

@@ -170,8 +170,8 @@ def _attach(
 
 def _set_activation(model: nn.Module, quantizer_name: str, activation: Activation) -> None:
     fmt = activation.format
-    blocks_anew = activation.scales is not None and activation.scales.scale.numel() == 0
-    attributes = QuantizerAttributeConfig(format=fmt.as_dynamic() if blocks_anew else fmt)
+    fresh_blocks = activation.scales is not None and activation.scales.scale.numel() == 0
+    attributes = QuantizerAttributeConfig(format=fmt.as_dynamic() if fresh_blocks else fmt)
     set_quantizer_attribute(model, lambda name: name == quantizer_name, attributes)
     quantizer = model.get_submodule(quantizer_name)
     assert isinstance(quantizer, TensorQuantizer)

@@ -17,7 +17,7 @@ from detent.transforms.rotation_parts import rotate_in
 
 
 def with_online(record: LayerCheckpoint, module: nn.Module) -> LayerCheckpoint:
-    """`record` with the rotation of its module's input and the low-rank branch beside its weight."""
+    """`record` with the rotation of its module's input and the low-rank branch alongside its weight."""
     branch = low_rank_of(module)
     return replace(
         record,
@@ -27,7 +27,7 @@ def with_online(record: LayerCheckpoint, module: nn.Module) -> LayerCheckpoint:
 
 
 def with_online_formats(formats: ModelFormats, records: Iterable[LayerCheckpoint], model: nn.Module) -> ModelFormats:
-    """`formats` as the finished model has them: planned before anybody knew what would be rotated."""
+    """`formats` as the finished model has them: the plan could not know what would be rotated."""
     layers = {**formats.layers, **{record.name: record.formats for record in records}}
     return replace(formats, layers=layers, keys_rotated=_keys_rotated(model))
 

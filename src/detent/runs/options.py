@@ -39,9 +39,9 @@ class EvaluationOptions:
         skip: measure nothing.
         dataset: a file, a hub data set, ``builtin``, or None for WikiText-2's test text (without a network: the
             built-in one).
-        windows: use only so many windows; None for all.
-        batch_size: windows that run at once; None for 8, or fewer where their logits would take more than 1 GiB.
-        max_batch_size: in place of that 8.
+        windows: number of windows to use; None for all.
+        batch_size: windows run at once; None for 8, or fewer where their logits would take more than 1 GiB.
+        max_batch_size: in place of 8, where `batch_size` is None.
 
     Example:
         >>> import detent
@@ -63,7 +63,7 @@ class CalibrationOptions:
     Attributes:
         dataset: a file, a hub data set, ``builtin``, or None for the default one (without a network: the built-in
             text).
-        seq_len: tokens in a sample. num_samples: how many. batch_size: samples that run at once.
+        seq_len: tokens in a sample. num_samples: how many. batch_size: samples run at once.
 
     Example:
         >>> import detent
@@ -86,7 +86,7 @@ class SchemeOptions:
         group_size: None where the user gave none.
         group_size_per_layer: (wildcard on module names, group size) pairs; the last match wins.
         exclude: wildcards on module names; None for the usual ones.
-        overrides: a JSON file of what to use in place of the model's structure as it is found; see `find_structure`.
+        overrides: a JSON file of what to use in place of what is found of the model's structure; see `find_structure`.
         export: ``hf_format`` for compressed-tensors where it holds the model and else Detent's own layout, or
             ``compressed-tensors`` for that or an error.
         allow_unfused: whether layers that engines run as one may have different formats.

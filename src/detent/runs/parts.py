@@ -13,7 +13,7 @@ from detent.runs.write import LayerResult
 
 
 def planned_weights(source: Source, plan: Plan) -> Weights:
-    """What becomes of every tensor of a checkpoint that is quantized by `plan`."""
+    """What happens to every tensor of a checkpoint that is quantized by `plan`."""
     kept = {name: math.prod(source.info(name).shape) for name in plan.kept}
     shapes = [f.shape for f in plan.formats.layers.values() if f.weight is not None]
     return Weights(

@@ -43,7 +43,7 @@ from detent.runs.verify import check_logits, probe_logits, verify
 from detent.runs.write import LayerResult, written
 
 DEFAULT_SCHEME = "w_int4_per_group_sym"
-#: The part of a model that may stay in floating point unasked before the user is told.
+#: The share of a model that may stay in floating point without being excluded before a notice says so.
 OVERLOOKED_SHARE = 0.2
 #: The relative error from which on a weight counts as lost: rounding noise stays far below, a weight of zeros has 1.
 LOST_ERROR = 0.9
@@ -65,7 +65,7 @@ def quantize_checkpoint(
     Everything that can be refused is refused before the weights are read.
 
     Returns:
-        The report, which also lies in the folder as ``detent_report.json``.
+        The report, which is also in the folder as ``detent_report.json``.
 
     Raises:
         DetentError: anything that the user can mend; the output folder is then as it was.
@@ -188,7 +188,7 @@ def _formats(options: SchemeOptions, builtin: bool) -> tuple[Scheme, Format | No
     if name is None:
         raise DetentError(
             f"no scheme is named; pass quant_scheme, for instance {DEFAULT_SCHEME} (`detent schemes` lists all), or"
-            " skip_quantization to evaluate the model as it is"
+            " skip_quantization to evaluate the float model"
         )
     scheme = parse_scheme(name, options.group_size, options.scale_format, options.scale_calculation_mode)
     if options.kv_cache is None:
@@ -204,7 +204,7 @@ def _formats(options: SchemeOptions, builtin: bool) -> tuple[Scheme, Format | No
         if options.min_kv_scale and kv_cache.dynamic:
             raise DetentError("min_kv_scale needs a static key/value cache type, such as fp8")
     if scheme.weight is None and scheme.input is None and kv_cache is None:
-        raise DetentError(f"scheme {name!r} quantizes nothing; use skip_quantization to evaluate the model as it is")
+        raise DetentError(f"scheme {name!r} quantizes nothing; use skip_quantization to evaluate the float model")
     return scheme, kv_cache
 
 

@@ -1,4 +1,4 @@
-"""A run in progress: its clock, its notices and who hears of them."""
+"""A run in progress: its clock, its notices and the function that shows them."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ BUILTIN_MODEL = "the built-in sample model"
 
 @dataclass
 class Run:
-    """A run in progress: its clock, its notices and who hears of them."""
+    """A run in progress: its clock, its notices and the function that shows them."""
 
     command: list[str] = field(default_factory=list)
-    hear: Callable[[str], None] = lambda text: None
+    on_notice: Callable[[str], None] = lambda text: None
     notices: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
     def notify(self, text: str) -> None:
-        """Tell the user something that the report keeps; once each."""
+        """Show a notice to the user and keep it for the report; each text once."""
         if text not in self.notices:
             self.notices.append(text)
-            self.hear(text)
+            self.on_notice(text)
 
     def tell_about_texts(self, calibration: CalibrationOptions | None, evaluation: EvaluationOptions) -> None:
-        """At the start: that the default texts of what will be done need a package that isn't installed."""
+        """At the start, warn if the default texts that will be needed come from a package that isn't installed."""
         if calibration and not calibration.dataset and (notice := missing_package_notice("calibration")):
             self.notify(notice)
         if not evaluation.skip and not evaluation.dataset and (notice := missing_package_notice("evaluation")):
             self.notify(notice)
 
     def report(self, **parts: Any) -> RunReport:
-        """The report, with everything that the run itself knows filled in."""
+        """The report, with what the run itself knows filled in."""
         return RunReport(
             detent_version=__version__,
             command=self.command,

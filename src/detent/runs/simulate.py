@@ -44,7 +44,7 @@ class SimulatedLayer:
 
 
 class Quantized(Protocol):
-    """What was made of a model or checkpoint by its plan, as it is handed to the writer."""
+    """A model or checkpoint quantized by its plan, as the writer takes it."""
 
     @property
     def formats(self) -> ModelFormats:
@@ -138,7 +138,7 @@ def _simulate_layer(name: str, module: QuantWeightBase, plan: Plan, outcomes: li
     weight = module.weight.detach()
     simulated = layer_as_quantized(name, module, plan, weight, outcomes)
     assert simulated.record.weight is not None
-    # A tied weight gets memory of its own: its twin stays as it is.
+    # A tied weight gets memory of its own, so that its twin does not change.
     edit.put(module, "weight", decode(simulated.record.weight, weight.dtype).to(weight.device), name, untie=True)
     module.weight_quantizer.disable()
     return simulated
@@ -182,8 +182,8 @@ def layer_as_quantized(
 def relative_error(packed: QTensor, weight: Tensor) -> float:
     """``norm(W - W^) / norm(W)`` in the Frobenius norm; 0 for a weight of zeros.
 
-    A few rows at a time, so that what they take stays in the processor's cache; of a weight with more than `MEASURED`
-    elements only so many, in rows spread evenly over it.
+    A few rows at a time, so that they fit the processor's cache. Of a weight with more than `MEASURED` elements about
+    `MEASURED` are measured, in rows spread evenly over it.
     """
     tall = packed.format.granularity.lengths(packed.shape)[0] if packed.format.granularity.kind != "per_tensor" else 1
     step = tall * max(1, PIECE * len(weight) // max(1, weight.numel() * tall))

@@ -1,4 +1,4 @@
-"""Quantizing a checkpoint without data: each weight is read, quantized as planned and handed on; no model is built."""
+"""Quantizing a checkpoint without data: each weight is read, quantized as planned and passed on; no model is built."""
 
 from __future__ import annotations
 

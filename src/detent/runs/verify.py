@@ -24,7 +24,7 @@ from detent.model.usage import quantizer_usage
 from detent.pretrained.facts import input_device, vocabulary_size
 from detent.progress import track
 
-#: A tensor that stays: None as it is in the source, a dtype for that cast to it, or new values.
+#: A tensor that is not quantized: None for its values in the source, a dtype for those cast to it, or new values.
 Kept = Tensor | torch.dtype | None
 
 _CHECKED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -44,7 +44,7 @@ class Expected:
         examples: the contents of a layer of each form, which are read back and compared bit for bit.
         kept: checksums of the tensors that stay, as they should be.
         kv: scales of keys and values, by attention module.
-        digests: checksums of all tensors, as they were handed to the file system.
+        digests: checksums of all tensors, as they were passed to the file system.
     """
 
     formats: ModelFormats
@@ -85,14 +85,14 @@ def verify(folder: Path, expected: Expected, source: Source) -> None:
 
 
 def kept_tensor(name: str, how: Kept, source: Source) -> Tensor:
-    """A tensor that stays, as it is to be written.
+    """A tensor that is not quantized, as it will be written.
 
     Raises:
         DetentError: a value is not finite, or too large for the dtype that it is cast to.
     """
     if isinstance(how, Tensor):
         if not all_finite(how):
-            raise DetentError(f"{name} has come to hold NaN or infinity, so it is not written")
+            raise DetentError(f"{name} became NaN or infinite while the model was changed, so it is not written")
         return how.cpu()
     tensor = source.tensor(name)
     if tensor.dtype in _CHECKED and not all_finite(tensor):
@@ -109,11 +109,11 @@ def kept_tensor(name: str, how: Kept, source: Source) -> Tensor:
 
 
 def does_not_fit(name: str, tensor: Tensor, dtype: torch.dtype) -> DetentError:
-    """What to say about a tensor that overflows `dtype`."""
+    """The error for a tensor that overflows `dtype`."""
     short = str(dtype).removeprefix("torch.")
     return DetentError(
-        f"{name} has a value of {float(tensor.abs().max()):g}, and {short} ends at {torch.finfo(dtype).max:g}; keep the"
-        " model in bfloat16 or float32"
+        f"{name} has a value of {float(tensor.abs().max()):g}, but the largest in {short} is"
+        f" {torch.finfo(dtype).max:g}; keep the model in bfloat16 or float32"
     )
 
 
@@ -139,10 +139,10 @@ def _check_names(checkpoint: QuantizedCheckpoint, expected: Expected, source: So
     problems = [
         ("is neither quantized nor kept", source.tensors.keys() - weights - kept),
         ("is both quantized and kept", weights & kept),
-        ("was kept and isn't there", kept - there),
-        ("is there, although nothing asked for it", there - kept),
-        ("was quantized and isn't there", layers.keys() - checkpoint.formats.layers.keys()),
-        ("was written and isn't there", expected.digests.keys() - checkpoint.source.tensors.keys()),
+        ("was kept but is missing", kept - there),
+        ("was written but not planned", there - kept),
+        ("was quantized but is missing", layers.keys() - checkpoint.formats.layers.keys()),
+        ("was written but is missing", expected.digests.keys() - checkpoint.source.tensors.keys()),
     ]
     for problem, names in problems:
         if names:
@@ -202,6 +202,5 @@ def check_logits(expected: Tensor, found: Tensor) -> None:
     difference = float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
     if not difference <= tolerance:  # NaN too
         raise DetentError(
-            f"the model read back computes something else than the one that was simulated: its logits differ by"
-            f" {difference:.2%}"
+            f"the model read back does not compute what the simulated one did: its logits differ by {difference:.2%}"
         )

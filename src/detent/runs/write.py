@@ -26,7 +26,7 @@ SHARD_SIZE = 1_000_000_000
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What a report tells of a layer: its formats, the error of its weight, and what algorithms did to it."""
+    """What a report says about a layer: its formats, the error of its weight, and what algorithms did to it."""
 
     formats: LayerFormats
     relative_error: float | None
@@ -128,7 +128,7 @@ def _config(source: Source, plan: Plan, quantized: Quantized, dtype: torch.dtype
 
 
 def _kept(plan: Plan, quantized: Quantized, held: Mapping[str, torch.dtype]) -> dict[str, Kept]:
-    """What becomes of each tensor that isn't a quantized weight, by its name in the file."""
+    """What is written for each tensor that isn't a quantized weight, by its name in the file."""
     dtypes = {
         tensor: held[group.parameters[0]]
         for group in plan.names.groups

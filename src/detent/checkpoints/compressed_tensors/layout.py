@@ -108,7 +108,7 @@ class CompressedTensorsLayout:
             group["targets"] += _targets(name, formats)
         if len(groups) == 1:
             # "Linear" is part of the names of vLLM's classes too, but not of that of its output embedding, which is
-            # looked up by its module's name. It and whatever else lies outside the numbered blocks are named as well.
+            # looked up by its module's name. It and everything else outside the numbered blocks are named as well.
             outside = [name for name in formats.layers if not any(map(str.isdigit, name.split(".")))]
             targets = [target for name in outside for target in _targets(name, formats)]
             next(iter(groups.values()))["targets"] = ["Linear", *targets]
@@ -340,9 +340,9 @@ class CompressedTensorsReader:
             DetentError: it is missing or of another shape or dtype, or the file says another shape of the weight.
         """
         (rows, columns), bits = shape, fmt.element.bits
-        told = f"{name}.weight_shape"
-        if told in self.source.tensors and tuple(self._tensor(told, (2,), torch.int64).tolist()) != shape:
-            raise DetentError(f"{self._place(told)}: it is not {shape}, the shape of the weight")
+        declared = f"{name}.weight_shape"
+        if declared in self.source.tensors and tuple(self._tensor(declared, (2,), torch.int64).tolist()) != shape:
+            raise DetentError(f"{self._place(declared)}: it is not {shape}, the shape of the weight")
         stored: tuple[str, tuple[int, ...], torch.dtype]
         stored = f"{name}.weight_packed", (rows, -(-columns * bits // 32)), torch.int32
         if stored[0] not in self.source.tensors:

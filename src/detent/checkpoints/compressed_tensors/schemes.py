@@ -80,7 +80,7 @@ def activation_args(fmt: Format, features: int) -> Args:
         return args | {"dynamic": "local"}
     if _is_mx(fmt):
         if not fmt.dynamic:
-            raise NotHeld("calibrated exponents of MX activations: they are made anew for each tensor")
+            raise NotHeld("calibrated exponents of MX activations: they are recomputed for every tensor")
         return args | {"dynamic": True}
     if fmt.granularity.kind == "per_tensor":
         return args | {"strategy": "tensor", "dynamic": fmt.dynamic}
@@ -116,8 +116,8 @@ def layout_of(weight: Format | None, input: Format | None = None, output: Format
 
 
 def _computes_packed(weight: Format, input: Format | None, output: Format | None) -> bool:
-    """Whether vLLM multiplies packed integers with the layer's integer inputs: where those are symmetric and scaled
-    anew for each token or group. It has the same as bytes for 8-bit weights with one scale per channel or tensor alone.
+    """Whether vLLM multiplies packed integers with the layer's integer inputs: where those are symmetric, with scales
+    computed for each token or group. Of unpacked integers it takes 8-bit weights with one scale per channel or tensor.
     """
     if input is None or output is not None or not isinstance(input.element, Integer):
         return False
