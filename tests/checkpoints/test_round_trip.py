@@ -257,7 +257,7 @@ def test_choose_prefers_compressed_tensors_and_says_why_not() -> None:
         (LayerFormats((64, 64), f.nvfp4(), f.nvfp4(dynamic=True)), "outer scale is dynamic"),
         (LayerFormats((64, 64), None, f.integer(8, f.per_channel(-1))), "calibrated"),
         (LayerFormats((64, 64), None, f.integer(8, narrow=True)), "narrow"),
-        (LayerFormats((64, 64), None, f.mx("e2m1")), "anew"),
+        (LayerFormats((64, 64), None, f.mx("e2m1")), "recomputed"),
         (LayerFormats((64, 48), None, f.mx("e2m1", dynamic=True)), "short last group"),
         (LayerFormats((64, 64), None, f.micro_exponent(6, dynamic=True)), "power-of-two"),
     ],

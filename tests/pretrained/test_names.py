@@ -75,5 +75,5 @@ def test_what_the_model_has_no_place_for() -> None:
 
 def test_two_claims() -> None:
     model = zoo.make("gpt_neox", device="meta")
-    with pytest.raises(DetentError, match=r"embed_out\.weight and lm_head\.weight both claim"):
+    with pytest.raises(DetentError, match=r"embed_out\.weight and lm_head\.weight both map"):
         CheckpointNames(model, [*model.state_dict(), "embed_out.weight"])
