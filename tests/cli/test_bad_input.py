@@ -162,7 +162,7 @@ def test_model_that_loads_and_cannot_run(copy: Workplace) -> None:
         (["--scale_format", "float32"], ["scale_format"]),
         (["--kv_cache_dtype", "fp9"], ["fp8"]),
         (["--min_kv_scale", 1], ["--kv_cache_dtype"]),
-        (["--min_kv_scale", "nan", "--kv_cache_dtype", "fp8"], ["--min_kv_scale"]),
+        (["--min_kv_scale", "nan", "--kv_cache_dtype", "fp8"], ["min_kv_scale"]),
         (["--min_kv_scale", 1, "--kv_cache_dtype", "mxfp4"], ["static"]),
         (["--eval_dataset", "nonsense"], ["nonsense"]),
         (["--eval_dataset", "no/where"], ["no/where"]),
@@ -241,7 +241,7 @@ def test_interrupted(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("detent.runs.write.verify", interrupt)
+    monkeypatch.setattr("detent.runs.quantize.verify", interrupt)
     assert place.quantize(run=detent).code == 130
     assert not any(place.out.parent.iterdir())
 
