@@ -22,7 +22,7 @@ from detent.errors import DetentError
 from detent.formats import FloatScale, Format, Integer, Scales, float32
 from detent.formats.elements import Element
 from detent.formats.granularity import from_tiles, to_tiles
-from detent.formats.qtensor import _tile_scale
+from detent.formats.qtensor import tile_scale
 from detent.formats.tiles import multiplier
 
 #: Elements rounded at once: float64 intermediates then stay in the processor's cache.
@@ -51,9 +51,9 @@ class GridWeight(nn.Module):
         check_elementwise(fmt, algorithm)
         self._fmt, self._shape, self._scales = fmt, tuple(weight.shape), scales
         self.free = has_free_scale(fmt)
-        tile_scale = _tile_scale(fmt, scales)
-        self._zero_point = tile_scale.zero_point
-        self._unit = multiplier(fmt, tile_scale).to(torch.float32)
+        scale = tile_scale(fmt, scales)
+        self._zero_point = scale.zero_point
+        self._unit = multiplier(fmt, scale).to(torch.float32)
 
     def _affine(self) -> tuple[Tensor, Tensor | None]:
         """(scale, zero point) of each tile as they can be stored, with the gradient of their unrounded values."""

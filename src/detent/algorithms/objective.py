@@ -18,7 +18,7 @@ from detent.errors import DetentError
 from detent.formats import FloatScale, Format, PowerOfTwoScale, QTensor, Scales, decode, encode, float32
 from detent.formats.granularity import from_tiles, to_tiles
 from detent.formats.kernels import simulate_static
-from detent.formats.qtensor import _tile_scale
+from detent.formats.qtensor import tile_scale
 from detent.formats.tiles import TileScale, multiplier
 from detent.statistics import SiteStatistics
 from detent.statistics.products import fast_products
@@ -132,7 +132,7 @@ class Units:
 
 def units_of(fmt: Format, scales: Scales, shape: tuple[int, int]) -> Units:
     """The units of a weight of this shape under `scales`."""
-    scale: TileScale = _tile_scale(fmt, scales)
+    scale: TileScale = tile_scale(fmt, scales)
     unit = multiplier(fmt, scale).float()
     out, width = shape
     if unit.numel() > 1 and fmt.granularity.lengths(shape)[0] == 1:
@@ -185,7 +185,7 @@ def quick_tile_values(tiles: Tensor, fmt: Format, scale: TileScale) -> Tensor:
 
 def rounded_to_nearest(weight: Tensor, fmt: Format, scales: Scales) -> Tensor:
     """The values of the codes nearest to float32 `weight` under given scales; see `nearest_values`."""
-    return rounded_under(weight, fmt, _tile_scale(fmt, scales))
+    return rounded_under(weight, fmt, tile_scale(fmt, scales))
 
 
 def rounded_under(weight: Tensor, fmt: Format, scale: TileScale) -> Tensor:

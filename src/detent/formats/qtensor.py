@@ -9,7 +9,6 @@ Invariants:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from detent.errors import DetentError
 from detent.formats import tiles as tl
+from detent.formats.checks import check_input, check_scale, check_values, not_finite
 from detent.formats.elements import power_of_two
 from detent.formats.format import Format
 from detent.formats.granularity import from_tiles, rows_suffice, to_tiles
@@ -206,7 +206,7 @@ def encode(
         >>> detent.encode(torch.tensor([[7.0, -3.0, 1.4, 0.0]]), fmt).codes
         tensor([[ 7, -3,  1,  0]], dtype=torch.int8)
     """
-    _check_input(x, name)
+    check_input(x, name)
     if fmt.base is not None:
         return _encode_progressive(x, fmt, scales, name)
     shape = tuple(x.shape)
@@ -254,7 +254,7 @@ def encode_packed(
     if fmt.base is not None or not whole or not x.numel() or not rows_suffice(fmt.granularity, shape):
         q = encode(x, fmt, scales, outer_scale=outer_scale, name=name)
         return pack(q.codes.reshape(shape or (1,)), fmt.bits, word_bytes, flip=flip), q.scales
-    _check_input(x, name)
+    check_input(x, name)
     tiles, scale, scales = _scaled_tiles(x, fmt, scales, outer_scale, name)
     packed = new_tensor((*shape[:-1], shape[-1] * fmt.bits // 8), torch.uint8, x.device)
     encode_packed_tiles(tiles, fmt, scale, packed.view(-1), flip)
@@ -315,7 +315,7 @@ def fake_quantize(
         >>> x.grad
         tensor([[1., 1., 1., 1.]])
     """
-    _check_input(x, name)
+    check_input(x, name)
     if torch.is_grad_enabled() and x.requires_grad:
         through: Callable[..., Tensor] = _StraightThrough.apply
         return through(x, fmt, scales, outer_scale, clip, name)
@@ -347,14 +347,14 @@ def _fake_quantize(x: Tensor, fmt: Format, scales: Scales | None, outer_scale: T
     x = x.detach()
     tiles = _tiles(x, fmt)
     if tl.needs_nonnegative(fmt):
-        _check_values(x, fmt, name)
+        check_values(x, fmt, name)
     if scales is not None:
-        _check_scales(scales, fmt, x, name)
+        check_scale(None if scales is None else scales.scale, fmt, x, name)
         out, largest = simulate_static(tiles, fmt, tile_scale(fmt, scales))
     else:
         out, largest = simulate_dynamic(tiles, fmt, outer_scale)
     if not bool(torch.isfinite(largest)):
-        raise _not_finite(name, x)
+        raise not_finite(name, x)
     return from_tiles(out, fmt.granularity, tuple(x.shape))
 
 
@@ -367,9 +367,9 @@ def _scaled_tiles(
 ) -> tuple[Tensor, TileScale, Scales]:
     """The tiles of `x`, found to be what `fmt` can hold, and their scales: those given, or else their own."""
     tiles, grid = _tiles(x, fmt), fmt.granularity.grid(tuple(x.shape))
-    _check_scales(scales, fmt, x, name)
+    check_scale(None if scales is None else scales.scale, fmt, x, name)
     if scales is not None or not x.numel() or tl.needs_nonnegative(fmt):
-        _check_values(x, fmt, name)
+        check_values(x, fmt, name)
     if scales is not None:
         return tiles, tile_scale(fmt, scales), scales
     if not x.numel():
@@ -377,7 +377,7 @@ def _scaled_tiles(
         return tiles, empty, _stored(fmt, empty, grid)
     scale, largest = own_scale(tiles, fmt, outer_scale)
     if not bool(torch.isfinite(largest)):
-        raise _not_finite(name, x)
+        raise not_finite(name, x)
     return tiles, scale, _stored(fmt, scale, grid)
 
 
@@ -404,10 +404,6 @@ def tile_scale(fmt: Format, scales: Scales) -> TileScale:
     elif zero_point is not None:
         zero_point = zero_point.reshape(-1, 1).to(torch.float32)
     return TileScale(value, zero_point, None if fmt.base is not None else scales.outer_scale)
-
-
-#: The name that it had; other rooms still import it.
-_tile_scale = tile_scale
 
 
 def _decode_micro(q: QTensor, micro: Tensor) -> Tensor:
@@ -441,40 +437,3 @@ def _encode_progressive(x: Tensor, fmt: Format, scales: Scales | None, name: str
         values, replace(fmt, base=None), None if scales is None else Scales(scales.scale, scales.zero_point), name=name
     )
     return QTensor(fmt, q.shape, q.codes, q.scale, q.zero_point, base.scale.to(torch.float32))
-
-
-def _check_input(x: Tensor, name: str) -> None:
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise DetentError(f"{name}: can quantize float32, bfloat16 and float16, not {x.dtype}; convert it first")
-
-
-def _check_values(x: Tensor, fmt: Format, name: str) -> None:
-    """Refuse what no format can hold; `x` may be empty."""
-    if x.numel() == 0:
-        return
-    low, high = torch.aminmax(x.detach())
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
-        raise _not_finite(name, x)
-    if tl.needs_nonnegative(fmt) and bool(low < 0):
-        raise DetentError(
-            f"{name}: negative values (down to {float(low):.4g}) in an unsigned format without zero point;"
-            " use a signed or asymmetric format"
-        )
-
-
-def _check_scales(scales: Scales | None, fmt: Format, x: Tensor, name: str) -> None:
-    """Refuse scales made for a tensor of another shape."""
-    grid = fmt.granularity.grid(tuple(x.shape))
-    if scales is not None and x.numel() and scales.scale.numel() != math.prod(grid):
-        raise DetentError(
-            f"{name}: {fmt.granularity} of shape {tuple(x.shape)} takes scales of shape {grid},"
-            f" not {tuple(scales.scale.shape)}; were they made for another tensor?"
-        )
-
-
-def _not_finite(name: str, x: Tensor) -> DetentError:
-    bad = int((~torch.isfinite(x.detach())).sum())
-    return DetentError(
-        f"{name}: {bad} of {x.numel()} values are NaN or infinite; quantization needs finite values,"
-        " so check the checkpoint or the data that produced them"
-    )

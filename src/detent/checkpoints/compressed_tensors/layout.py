@@ -350,8 +350,8 @@ class CompressedTensorsReader:
             stored = f"{name}.weight", shape, torch.int8 if integer else fmt.element.storage_dtype
         elif fmt.element in (E2M1, E2M3):
             stored = stored[0], (rows, -(-columns * bits // 8)), torch.uint8
-        elif self.described and told not in self.source.tensors:
-            raise DetentError(f"{self.source.path}: {told} is missing, which readers of packed weights need")
+        elif self.described and declared not in self.source.tensors:
+            raise DetentError(f"{self.source.path}: {declared} is missing, which readers of packed weights need")
         self._expect(*stored)
         return stored
 

@@ -1,0 +1,51 @@
+"""What `encode` and `fake_quantize` refuse."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from detent.errors import DetentError
+from detent.formats.format import Format
+from detent.formats.tiles import needs_nonnegative
+
+
+def check_input(x: Tensor, name: str) -> None:
+    """Refuse dtypes that can't be quantized."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise DetentError(f"{name}: can quantize float32, bfloat16 and float16, not {x.dtype}; convert it first")
+
+
+def check_values(x: Tensor, fmt: Format, name: str) -> None:
+    """Refuse what no format can hold; `x` may be empty."""
+    if x.numel() == 0:
+        return
+    low, high = torch.aminmax(x.detach())
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        raise not_finite(name, x)
+    if needs_nonnegative(fmt) and bool(low < 0):
+        raise DetentError(
+            f"{name}: negative values (down to {float(low):.4g}) in an unsigned format without zero point;"
+            " use a signed or asymmetric format"
+        )
+
+
+def check_scale(scale: Tensor | None, fmt: Format, x: Tensor, name: str) -> None:
+    """Refuse scales made for a tensor of another shape."""
+    grid = fmt.granularity.grid(tuple(x.shape))
+    if scale is not None and x.numel() and scale.numel() != math.prod(grid):
+        raise DetentError(
+            f"{name}: {fmt.granularity} of shape {tuple(x.shape)} takes scales of shape {grid},"
+            f" not {tuple(scale.shape)}; were they made for another tensor?"
+        )
+
+
+def not_finite(name: str, x: Tensor) -> DetentError:
+    """The error for a tensor with NaN or infinity."""
+    bad = int((~torch.isfinite(x.detach())).sum())
+    return DetentError(
+        f"{name}: {bad} of {x.numel()} values are NaN or infinite; quantization needs finite values,"
+        " so check the checkpoint or the data that produced them"
+    )
