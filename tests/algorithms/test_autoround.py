@@ -102,7 +102,7 @@ def test_refuses_what_it_cannot_serve() -> None:
     weight = torch.randn(4, 16)
     with pytest.raises(DetentError, match="autoround: .*chooses codes jointly"):
         OffsetWeight(weight, micro_exponent(4), own_scales(weight, micro_exponent(4)))
-    with pytest.raises(DetentError, match="no weight to train"):
+    with pytest.raises(DetentError, match="no weights to train"):
         autoround(lambda _: torch.zeros(()), [0], [])
     learned = OffsetWeight(weight, integer(4, per_group(8)), own_scales(weight, integer(4, per_group(8))))
     with pytest.raises(DetentError, match="at least one batch"):

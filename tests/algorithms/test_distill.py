@@ -181,7 +181,7 @@ def test_refuses_what_it_cannot_serve() -> None:
     with pytest.raises(DetentError, match="learned rounding: .*chooses codes jointly"):
         LearnedWeight(weight, micro_exponent(4), own_scales(weight, micro_exponent(4)))
     learned = LearnedWeight(weight, nvfp4(), own_scales(weight, nvfp4()))
-    with pytest.raises(DetentError, match="no weight to train"):
+    with pytest.raises(DetentError, match="no weights to train"):
         distill(lambda _: torch.zeros(()), [0], [0], [], steps=1)
     with pytest.raises(DetentError, match="at least one batch"):
         distill(lambda _: torch.zeros(()), [0], [], [learned], steps=1)

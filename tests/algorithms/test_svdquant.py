@@ -123,5 +123,5 @@ def test_what_is_refused() -> None:
         svdquant(torch.zeros(2, 3, 4), fp8())
     with pytest.raises(DetentError, match="at least 1"):
         svdquant(weight, fp8(), 0)
-    with pytest.raises(DetentError, match="64 inputs needs a moment of as many"):
+    with pytest.raises(DetentError, match="64 inputs needs a moment of the same size"):
         svdquant(weight, fp8(), moment=moment[:3, :3])

@@ -159,7 +159,8 @@ def _leading(error: Tensor, moment: Tensor | None, rank: int) -> Tensor:
         basis = torch.linalg.qr(weighed @ (error.T @ basis)).Q
     small = (basis.T @ weighed).double() @ (error.T @ basis).double()
     vectors = torch.linalg.eigh((small + small.T) / 2).eigenvectors
-    return (basis.double() @ vectors[:, -rank:].flip(1)).float()
+    leading: Tensor = basis.double() @ vectors[:, -rank:].flip(1)
+    return leading.float()
 
 
 # ---- at a site ------------------------------------------------------------------------------------------------------

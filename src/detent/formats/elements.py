@@ -164,7 +164,7 @@ class Float:
         exponent = floor_log2(power) - self.min_exponent  # 0 for subnormals and for the first normal binade
         magnitude = (exponent << self.mantissa_bits) + mantissa
         negative = torch.signbit(grid).to(torch.int64) << (self.exponent_bits + self.mantissa_bits)
-        bits = negative | magnitude if self.signed else magnitude
+        bits: Tensor = negative | magnitude if self.signed else magnitude
         return bits.to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
