@@ -103,5 +103,5 @@ def test_formats_without_a_scale_to_choose_are_refused(fmt: Format) -> None:
 
 @pytest.mark.parametrize("p", [0.0, 1.5])
 def test_other_norms_are_refused(p: float) -> None:
-    with pytest.raises(DetentError, match="lp_norm lies in"):
+    with pytest.raises(DetentError, match="lp_norm must be in"):
         hqq_range(weights(), replace(FORMATS[0]), lp_norm=p)
