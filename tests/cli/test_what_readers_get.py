@@ -205,7 +205,7 @@ class TestKeysAndValues:
         place = replace(place, model=tmp_path / "m")
         options = ("--kv_cache_dtype", "fp8", "--skip_evaluation")
         outcome = place.quantize(*options, scheme="w_fp8_a_fp8")
-        assert "language_model.layers.1.cross_attn stays" in outcome.err
+        assert "leaves out model.language_model.layers.1.cross_attn" in outcome.err
         assert place.report["weights"]["quantized"] == 14
         assert _caches(load_quantized(place.out)) == 2
 

@@ -38,8 +38,8 @@ _PATIENCE = 3
 
 @dataclass(frozen=True)
 class HQQResult:
-    """Attributes: low, high: of each tile, float32 in the shape of the scales. before, after: the objective with the
-    plain range and with this one."""
+    """Attributes: low, high: of each tile, float32 in the shape of the scales. before, after: the objective of
+    round-to-nearest and of this range."""
 
     low: Tensor
     high: Tensor

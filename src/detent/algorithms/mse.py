@@ -1,6 +1,6 @@
 """`mse`: for each tile the range whose format reproduces the weights with the least squared error.
 
-Objective: ``sum (w - Q(w; k * range))^2`` over each tile, minimised over a list of factors k. The plain range (k = 1)
+Objective: ``sum (w - Q(w; k * range))^2`` over each tile, minimised over a list of factors k. Round-to-nearest (k = 1)
 is always among the candidates and wins ties, so no tile is ever worse than under round-to-nearest (RTN).
 
 With the sweep, for formats that keep E4M3 scales under an outer scale, the candidates are instead all 126 positive
