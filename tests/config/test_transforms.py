@@ -41,7 +41,7 @@ def test_files_of_other_tools_are_taken() -> None:
         ({"online_r1_rotation": True}, "online_r1_rotation isn't supported"),
         ({"optimized_rotation_path": "R.bin"}, "optimized_rotation_path isn't supported"),
         ({"r1": False, "r2": False, "r3": False, "r4": False}, "all off"),
-        ({"random": True, "random_r1": True}, "say the same thing"),
+        ({"random": True, "random_r1": True}, "set the same thing"),
     ],
 )
 def test_what_rotation_refuses(values: dict[str, Any], words: str) -> None:

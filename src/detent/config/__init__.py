@@ -1,4 +1,4 @@
-"""What the user says, as data: attributes of quantizers, presets, scheme names; and their translation into formats."""
+"""What the user specifies, as data: quantizer attributes, presets, scheme names; and their translation into formats."""
 
 from __future__ import annotations
 

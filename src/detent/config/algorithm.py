@@ -1,6 +1,6 @@
 """Calibration algorithms as the user names them: a name, a dictionary with arguments, or several one after the other.
 
-Here is what they are told; what they do is in `detent.algorithms`, one file each, whose handler is found by the class.
+How they are configured is here; what they do is in `detent.algorithms`, one file each, its handler found by the class.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class AWQLiteCalibConfig(DataAlgorithmConfig):
 
 
 class AWQClipCalibConfig(DataAlgorithmConfig):
-    """Search how much of each tile's range to give up.
+    """Search how much of each tile's range to clip.
 
     Attributes:
         min_clip_ratio: the smallest share of the range that is tried.

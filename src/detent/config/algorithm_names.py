@@ -31,7 +31,7 @@ _FIELDS = {
     "iters": "iterations",
     "rank": "lowrank",
 }
-#: Settings of Quark's algorithms that say what Detent's do anyway.
+#: Settings of Quark's algorithms that ask for what Detent's do anyway.
 _IMPLIED = ("static_groups", "true_sequential")
 
 

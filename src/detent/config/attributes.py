@@ -172,7 +172,7 @@ class QuantizerAttributeConfig(ConfigModel):
             raise DetentError(
                 "narrow_range drops the most negative integer, and unsigned has none; give one of the two"
             )
-        self.to_format()  # whatever else can't go together
+        self.to_format()  # all other combinations that aren't valid
         return self
 
     @property
@@ -307,11 +307,11 @@ def parse_attributes(value: Any) -> Attributes:
 
 
 def merged(current: QuantizerAttributeConfig, given: Any) -> QuantizerAttributeConfig:
-    """`current` with what `given` says.
+    """`current`, updated with `given`.
 
     Args:
         current: the attributes now.
-        given: a mapping, which changes the attributes that it names, or a `QuantizerAttributeConfig`, which says all.
+        given: a mapping, which changes the attributes that it names, or a `QuantizerAttributeConfig`, which replaces all.
 
     Raises:
         DetentError: not a mapping, or the result isn't valid.

@@ -88,7 +88,7 @@ class ConfigModel(BaseModel, Mapping[str, Any]):
 
 
 def nearest(word: str, known: Mapping[str, Any] | list[str], count: int = 1) -> list[str]:
-    """The known words most like `word`, best first; none that have little in common with it."""
+    """The known words most like `word`, best first, without those that have little in common with it."""
     return difflib.get_close_matches(word, list(known), n=count, cutoff=0.6)
 
 

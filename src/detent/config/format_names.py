@@ -186,7 +186,7 @@ def takes_scale_format(name: FormatName, role: Role = "weight") -> bool:
 
 
 def build_format(name: FormatName, role: Role, options: Options) -> Format | None:
-    """The format of a parsed name, None where it says "not quantized".
+    """The format of a parsed name, None where it means "not quantized".
 
     For a weight, per_token means one scale per row, as per_channel does. For an activation, per_channel is read as
     per_token; scales per token, per group or per block are dynamic, others static unless the name says dynamic.

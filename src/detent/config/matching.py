@@ -21,8 +21,8 @@ QuantizerNames = Mapping[str, Collection[str]] | Iterable[str]
 def matches(rule: Rule, name: str, parent_classes: Collection[str] = ()) -> bool:
     """Whether a rule applies to a quantizer.
 
-    Wildcards (`*`, `?`, `[...]`, as in `fnmatch`, case-sensitive) are held against the whole name; a quantizer of one
-    expert, ``...weight_quantizers.3``, also goes by ``...weight_quantizer``.
+    Wildcards (`*`, `?`, `[...]`, as in `fnmatch`, case-sensitive) are matched against the whole name; a quantizer of
+    one expert, ``...weight_quantizers.3``, also goes by ``...weight_quantizer``.
     """
     if rule.parent_class is not None and rule.parent_class not in parent_classes:
         return False

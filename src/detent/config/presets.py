@@ -53,7 +53,7 @@ def _disabled(places: Places) -> Iterator[dict[str, Any]]:
 
 
 class _ReadOnlyQuantCfg(QuantCfg):
-    """A part that users spread into their own configurations: whatever is taken out of it is a copy."""
+    """A part that users spread into their own configurations: everything read from it is a copy."""
 
     def __getitem__(self, key: Any) -> Any:
         return copy.deepcopy(super().__getitem__(key))

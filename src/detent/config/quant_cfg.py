@@ -42,7 +42,7 @@ class Rule:
         pattern: what quantizer names it applies to.
         parent_class: the class name that the quantizer's module must have, or None for any.
         attributes: what matching quantizers become, or None if the rule only switches them on or off.
-        enable: for a rule that only switches: on or off; else None (the attributes say it).
+        enable: for a rule that only switches: on or off; else None (the attributes decide).
         is_default_exclusion: it excludes one of the places that presets always exclude.
         may_match_nothing: it came with a preset and covers names that not every model has.
         source: the entry as the user wrote it, for messages.
@@ -169,7 +169,7 @@ def normalize(quant_cfg: Any) -> list[Rule]:
     """The rules of a `quant_cfg`, in the order in which they apply; `"default"` first.
 
     Raises:
-        DetentError: not a dictionary or list of entries, an entry that says nothing, or attributes that aren't valid;
+        DetentError: not a dictionary or list of entries, an entry that sets nothing, or attributes that aren't valid;
             the message names the entry.
     """
     if isinstance(quant_cfg, Mapping | list | tuple):

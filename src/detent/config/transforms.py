@@ -1,4 +1,4 @@
-"""What the user says about algorithms that change a model before it is rounded, or round it without data.
+"""Configurations of algorithms that change a model before it is rounded, or round it without data.
 
 `RotationConfig`, `SVDQuantConfig` and `HQQConfig`; the field names that Quark's and ModelOpt's files use are taken too.
 """
@@ -69,7 +69,7 @@ class RotationConfig(QuantizeAlgorithmConfig):
         for other, name in (("random_r1", "random"), ("random_r2", "random2")):
             if other in values:
                 if name in values:
-                    raise DetentError(f"rotation: {other} and {name} say the same thing; give one of them")
+                    raise DetentError(f"rotation: {other} and {name} set the same thing; give one of them")
                 values[name] = values.pop(other)
         super().__init__(**{name: value for name, value in values.items() if name not in STRUCTURE_FIELDS})
 

@@ -1,6 +1,6 @@
 """Calibration and evaluation data: text from files, the hub or the package, and token batches made of it.
 
-What is named here needs no torch, so that a mistake about texts can be told before torch is imported; token batches are
+What is named here needs no torch, so that a mistake about texts is reported before torch is imported; token batches are
 in `detent.data.batches`.
 """
 

@@ -38,7 +38,7 @@ __all__ = [
 #: ``input_ids`` and ``attention_mask``, both int64 [batch, seq].
 Batch = dict[str, Tensor]
 
-#: The shortest sequence that says anything about a language model: one token and the one that follows.
+#: The shortest sequence that is useful with a language model: one token and the one that follows.
 MIN_TOKENS = 2
 #: Running text is tokenized in pieces of about this many characters, until there are samples enough.
 _PIECE_CHARACTERS = 1 << 18
@@ -54,7 +54,7 @@ class CalibrationBatches:
         padding: ``"none"``: samples of unlike length never share a batch; ``"right"``: they do, filled up at the end,
             and `attention_mask` is 0 there.
         description: where the text is from.
-        notices: what the user must be told, such as that there were fewer samples than asked for.
+        notices: messages for the user, such as that there were fewer samples than asked for.
     """
 
     samples: list[Tensor]
@@ -183,7 +183,7 @@ def check_vocabulary(batches: Iterable[Mapping[str, Tensor]], vocab_size: int) -
 
 
 def encode(text: str, tokenizer: Any, special_tokens: bool = True) -> Tensor:
-    """The token ids of a text, int64 [tokens], whole, whatever length the tokenizer thinks that the model takes."""
+    """The token ids of a text, int64 [tokens], never truncated, whatever the tokenizer's maximum length."""
     # verbose=False: no warning about that length. Cutting is left to the caller, because a fast tokenizer that was told
     # to truncate keeps that as a setting and would save it with the model.
     with as_detent_error(lambda error: f"the tokenizer fails on a text: {first_line(error)}; check its files"):

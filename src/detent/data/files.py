@@ -73,7 +73,7 @@ def _read_json(path: Path) -> list[Document]:
     except DetentError as error:
         cause = error.__cause__
         if isinstance(cause, json.JSONDecodeError) and cause.msg == "Extra data":
-            # A whole value, then another: many data sets store one object a line under this suffix.
+            # A whole value, then another: many data sets store one object per line under this suffix.
             return _parse_lines(text, path)
         raise
     return [parse_document(entry, f"{path}, entry {number}") for number, entry in enumerate(_entries(content, path), 1)]

@@ -77,7 +77,7 @@ USUAL_SPLITS: dict[Purpose, tuple[str, ...]] = {
     "calibration": ("train", "validation", "test"),
     "evaluation": ("test", "validation", "train"),
 }
-#: An evaluation on a data set other than WikiText reads this many documents, unless told otherwise.
+#: An evaluation on a data set other than WikiText reads this many documents, by default.
 EVALUATION_DOCUMENTS = 128
 #: Seconds to wait for the hub to accept a connection.
 PROBE_SECONDS = 3.0
@@ -156,7 +156,7 @@ def hub_endpoint() -> str:
 
 
 def unreachable_reason(timeout: float = PROBE_SECONDS) -> str | None:
-    """Why the hub cannot be used now, or None where a connection to it (or to the proxy on the way) opens."""
+    """Why the hub cannot be used now, or None where a connection to it (or to the proxy in between) opens."""
     for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(variable, "").upper() in {"1", "ON", "YES", "TRUE"}:
             return f"{variable} is set"
@@ -234,7 +234,7 @@ def _load_rows(name: str, dataset: HubDataset, split: str | None, streaming: boo
 
 @contextmanager
 def _offline(datasets: Any) -> Iterator[None]:
-    """Let `datasets` look in its cache alone. It reads the environment only once, so the environment can't say this."""
+    """Let `datasets` look only in its cache. It reads the environment once, so setting a variable has no effect."""
     before = datasets.config.HF_HUB_OFFLINE
     level = datasets.logging.get_verbosity()
     datasets.config.HF_HUB_OFFLINE = True

@@ -42,7 +42,7 @@ class TextSource:
         description: where the text is from, in a few words, for reports.
         sampling: how :func:`detent.data.batches.token_batches` makes samples of it.
         builtin: whether it is the text that ships with Detent.
-        notice: what the user must be told about the choice of this source, if anything.
+        notice: a message for the user about the choice of this source, if any.
     """
 
     texts: Sequence[Document]
@@ -163,7 +163,7 @@ def _load_default(purpose: Purpose, limit: int | None) -> TextSource:
 
 def missing_package_notice(purpose: Purpose) -> str | None:
     """What to tell the user at the start where no text is named and the default one needs a package that isn't there;
-    `load_texts` says the same in its `notice`."""
+    `load_texts` gives the same in its `notice`."""
     error = missing_package(DEFAULT_SOURCES[purpose])
     return None if error is None else _builtin_notice(purpose, error)
 

@@ -1,1 +1,1 @@
-"""What comes from outside: paths, files, JSON, and folders that are written whole or not at all. Knows no torch."""
+"""What comes from outside: paths, files, JSON, and folders that are written completely or not at all. No torch here."""

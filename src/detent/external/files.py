@@ -55,7 +55,7 @@ def user_path(path: str | os.PathLike[str]) -> Path:
 
 
 def status(path: str | os.PathLike[str]) -> os.stat_result | None:
-    """What the file system says about a path, links followed; None where nothing is there.
+    """The `stat` of a path, links followed; None where nothing is there.
 
     Raises:
         DetentError: it can't be looked at: no permission, links in a circle, a name that is too long.
@@ -209,7 +209,7 @@ def _refuse(error: ValidationError, where: str) -> NoReturn:
     errors = error.errors(include_url=False)
     first = errors[0]
     place: tuple[Any, ...] = first["loc"]
-    # A field that may be one of several types has an error for each of them, told apart by the last part of its place.
+    # A field that may be one of several types has an error for each of them, told apart by the end of its place.
     choices = [e for e in errors if e["loc"][:-1] == place[:-1] and e["input"] is first["input"]]
     if len(choices) > 1:
         place = place[:-1]

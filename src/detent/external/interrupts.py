@@ -24,8 +24,8 @@ def in_main_thread() -> bool:
 
 @contextmanager
 def one_command() -> Iterator[None]:
-    """Make SIGTERM raise ``SystemExit(143)`` in the main thread, so that everything on the way cleans up. Signals that
-    arrive after `shielded` has put a result in place are ignored to the end of the command."""
+    """Make SIGTERM raise ``SystemExit(143)`` in the main thread, so that everything on the stack cleans up. Signals
+    that arrive after `shielded` has put a result in place are ignored to the end of the command."""
     global _command
     if not in_main_thread():
         yield

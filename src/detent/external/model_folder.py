@@ -51,7 +51,7 @@ def _why_no_config(folder: Path) -> DetentError:
     if ADAPTER_NAME in names:
         base = read_as(AdapterConfig, folder / ADAPTER_NAME).base_model_name_or_path or "its base model"
         return DetentError(
-            f"{folder} is a LoRA adapter of {base}, not a model. Merge the two (peft: merge_and_unload, then"
+            f"{folder} is a LoRA adapter of {base}, not a model; merge the two (peft: merge_and_unload, then"
             " save_pretrained) and give the folder of the merged model"
         )
     if any(name.lower().endswith(".gguf") for name in names):
@@ -87,7 +87,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     check_as(ModelConfig, config, str(path))
     if is_file(folder / ADAPTER_NAME):
         raise DetentError(
-            f"{folder} holds a LoRA adapter ({ADAPTER_NAME}) next to the model, which would be left out. Merge the two"
+            f"{folder} holds a LoRA adapter ({ADAPTER_NAME}) next to the model, which would be left out; merge the two"
             " (peft: merge_and_unload, then save_pretrained), or move the adapter's files away"
         )
     return config

@@ -189,7 +189,7 @@ def _check_link(path: Path, allowed: list[Path]) -> None:
     if not any(folder in real.parents for folder in allowed):
         raise DetentError(
             f"{path} is a link to {real}, outside of the checkpoint folder, and is not followed: what it leads to would"
-            " become part of the output. Put a copy in its place, or remove it"
+            " become part of the output; put a copy in its place, or remove it"
         )
 
 
@@ -252,7 +252,7 @@ class Workspace:
 
     def __init__(self, target: Path, purpose: str) -> None:
         self.path = Path(tempfile.mkdtemp(prefix=f".{target.name}.{purpose}-", dir=target.parent))
-        # Locked before it says anything: a marker that says something and has no lock is that of a killed run.
+        # Locked before it has any content: a marker with content and without a lock is that of a killed run.
         self._marker = os.open(self.path / MARKER_NAME, os.O_CREAT | os.O_RDWR, 0o666)
         _lock(self._marker)
         os.write(self._marker, json.dumps({"written_by": "detent", "target": target.name}).encode())
@@ -310,14 +310,14 @@ def clear_leftovers(target: Path) -> list[str]:
 
 
 def _is_left_by_killed_run(path: Path, target: Path) -> bool:
-    """Whether a folder is Detent's, for this target, and nobody is at work in it."""
+    """Whether a folder is Detent's, for this target, and no process is writing to it."""
     marker = path / MARKER_NAME
     if path.is_symlink() or marker.is_symlink() or not marker.is_file():
         return False
     try:
         found = check_as(Unfinished, parse_json(read_bytes(marker), str(marker)), str(marker))
     except DetentError:
-        return False  # somebody else's, or a run's that begins at this moment
+        return False  # another program's, or that of a run that is just starting
     if found.target != target.name:
         return False
     with marker.open("rb") as file:

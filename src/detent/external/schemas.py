@@ -51,7 +51,7 @@ _BOUNDED = (
 
 
 class ModelConfig(Description):
-    """``config.json``, as far as Detent itself reads it; transformers reads the rest."""
+    """The fields of ``config.json`` that Detent itself reads; transformers reads the rest."""
 
     model_type: str = Field(min_length=1)
     architectures: list[str] | None = None
@@ -101,13 +101,13 @@ class ShardIndex(Description):
 
 
 class AdapterConfig(Description):
-    """``adapter_config.json`` of PEFT, as far as a message needs it."""
+    """The fields of PEFT's ``adapter_config.json`` that a message needs."""
 
     base_model_name_or_path: str | None = None
 
 
 class TokenizerConfig(Description):
-    """``tokenizer_config.json``, as far as transformers fails over it without a clear message."""
+    """The fields of ``tokenizer_config.json`` over which transformers fails without a clear message."""
 
     tokenizer_class: str | None = None
     model_max_length: float | None = None

@@ -1,7 +1,7 @@
-"""torch.compile over the tile functions, for large tensors on CUDA: one kernel in the place of thirty.
+"""torch.compile over the tile functions, for large tensors on CUDA: one kernel instead of thirty.
 
 A format is compiled once it has seen enough elements to repay the seconds that compiling takes, and only where Triton
-is there. ``DETENT_COMPILE=0`` turns compiling off, ``DETENT_COMPILE=1`` takes it at once.
+is available. ``DETENT_COMPILE=0`` turns compiling off, ``DETENT_COMPILE=1`` compiles on first use.
 """
 
 from __future__ import annotations

@@ -206,7 +206,7 @@ def small_float(
 
 
 def nf4(granularity: Granularity | None = None) -> Format:
-    """NF4 by lookup, scale amax; blocks of 64 unless told otherwise (QLoRA)."""
+    """NF4 by lookup, scale amax; blocks of 64 by default (QLoRA)."""
     return Format(el.NF4, granularity or per_group(64), FloatScale())
 
 

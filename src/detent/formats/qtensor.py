@@ -4,7 +4,7 @@ Invariants:
 
 * ``fake_quantize(x, fmt) == decode(encode(x, fmt))``, bit for bit, for every format, dtype and shape;
 * ``encode(decode(q), q.format, q.scales) == q``: codes survive the way out and back under their own scales;
-* `decode` needs nothing but the QTensor.
+* `decode` needs only the QTensor.
 """
 
 from __future__ import annotations

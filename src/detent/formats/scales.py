@@ -39,7 +39,7 @@ def _known(what: str, value: str, allowed: list[str]) -> None:
 class FloatScale:
     """A scale kept as a floating-point number of type `dtype`.
 
-    `rule` says what the largest magnitude ``amax`` of a tile is divided by:
+    `rule` decides what the largest magnitude ``amax`` of a tile is divided by:
 
     * ``"qmax"``: the largest element value (127 for int8, 448 for E4M3);
     * ``"half_range"``: (qmax - qmin) / 2 (127.5 for int8, 7.5 for int4). The two agree for float elements.
@@ -89,7 +89,7 @@ class FloatScale:
         largest = 256.0 if self.four_over_six else _SMALL_FLOATS[self.dtype].maximum
         amax = amax.to(torch.float32)
         scale = divide(amax, self.divisor(element) * largest).clamp_min(_SMALLEST["float32"])
-        return torch.where((amax == 0) | (scale == 0), 1.0, scale)  # scale == 0: a CPU told to flush subnormals
+        return torch.where((amax == 0) | (scale == 0), 1.0, scale)  # scale == 0: a CPU set to flush subnormals
 
     def quantize(self, scale: Tensor, outer: Tensor | None) -> Tensor:
         """A computed float32 scale as the nearest float32 value that can be stored (still float32), never 0."""

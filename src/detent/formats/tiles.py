@@ -66,7 +66,7 @@ def scale_from_range(
 ) -> TileScale:
     """The scale of each tile from its range, float32 [tiles, 1] each (any shape that broadcasts alike will do).
 
-    `divisor`: what a symmetric float scale divides the largest magnitude by, if not what its rule says.
+    `divisor`: what a symmetric float scale divides the largest magnitude by, if not the one of its rule.
     """
     if isinstance(fmt.scale, PowerOfTwoScale):
         return TileScale(fmt.scale.exponent(low, high, fmt.element))
@@ -76,7 +76,7 @@ def scale_from_range(
     zero = 2.0 ** (element.bits - 1) if fmt.zero_point == "midpoint" else 0.0
     amax = torch.maximum(-low, high)
     scale = fmt.scale.quantize(divide(amax, divisor or fmt.scale.divisor(element, zero)), outer)
-    if outer is None:  # Any scale encodes zeros; 1 keeps files readable. scale == 0: a CPU told to flush subnormals.
+    if outer is None:  # Any scale encodes zeros; 1 keeps files readable. scale == 0: a CPU set to flush subnormals.
         scale = torch.where((amax == 0) | (scale == 0), 1.0, scale)
     return TileScale(scale, torch.full_like(scale, zero) if zero else None, outer)
 

@@ -125,7 +125,7 @@ class WeightEdits:
             refresh(self.place(other)[0])
 
     def untie(self, name: str) -> None:
-        """Give a weight that is tied to another one its own memory, and let the configuration say so."""
+        """Give a weight that is tied to another one its own memory, and record that in the configuration."""
         module, attribute = self.place(name)
         shared = get(module, attribute, name)
         put(module, attribute, shared, name, untie=True)

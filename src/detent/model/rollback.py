@@ -65,7 +65,7 @@ class ModelMemory:
         route_attention(self._model)
 
 
-#: Ids of the modules that an enclosing block remembers already, or for which nobody will go back.
+#: Ids of the modules that an enclosing block remembers already, or that will not be rolled back.
 _covered: ContextVar[frozenset[int]] = ContextVar("detent_rollback_covered", default=frozenset())
 
 

@@ -29,7 +29,7 @@ def guard_save_pretrained(model: nn.Module) -> None:
 def _save_pretrained(module: nn.Module, *args: Any, **options: Any) -> Any:
     """transformers' own, where it writes what the model computes with, or what was asked for.
 
-    With `state_dict` given, the caller says what is to be written: transformers' Trainer does for its checkpoints,
+    With `state_dict` given, the caller decides what is written: transformers' Trainer does for its checkpoints,
     which it loads again with `load_state_dict`. peft writes adapters alone.
     """
     if _is_quantized(module) and not _saves_adapters(module):
@@ -39,7 +39,7 @@ def _save_pretrained(module: nn.Module, *args: Any, **options: Any) -> Any:
                 f"{name} is quantized, but save_pretrained would write a float model; write it with"
                 " detent.save(model, file) and read it with detent.restore(), or make a checkpoint that other engines"
                 " load with detent.runs.quantize.quantize_checkpoint or `detent quantize`; to write the float weights"
-                " all the same, pass state_dict=model.state_dict()"
+                " anyway, pass state_dict=model.state_dict()"
             )
         notify(
             f"{name}: save_pretrained wrote float weights and the ranges of quantizers; they are for load_state_dict of"

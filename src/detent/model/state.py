@@ -166,7 +166,7 @@ def _restore_packed(model: nn.Module, packed: dict[str, Any]) -> None:
 
 
 def save(model: nn.Module, path: str | Path) -> None:
-    """Write the quantized model to one safetensors file, whole or not at all.
+    """Write the quantized model to one safetensors file, atomically.
 
     Args:
         model: a quantized model, its weights float, folded or packed.
@@ -305,9 +305,9 @@ def _create_buffers(path: Path, model: nn.Module, described: dict[str, Any], ten
         for buffer, (shape, dtype) in wanted.items():
             found = tensors.get(prefix + buffer)
             if found is None or tuple(found.shape) != shape or found.dtype != dtype:
-                told = "missing" if found is None else f"{found.dtype} {tuple(found.shape)}"
+                here = "missing" if found is None else f"{found.dtype} {tuple(found.shape)}"
                 raise DetentError(
-                    f"{path}: damaged: {prefix + buffer} is {told}, not {dtype} {shape} as its format has it"
+                    f"{path}: damaged: {prefix + buffer} is {here}, not {dtype} {shape} as its format requires"
                 )
             module.register_buffer(buffer, torch.empty_like(found, device=device))
 

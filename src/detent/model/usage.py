@@ -44,7 +44,7 @@ def quantizer_usage(model: nn.Module) -> Iterator[QuantizerUsage]:
     """Watch which quantizers that are on are called by the forward passes inside the block.
 
     Args:
-        model: quantized, and rounding: a pass in which it observes says nothing about weights.
+        model: quantized, and rounding: a pass in which it observes shows nothing about weights.
 
     Example:
         >>> import torch, detent

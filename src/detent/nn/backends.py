@@ -31,7 +31,7 @@ def register_quant_backend(name: str, function: Backend) -> None:
     """Let quantizers with ``backend=name`` compute ``function(x, quantizer)`` instead of their format.
 
     Args:
-        name: what the attribute ``backend`` will say; a name that is there already is replaced.
+        name: the value of the attribute ``backend``; a backend already registered under it is replaced.
         function: takes the tensor, after the pre-quantization scale and the rotation, and the quantizer; returns a
             tensor of the same shape and dtype. The user's ``backend_extra_args`` are `quantizer.backend_extra_args`;
             a function with further parameters, or with ``**kwargs``, gets them by keyword as well.

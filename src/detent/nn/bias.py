@@ -36,7 +36,7 @@ class BiasObserver:
         self._count = 0
 
     def observe(self, x: Tensor) -> None:
-        """Take in one tensor of finite values; an empty one says nothing."""
+        """Take in one tensor of finite values; an empty one changes nothing."""
         if x.numel() == 0:
             return
         axes = self._positions(x)
@@ -68,7 +68,7 @@ class BiasObserver:
         return (self._sum / self._count).float()
 
     def centred_range(self) -> tuple[Tensor, Tensor]:
-        """(smallest, largest) value of the whole tensor after the bias is off, float32 scalars."""
+        """(smallest, largest) value of the whole tensor after the bias is subtracted, float32 scalars."""
         bias = self.value()
         return (self._low - bias).amin(), (self._high - bias).amax()
 

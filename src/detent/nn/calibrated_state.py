@@ -27,7 +27,7 @@ _revisions = itertools.count(1)
 
 
 def stamp(x: Tensor) -> tuple[int, int, int]:
-    """Tells whether a tensor has been replaced or changed in place, as long as somebody keeps it alive."""
+    """Tells whether a tensor has been replaced or changed in place, as long as it is kept alive."""
     return (id(x), x.data_ptr(), -1 if x.is_inference() else x._version)
 
 
@@ -62,7 +62,7 @@ class CalibratedState(nn.Module):
         "_svdquant_lora_b",
         "_fused_rotation",
     )
-    #: Those of them that say what range or scale is used.
+    #: Those of them that determine the range or scale.
     _RANGE = _STATE[:7]
 
     _amax: Tensor | None
@@ -351,7 +351,7 @@ class CalibratedState(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Ranges and scales follow a model to another device, but never to another dtype."""
         before = {name: t for name in self._STATE if (t := getattr(self, name)) is not None}
-        parent: Any = super()  # torch doesn't say its types
+        parent: Any = super()  # torch doesn't annotate its types
         parent._apply(fn, recurse)
         for name, tensor in before.items():
             moved = getattr(self, name)

@@ -36,7 +36,7 @@ class KeptWeight:
 
         Args:
             weight, quantizer: as they are now.
-            handed_out: whether somebody may have changed the weight behind PyTorch's back since the last question.
+            handed_out: whether code may have changed the weight without PyTorch noticing since the last check.
         """
         if self._key != _key(weight, quantizer) or not torch.equal(_sample(weight), self._sample):
             return False

@@ -27,7 +27,7 @@ def low_rank_of(module: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def set_low_rank(module: nn.Module, a: Tensor, b: Tensor, name: str = "layer") -> None:
-    """Give a quantized linear a branch, in place of one that it has.
+    """Give a quantized linear a branch, replacing any that it has.
 
     Args:
         module: the quantized form of `nn.Linear`.

@@ -50,7 +50,7 @@ class QuantConv3d(_QuantConv, nn.Conv3d):
 
 
 class _QuantConvTranspose(QuantLinearConvBase):
-    """Transposed convolutions store ``[in, out / groups, ...]``; scales per channel belong to outputs all the same."""
+    """Transposed convolutions store ``[in, out / groups, ...]``; scales per channel still belong to outputs."""
 
     _functional: Any
     _output_padding: Any

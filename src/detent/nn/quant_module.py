@@ -187,7 +187,7 @@ class QuantWeightBase(QuantModule):
         """A packed weight follows a model to another device; another dtype changes what it is dequantized to."""
         self.refresh_weight()
         before = {name: t for name, t in self._buffers.items() if name.startswith(self._PACKED) and t is not None}
-        parent: Any = super()  # torch doesn't say its types
+        parent: Any = super()  # torch doesn't annotate its types
         parent._apply(fn, recurse)
         for name, tensor in before.items():
             moved = self._buffers[name]

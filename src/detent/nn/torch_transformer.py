@@ -15,7 +15,7 @@ def leave_fast_path(model: nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, QuantModule) for m in module.modules()):
-            module.activation_relu_or_gelu = 0  # what the layer itself says where the fused function can't be used
+            module.activation_relu_or_gelu = 0  # the layer's own value where the fused function can't be used
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # only the fused function takes nested tensors
 

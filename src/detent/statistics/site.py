@@ -5,7 +5,7 @@ of data can be observed apart.
 
 Second moments are sums of float32 products. Each update adds one matrix product, itself a float32 sum over the tokens
 of a batch, to a float32 total: after n updates an entry is off by at most about n * 2^-24 of ``sum |x_i x_j|``, far
-below the sampling error of any calibration set. `statistics.products` says what the factors may lose before that.
+below the sampling error of any calibration set. For what the factors lose before that see `statistics.products`.
 """
 
 from __future__ import annotations
