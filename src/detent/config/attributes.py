@@ -71,7 +71,7 @@ class QuantizerAttributeConfig(ConfigModel):
         type: ``static``: ranges are calibrated; ``dynamic``: recomputed for each tensor.
         block_sizes: ``{axis: size}``, size None for the whole axis; besides it ``"type"`` (``static`` or ``dynamic``),
             ``"scale_bits"`` ((8, 0) or (4, 3)), ``"scale_block_sizes"`` and ``"four_over_six"``. Excludes `axis`.
-        bias: what is taken off before quantizing and added back after: ``{axis: None}`` for each axis that one bias
+        bias: what is subtracted before quantizing and added back after: ``{axis: None}`` for each axis that one bias
             covers, as in `block_sizes`, so that the other axes have a bias for each index (``{-2: None, -4: None}`` on
             keys [batch, heads, seq, dim]: one for each head and channel); besides it ``"type"`` (``static`` or
             ``dynamic``) and ``"method"`` (``mean`` or ``max_min``).
@@ -311,7 +311,7 @@ def merged(current: QuantizerAttributeConfig, given: Any) -> QuantizerAttributeC
 
     Args:
         current: the attributes now.
-        given: a mapping, which changes the attributes that it names, or a `QuantizerAttributeConfig`, which replaces all.
+        given: a mapping, which changes the attributes that it names; a `QuantizerAttributeConfig` replaces them all.
 
     Raises:
         DetentError: not a mapping, or the result isn't valid.

@@ -69,7 +69,7 @@ class QuantCfg(list[dict[str, Any]]):
 
     ``cfg["*input_quantizer"]["enable"] = False``, ``cfg["*lm_head*"] = {"enable": False}``, ``**cfg``, ``*cfg`` and
     ``cfg.append({"quantizer_name": ..., "enable": False})`` all work. A new pattern goes to the end and so wins over
-    earlier ones; assigning to a pattern that is there keeps its place. `copy` is deep.
+    earlier ones; assigning to an existing pattern keeps its place. `copy` is deep.
     """
 
     def __init__(self, entries: Mapping[Any, Any] | Iterable[Any] = ()) -> None:

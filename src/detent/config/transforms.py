@@ -106,7 +106,7 @@ class SVDQuantConfig(DataAlgorithmConfig):
 
 
 class HQQConfig(QuantizeAlgorithmConfig):
-    """Half-quadratic quantization: ranges from the weights alone, under which few weights are far off.
+    """Half-quadratic quantization: ranges from the weights alone, under which few weights have large errors.
 
     Attributes:
         lp_norm: p of the norm, in (0, 1]; 0.7 is the published one, 1 gave lower perplexities here.

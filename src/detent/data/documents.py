@@ -122,7 +122,7 @@ class _Endless(Exception):
 @contextmanager
 def _bounded_template() -> Iterator[None]:
     """Stop a template that runs more than `TEMPLATE_STEPS` lines: jinja's sandbox does not bound nested loops.
-    Lines are counted by tracing, which looks at compiled templates alone."""
+    Lines are counted by tracing, which looks only at compiled templates."""
     steps = 0
 
     def line(frame: FrameType, event: str, argument: Any) -> Any:

@@ -239,7 +239,7 @@ class LayoutDescription(Description):
     kv_cache: int | None
     ignored: list[str]
     keys_rotated: bool = False
-    #: Outer scales by layer and side, as hexadecimal numbers; compressed-tensors alone.
+    #: Outer scales by layer and side, as hexadecimal numbers; only for compressed-tensors.
     outer_scales: dict[str, dict[str, str]] = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ there already. Why the bits agree:
 * A tie t has `p_t` significant bits, x has `p_x`, s has `p_s`. x and t s are multiples of one small number, so they
   are equal or differ by 2^-max(p_x, p_t + p_s) of their size. With ``p_t + p_s <= 21`` no quotient that differs
   from a tie comes near it: short scales (bfloat16, float16, powers of two) have no false ties.
-* Two different ratios x / t of short numbers differ by 2^-(p_x + p_t) of their size, so at most one of them lies near
+* Two different ratios x / t of short numbers differ by 2^-(p_x + p_t) of their size, so at most one of them is near
   a given s. `_apart` looks for it, and moves s away from it without changing which side s lies on: dividing by what it
   returns gives each bfloat16 or float16 number the code of the exact quotient. It costs nothing per element.
 * For float32 numbers under a long scale neither holds: `float32.off_false_ties` looks at each quotient.
@@ -35,7 +35,7 @@ from detent.formats.tiles import TileScale
 _BITS = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}
 #: Significant bits of a tie and a scale, together, up to which their product has no neighbour that looks like it.
 _SHORT = 21
-#: The most bits of a tie and a number for which ratios lie far enough apart.
+#: The most bits of a tie and a number for which ratios are far enough apart.
 _APART = 18
 
 
@@ -208,9 +208,9 @@ def _tie_bits(fmt: Format) -> int:
 
 
 def _apart(unit: Tensor, tie_bits: int, together: int) -> Tensor:
-    """`unit`, moved by 2^-(together + 2) of itself where a ratio (short number) / tie lies closer than half of that.
+    """`unit`, moved by 2^-(together + 2) of itself where a ratio (short number) / tie is closer than half of that.
 
-    It moves away from the ratio. The next one lies 2^-together away at least.
+    It moves away from the ratio. The next one is at least 2^-together away.
     """
     out = torch.empty_like(unit)
     odd = torch.arange(1, 2**tie_bits, 2, dtype=torch.float64, device=unit.device)

@@ -2,7 +2,7 @@
 
 Invariants, for every element ``e`` and float64 tensor ``v``:
 
-* ``e.nearest(v)`` lies on the grid, is the grid value nearest to ``v`` (ties to the even code, saturating at both
+* ``e.nearest(v)`` is the grid value nearest to ``v`` (ties to the even code, saturating at both
   ends), and ``e.nearest(e.nearest(v)) == e.nearest(v)``. Floats without mantissa bits have no even significand to
   choose: they round a tie between powers of two up, as IEEE 754-2019 4.3.1 has it;
 * ``e.decode(e.encode(g)) == g`` for every grid value ``g``, bit for bit.

@@ -78,7 +78,9 @@ class Format:
         if base.base is not None or not isinstance(base.element, Float) or not one_float:
             raise DetentError(f"the base of a progressive format is a float format per tensor, not [{base}]")
         if not isinstance(self.scale, FloatScale) or self.scale.outer or self.zero_point in ("int", "float"):
-            raise DetentError("a progressive format puts symmetric codes with a plain float scale on those of its base")
+            raise DetentError(
+                "a progressive format needs symmetric codes and a plain float scale over its base's codes"
+            )
 
     @property
     def symmetric(self) -> bool:

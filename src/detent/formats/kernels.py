@@ -218,7 +218,7 @@ class _Encoder:
 
 
 class _Decoder:
-    """Values of pieces of codes: `tiles.rebuild` and `tiles.narrow` in memory that is there already."""
+    """Values of pieces of codes: `tiles.rebuild` and `tiles.narrow` in memory that is already allocated."""
 
     def __init__(self, fmt: Format, scale: TileScale, dtype: torch.dtype) -> None:
         unit = tl.multiplier(fmt, scale)
@@ -270,7 +270,7 @@ def rows_of(scale: TileScale, rows: slice) -> TileScale:
 
 
 def _share(pieces: list[Piece], work: Callable[[list[Piece]], None]) -> None:
-    """Call `work` with all pieces, spread over as many threads as they are worth."""
+    """Call `work` with all pieces, spread over as many threads as pay off."""
     inference = torch.is_inference_mode_enabled()
 
     def in_mode(mine: list[Piece]) -> None:

@@ -55,7 +55,7 @@ def low_and_high(tiles: Tensor, with_sign: bool) -> tuple[Tensor, Tensor]:
 
 
 def needs_sign(fmt: Format) -> bool:
-    """Whether a scale depends on which side of zero the largest values lie."""
+    """Whether a scale depends on which side of zero the largest values are."""
     return fmt.zero_point in ("int", "float") or (
         isinstance(fmt.scale, PowerOfTwoScale) and fmt.scale.rounding == "carry"
     )
@@ -115,7 +115,7 @@ def multiplier(fmt: Format, scale: TileScale) -> Tensor:
 
 
 def micro_exponents(tiles: Tensor, fmt: Format, exponent: Tensor) -> Tensor:
-    """For MX4/6/9: [tiles, ceil(n / micro)] int64, 1 where all of a run of neighbours lie below 2^exponent."""
+    """For MX4/6/9: [tiles, ceil(n / micro)] int64, 1 where all of a run of neighbours are below 2^exponent."""
     assert isinstance(fmt.scale, PowerOfTwoScale)
     run = fmt.scale.micro
     short = -tiles.shape[1] % run

@@ -129,7 +129,7 @@ def set_quantizer_attributes_full(
 ) -> None:
     """Replace all attributes of the quantizers whose full name matches: what isn't named gets its default.
 
-    The arguments are those of `set_quantizer_attribute`, which changes what is named alone.
+    The arguments are those of `set_quantizer_attribute`, which changes only what is named.
 
     Raises:
         DetentError: no quantizer matches, or the attributes aren't valid. The model is then as it was.

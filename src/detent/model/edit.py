@@ -46,7 +46,7 @@ def put(module: nn.Module, attribute: str, value: Tensor, name: str = "", *, unt
     Args:
         module, attribute, name: see `get`.
         value: in the parameter's shape; it is cast to its dtype and moved to its device.
-        untie: make it a parameter of this module alone, so that others that share it stay as they are.
+        untie: make it a parameter of this module only, so that others that share it stay as they are.
 
     Raises:
         DetentError: there is no such parameter, or its shape is another.

@@ -30,7 +30,7 @@ def _save_pretrained(module: nn.Module, *args: Any, **options: Any) -> Any:
     """transformers' own, where it writes what the model computes with, or what was asked for.
 
     With `state_dict` given, the caller decides what is written: transformers' Trainer does for its checkpoints,
-    which it loads again with `load_state_dict`. peft writes adapters alone.
+    which it loads again with `load_state_dict`. peft writes only adapters.
     """
     if _is_quantized(module) and not _saves_adapters(module):
         name = type(module).__name__

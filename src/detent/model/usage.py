@@ -33,8 +33,8 @@ class QuantizerUsage:
         if self.bypassed:
             raise DetentError(
                 f"{len(self.bypassed)} quantizers are on but the model computes without them (for instance"
-                f" {', '.join(self.bypassed[:3])}): something uses the weight or the input of their layer and goes"
-                " around its forward, so it would stay in float; switch them off in the configuration, or see"
+                f" {', '.join(self.bypassed[:3])}): something uses the weight or the input of their layer without"
+                " calling its forward, so it would stay in float; switch them off in the configuration, or see"
                 " detent.register()"
             )
 

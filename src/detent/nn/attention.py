@@ -117,9 +117,7 @@ def _function(name: str, module: nn.Module) -> Callable[..., Any]:
         if source is not None and hasattr(source, "eager_attention_forward"):
             found = source.eager_attention_forward
             return found
-    raise DetentError(
-        f"{type(module).__name__} defines no eager attention; load the model with attn_implementation='sdpa'"
-    )
+    raise DetentError(f"{type(module).__name__} has no eager attention; load the model with attn_implementation='sdpa'")
 
 
 def _explicit(

@@ -1,4 +1,4 @@
-"""The bias of affine quantization: what is taken off a tensor before it is quantized and added back after.
+"""The bias of affine quantization: what is subtracted from a tensor before it is quantized and added back after.
 
 A configuration names the axes that one bias covers, as `block_sizes` names the axes that one scale covers:
 ``{-2: None, -4: None}`` on keys [batch, heads, seq, dim] gives one bias for each head and channel. Invariant: a bias
@@ -80,7 +80,7 @@ class BiasObserver:
 
 
 def bias_of(bias: Mapping[Any, Any], x: Tensor) -> Tensor:
-    """The bias of one tensor alone, float32."""
+    """The bias of a single tensor, float32."""
     observer = BiasObserver(bias)
     observer.observe(x)
     return observer.value()

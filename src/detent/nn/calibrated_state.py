@@ -291,7 +291,7 @@ class CalibratedState(nn.Module):
         return Scales(*moved)  # type: ignore[arg-type]
 
     def load_scales(self, scales: Scales) -> None:
-        """Use stored scales as they are, in place of a calibrated range. An empty `scale` sets the outer one alone."""
+        """Use stored scales unchanged, instead of a calibrated range. An empty `scale` sets only the outer one."""
         self.reset_amax()
         if scales.scale.numel():
             self._set_buffer("_scale", scales.scale)
