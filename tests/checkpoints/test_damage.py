@@ -227,3 +227,19 @@ def test_codes_that_are_nan(written: dict[str, Path], tmp_path: Path) -> None:
     contents(folder)
     with pytest.raises(DetentError, match="q_proj: the weight holds NaN"):
         open_quantized(folder).layer(Q)
+
+
+CONTRADICTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "bits": lambda config: config["config_groups"]["group_0"]["weights"].update(num_bits=8),
+    "symmetry": lambda config: config["config_groups"]["group_0"]["weights"].update(symmetric=False),
+    "a group less": lambda config: config["config_groups"].clear(),
+    "no cache": lambda config: config.update(kv_cache_scheme=None),
+}
+
+
+@pytest.mark.parametrize("edit", CONTRADICTIONS)
+def test_a_configuration_that_contradicts_the_weights(edit: str, written: dict[str, Path], tmp_path: Path) -> None:
+    """Engines read config.json; Detent reads what it left in the header of the weights. Both have to say the same."""
+    folder = damaged(written["int4"], tmp_path / "m", config=CONTRADICTIONS[edit])
+    with pytest.raises(DetentError, match="is not what the weights were written with|config_groups"):
+        open_quantized(folder)

@@ -18,7 +18,7 @@ from detent.engine.data_loop import run_batches
 from detent.errors import DetentError
 from detent.external.files import user_path
 from detent.external.output import add_to_manifest, check_target
-from detent.formats import Format
+from detent.formats import E2M1, Format
 from detent.model.kv_cache import check_cache
 from detent.notices import collected_notices
 from detent.plan.plan import Plan, make_plan, with_scale_dtype
@@ -103,7 +103,7 @@ def quantize_checkpoint(
     config = load_config(folder, trust_remote_code=trust)
     dtype = model_dtype(model_options.data_type, config, source)
     plan = _plan(source, config, model_options, scheme_options, with_scale_dtype(scheme, dtype), kv_cache, dtype, steps)
-    _tell_about(plan, run)
+    _tell_about(plan, run, dtype)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust) if plan.needs_data or not evaluation.skip else None
     batches = None
     if plan.needs_data:
@@ -169,8 +169,14 @@ def quantize_checkpoint(
     return report
 
 
-def _tell_about(plan: Plan, run: Run) -> None:
+def _tell_about(plan: Plan, run: Run, dtype: torch.dtype) -> None:
     """What a user might not expect of the plan."""
+    small = any(f.weight is not None and f.weight.element == E2M1 for f in plan.formats.layers.values())
+    if small and dtype != torch.bfloat16 and plan.layout == "compressed-tensors":
+        run.notify(
+            f"the model is in {str(dtype).removeprefix('torch.')}, and transformers decodes FP4 weights to bfloat16:"
+            " load the result with dtype=torch.bfloat16, or quantize with data_type bfloat16"
+        )
     for note in plan.notes:
         run.notify(note)
     for note in plan.layout_notes:

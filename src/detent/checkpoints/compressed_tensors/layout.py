@@ -220,7 +220,30 @@ class CompressedTensorsReader:
             description = parse_json(note, f"{source.path}: the metadata that Detent wrote")
             self.formats = parse_description(description, str(source.path))
             self._outer = description.get("outer_scales", {})
+            self._check_config(source)
         self.used = {name for name in source if self._belongs(*foreign.split(name))}
+
+    def _check_config(self, source: Source) -> None:
+        """Engines read config.json alone, so it has to say what the note in the weights' header says.
+
+        Raises:
+            DetentError: a group of layers, or the key/value cache, is described otherwise.
+        """
+        config = source.config["quantization_config"]
+        wanted = {json.dumps(_scheme(layer), sort_keys=True) for layer in self.formats.layers.values()}
+        groups = (config.get("config_groups") or {}).values()
+        found = {json.dumps({k: v for k, v in group.items() if k != "targets"}, sort_keys=True) for group in groups}
+        plain = json.dumps({k: v for k, v in _PLAIN_EXPERTS.items() if k != "targets"}, sort_keys=True)
+        cache = None if self.formats.kv_cache is None else ct.kv_cache_args(self.formats.kv_cache)
+        for what, differ in (
+            ("config_groups", found - {plain} != wanted - {plain}),
+            ("kv_cache_scheme", config.get("kv_cache_scheme") != cache),
+        ):
+            if differ:
+                raise DetentError(
+                    f"{source.path / 'config.json'}: {what} of quantization_config is not what the weights were written"
+                    " with; one of the two was edited. Quantize again"
+                )
 
     def _belongs(self, module: str, part: str) -> bool:
         if part in ("k_scale", "v_scale"):
