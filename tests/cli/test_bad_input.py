@@ -161,7 +161,7 @@ def test_model_that_loads_and_cannot_run(copy: Workplace) -> None:
         (["--exclude_layers", "*"], ["every linear layer"]),
         (["--scale_format", "float32"], ["scale_format"]),
         (["--kv_cache_dtype", "fp9"], ["fp8"]),
-        (["--min_kv_scale", 1], ["--kv_cache_dtype"]),
+        (["--min_kv_scale", 1], ["kv_cache_dtype"]),
         (["--min_kv_scale", "nan", "--kv_cache_dtype", "fp8"], ["min_kv_scale"]),
         (["--min_kv_scale", 1, "--kv_cache_dtype", "mxfp4"], ["static"]),
         (["--eval_dataset", "nonsense"], ["nonsense"]),

@@ -275,7 +275,7 @@ def test_too_large_for_float16(place: Workplace, tmp_path: Path) -> None:
     options = ("--group_size", 32, "--skip_evaluation", "--data_type", "float16")
     outcome = replace(place, model=folder).quantize(*options, run=detent)
     assert outcome.code == 2
-    assert "model.layers.1.input_layernorm.weight has a value that float16" in outcome.err
+    assert "model.layers.1.input_layernorm.weight has a value too large for float16" in outcome.err
     assert not place.out.exists()
 
 

@@ -52,7 +52,7 @@ EXPECTED: dict[str, dict[str, str | None]] = {
 _NORM_AFTER = "norm multiplies what is added to the stream"
 NOT_ROTATABLE = {
     **dict.fromkeys(("gemma2", "gemma3_text", "olmo2", "glm4", "bloom"), _NORM_AFTER),
-    "jetmoe": "reads more than a sum of its parts",  # its attention's experts: more than the probe can tell apart
+    "jetmoe": "reads something other than the sum",  # its attention's experts: more than the probe can tell apart
 }
 
 

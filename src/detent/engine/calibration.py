@@ -137,8 +137,9 @@ def run(
         steps.append(MaxCalibConfig())
     groups = _groups(steps)
     _check_data(model, steps, loop)
-    weights = [weight for _, _, weight in quantized_weights(model)] or list(model.parameters())
-    largest = max((weight.numel() for weight in weights), default=0)
+    # No list of the weights: it would hold them all until the end.
+    largest = max((weight.numel() for _, _, weight in quantized_weights(model)), default=0)
+    largest = largest or max((parameter.numel() for parameter in model.parameters()), default=0)
     with torch.no_grad(), threads_by_size(USUAL_ROWS * largest) as meet:
         loop.heard = lambda call: meet(call.rows * largest)
         calibration = _Calibration(model, loop, structure, fold, groups)
