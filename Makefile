@@ -33,6 +33,7 @@ help:
 	@echo 'make fuzz       tests of properties and of hostile input, in a large dose'
 	@echo 'make coverage   the suite, and which lines it runs: build/coverage/index.html'
 	@echo 'make lowest     the quick suite with the lowest versions that pyproject.toml allows, in .venv-lowest'
+	@echo 'make verify-vllm what vLLM on the CPU takes of every format, in .venv-vllm'
 	@echo 'make format     rewrite the sources in the house style'
 	@echo 'make docs       build the documentation site into site/'
 	@echo 'make bench      time fake quantization against a plain copy'
