@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from detent.config.base import shown
 from detent.errors import DetentError
 from detent.formats import (
     Format,
@@ -131,7 +132,7 @@ def parse_name(tokens: list[str]) -> FormatName:
         re.fullmatch(r"(mx)?fp[468]|u?int[2-8](_on_fp8)?|mxint8|mx[469]|nf4|nvfp4|bfp16", element)
         or element in _UNQUANTIZED
     ):
-        what = f"{element!r} is not the name of a format" if element else "the name of a format is missing"
+        what = f"{shown(element)} is not the name of a format" if element else "the name of a format is missing"
         raise DetentError(f"{what}; known: {_ELEMENTS}")
     variant = None
     if tail and re.fullmatch(r"e\dm\d", tail[0]):
@@ -168,7 +169,7 @@ def _qualifiers(tokens: list[str]) -> Iterator[tuple[str, str | int | bool]]:
             yield "group_size", int(token[1:])
         else:
             raise DetentError(
-                f"unknown qualifier {token!r}; known: per_tensor, per_channel, per_group, per_token, g<size>, sym,"
+                f"unknown qualifier {shown(token)}; known: per_tensor, per_channel, per_group, per_token, g<size>, sym,"
                 " asym, static, dynamic, mse, percentile, entropy, " + ", ".join(f"scale_{s}" for s in _SCALE_NAMES)
             )
 
@@ -315,10 +316,10 @@ def parse_format(
             role = "activation"
         built = build_format(parsed, role, options)
     except DetentError as error:
-        raise DetentError(f"format {name!r}: {error}") from None
+        raise DetentError(f"format {shown(name)}: {error}") from None
     if built is None:
-        raise DetentError(f"format {name!r} is not quantized; give None, or disable the quantizer")
-    check_options([(parsed, role)], options, f"format {name!r}")
+        raise DetentError(f"format {shown(name)} is not quantized; give None, or disable the quantizer")
+    check_options([(parsed, role)], options, f"format {shown(name)}")
     return built
 
 

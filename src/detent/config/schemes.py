@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from detent.config.base import nearest
+from detent.config.base import nearest, shown
 from detent.config.format_names import FormatName, Options, Role, build_format, check_options, parse_name
 from detent.config.quant_cfg import QuantCfg
 from detent.errors import DetentError
@@ -190,10 +190,10 @@ def parse_scheme(
         try:
             built[side] = build_format(parsed, _role(side), options)
         except DetentError as error:
-            raise DetentError(f"scheme {name!r}: {error}") from None
+            raise DetentError(f"scheme {shown(name)}: {error}") from None
     if canonical != "no_quant" and not any(built.values()):
-        raise DetentError(f"scheme {name!r} quantizes nothing; the name for that is 'no_quant'")
-    check_options([(parsed, _role(side)) for side, parsed in names.items()], options, f"scheme {name!r}")
+        raise DetentError(f"scheme {shown(name)} quantizes nothing; the name for that is 'no_quant'")
+    check_options([(parsed, _role(side)) for side, parsed in names.items()], options, f"scheme {shown(name)}")
     calibrators = {side: parsed.observer or "max" for side, parsed in names.items()}
     return Scheme(
         name=canonical,
@@ -321,13 +321,13 @@ def _names(canonical: str, given: str) -> dict[str, FormatName]:
         return {}
     first, *tokens = canonical.split("_")
     if first != "w":
-        raise DetentError(f"unknown scheme {given!r}{_nearest_schemes(given)}")
+        raise DetentError(f"unknown scheme {shown(given)}{_nearest_schemes(given)}")
     sides: dict[str, list[str]] = {"w": []}
     side = "w"
     for token in tokens:
         if token in ("a", "o"):
             if token in sides or "o" in sides:
-                raise DetentError(f"unknown scheme {given!r}: a scheme is w_... [_a_...] [_o_...], each once")
+                raise DetentError(f"unknown scheme {shown(given)}: a scheme is w_... [_a_...] [_o_...], each once")
             side = token
             sides[side] = []
         else:
@@ -335,7 +335,7 @@ def _names(canonical: str, given: str) -> dict[str, FormatName]:
     try:
         names = {side: parse_name(tokens) for side, tokens in sides.items()}
     except DetentError as error:
-        raise DetentError(f"unknown scheme {given!r}: {error}{_nearest_schemes(given)}") from None
+        raise DetentError(f"unknown scheme {shown(given)}: {error}{_nearest_schemes(given)}") from None
     last = names[side]
     for earlier, parsed in names.items():
         if earlier != side and (parsed.element == last.element or not last.quantized):
