@@ -13,7 +13,6 @@ from torch import Tensor
 
 from detent.checkpoints import Activation, LayerCheckpoint, ModelFormats, QuantizedWriter, Source
 from detent.formats import Format, QTensor, Scales, encode, scales_from_range
-from detent.formats.stored import has_outer
 
 #: (format of the weight, of the input, of the output) of a linear layer, by its name.
 Plan = Callable[[str], tuple[Format | None, Format | None, Format | None]]
@@ -49,7 +48,7 @@ def llama_source(folder: Path, dtype: torch.dtype = torch.float32, hidden: int =
 
 def calibrated(fmt: Format, low: float = -3.7, high: float = 3.3) -> Scales:
     """Scales as calibration would leave them."""
-    if has_outer(fmt):
+    if fmt.has_outer_scale:
         empty = torch.empty(0, dtype=fmt.scale.stored_dtype)
         return Scales(empty, outer_scale=torch.tensor(3.7 / (6 * 448)))
     return scales_from_range(fmt, torch.tensor(low), torch.tensor(high))

@@ -21,7 +21,6 @@ from detent.algorithms.site import ObservedSite
 from detent.algorithms.weight_ranges import calibrate_weight
 from detent.config import QuantizeAlgorithmConfig
 from detent.formats import FloatScale, Format, QTensor, Scales, decode, fake_quantize, scales_from_range
-from detent.formats.stored import has_outer
 from detent.statistics import SiteStatistics
 
 #: From a scale to the one that can be used, such as equal ones for channels that share a producer.
@@ -148,7 +147,7 @@ class SiteWork:
         """The range that an algorithm finds from the weight alone, or that of round-to-nearest."""
         layer.quantizer.reset_amax()
         calibrate_weight(layer.name, layer.module.weight_quantizer, layer.module.weight.detach(), step)
-        if has_outer(layer.format):
+        if layer.format.has_outer_scale:
             layer.quantizer.global_amax = self.outer_amax()
         layer.module.refresh_weight()
         state = self.state(layer)
@@ -179,7 +178,7 @@ class SiteWork:
 
     def amax_behind(self, fmt: Format) -> Tensor | None:
         """`outer_amax` where the format has a scale of scales."""
-        return self.outer_amax() if has_outer(fmt) else None
+        return self.outer_amax() if fmt.has_outer_scale else None
 
     def output_error(self, layer: Layer) -> float:
         """The objective of round-to-nearest; the squared error of the weight where nothing was observed."""

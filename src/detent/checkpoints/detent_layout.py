@@ -27,7 +27,7 @@ from detent.checkpoints.source import Source
 from detent.errors import DetentError
 from detent.formats import Format, Integer, PowerOfTwoScale, QTensor, Scales
 from detent.formats.packing import pack, unpack
-from detent.formats.stored import check_scales, check_stored, has_outer
+from detent.formats.stored import check_scales, check_stored
 
 
 class DetentLayout:
@@ -232,7 +232,7 @@ class DetentReader:
             assert isinstance(fmt.element, Integer)
             name = f"{prefix}.zero_point"
             zero_point = self._codes(name, grid, fmt.element.bits, torch.int32, fmt.element.signed)
-        outer = self._tensor(f"{prefix}.outer_scale", (), torch.float32) if has_outer(fmt) else None
+        outer = self._tensor(f"{prefix}.outer_scale", (), torch.float32) if fmt.has_outer_scale else None
         return self._checked(prefix, fmt, Scales(scale, zero_point, outer), of_weight=prefix.endswith(".weight"))
 
     def _checked(self, prefix: str, fmt: Format, scales: Scales, *, of_weight: bool = False) -> Scales:
@@ -241,7 +241,7 @@ class DetentReader:
 
     def _calibrated(self, prefix: str, fmt: Format) -> Scales:
         """Activation scales have whatever shape calibration gave them: one per tensor, or one per channel."""
-        if f"{prefix}.scale" not in self.source.tensors and has_outer(fmt):
+        if f"{prefix}.scale" not in self.source.tensors and fmt.has_outer_scale:
             empty = torch.empty(0, dtype=fmt.scale.stored_dtype)
             outer = self._tensor(f"{prefix}.outer_scale", (), torch.float32)
             return self._checked(prefix, fmt, Scales(empty, outer_scale=outer))

@@ -13,15 +13,10 @@ from detent.errors import DetentError
 from detent.formats.elements import Integer, Table
 from detent.formats.format import Format
 from detent.formats.qtensor import QTensor, Scales
-from detent.formats.scales import FloatScale, PowerOfTwoScale
+from detent.formats.scales import PowerOfTwoScale
 
 #: The byte that stands for NaN in E8M0 (OCP MX 1.0). Block floating point (``carry``) has a number there.
 _E8M0_NAN = 255
-
-
-def has_outer(fmt: Format) -> bool:
-    """Whether a format keeps one more scale for the whole tensor: the scale of the scales, or that of its base."""
-    return fmt.base is not None or (isinstance(fmt.scale, FloatScale) and fmt.scale.outer)
 
 
 def stored_layout(fmt: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -30,7 +25,7 @@ def stored_layout(fmt: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[
     layout = {"codes": (shape, fmt.element.storage_dtype), "scale": (grid, fmt.scale.stored_dtype)}
     if fmt.zero_point in ("int", "float"):
         layout["zero_point"] = (grid, torch.int32 if fmt.zero_point == "int" else torch.float32)
-    if has_outer(fmt):
+    if fmt.has_outer_scale:
         layout["outer_scale"] = ((), torch.float32)
     if isinstance(fmt.scale, PowerOfTwoScale) and fmt.scale.micro:
         layout["micro"] = ((*shape[:-1], math.ceil(shape[-1] / fmt.scale.micro)), torch.uint8)

@@ -27,8 +27,7 @@ def stored_scales(quantizer: TensorQuantizer) -> Scales:
         if outer is None:
             raise DetentError(f"{quantizer.name}: not calibrated, so there is no scale to write")
         scales = Scales(torch.empty(0, dtype=quantizer.format.scale.stored_dtype), None, outer)
-    move = [None if t is None else t.detach().cpu() for t in (scales.scale, scales.zero_point, scales.outer_scale)]
-    return Scales(*move)  # type: ignore[arg-type]
+    return scales.map(lambda tensor: tensor.detach().cpu())
 
 
 def kv_scales(model: nn.Module) -> dict[str, tuple[Scales, Scales]]:

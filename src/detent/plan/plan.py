@@ -20,7 +20,6 @@ from detent.checkpoints.records import exported_format
 from detent.config import QuantCfg, QuantizeAlgorithmConfig, Scheme, quant_cfg_for
 from detent.errors import DetentError
 from detent.formats import Format, Integer
-from detent.formats.stored import has_outer
 from detent.model.conversion import replace_quant_module, set_quantizer_by_cfg
 from detent.nn import QuantWeightBase, TensorQuantizer
 from detent.plan.kept import (
@@ -98,7 +97,7 @@ class Plan:
         """Quantized layers that engines fuse where a scale covers a whole matrix (NVFP4): it has to be common."""
         groups = () if self.structure is None else self.structure.fused_groups
         formats = {name: layer.weight for name, layer in self.formats.layers.items()}
-        chosen = [[n for n in group if (fmt := formats.get(n)) is not None and has_outer(fmt)] for group in groups]
+        chosen = [[n for n in group if (fmt := formats.get(n)) is not None and fmt.has_outer_scale] for group in groups]
         return [group for group in chosen if len(group) > 1]
 
     def tensor_of(self, layer: str) -> str:

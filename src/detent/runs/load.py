@@ -177,5 +177,4 @@ def _set_activation(model: nn.Module, quantizer_name: str, activation: Activatio
     assert isinstance(quantizer, TensorQuantizer)
     if activation.scales is not None:
         device = next(model.parameters()).device
-        move = [None if t is None else t.to(device) for t in vars(activation.scales).values()]
-        quantizer.load_scales(Scales(*move))  # type: ignore[arg-type]
+        quantizer.load_scales(activation.scales.to(device))

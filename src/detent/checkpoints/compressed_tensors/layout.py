@@ -30,7 +30,7 @@ from detent.external.files import check_as, parse_json
 from detent.external.schemas import CompressedTensorsConfig
 from detent.formats import E2M1, E2M3, Format, Integer, QTensor, Scales
 from detent.formats.packing import pack, pack_int32, unpack, unpack_int32
-from detent.formats.stored import check_scales, check_stored, has_outer
+from detent.formats.stored import check_scales, check_stored
 
 #: The version of compressed-tensors whose layout this is.
 VERSION = "0.20.0"
@@ -318,7 +318,7 @@ class CompressedTensorsReader:
 
     def _calibrated(self, name: str, side: str, fmt: Format) -> Scales:
         scale_name = f"{name}.{side}_scale"
-        if has_outer(fmt):
+        if fmt.has_outer_scale:
             empty = torch.empty(0, dtype=fmt.scale.stored_dtype)
             scale_name = f"{name}.{side}_global_scale"
             scales = Scales(empty, outer_scale=self._outer_scale(name, side))
@@ -351,7 +351,7 @@ class CompressedTensorsReader:
     def _weight_scales(self, name: str, fmt: Format, shape: tuple[int, ...]) -> Scales:
         grid = fmt.granularity.grid(shape)
         scale = self._tensor(f"{name}.weight_scale", grid, fmt.scale.stored_dtype)
-        outer = self._outer_scale(name, "weight") if has_outer(fmt) else None
+        outer = self._outer_scale(name, "weight") if fmt.has_outer_scale else None
         scales = Scales(scale, self._zero_point(name, fmt, grid, shape), outer)
         check_scales(fmt, scales, self._place(f"{name}.weight_scale"), of_weight=True)
         return scales
