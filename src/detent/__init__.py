@@ -64,6 +64,7 @@ _HOMES = {
     "restore_from_detent_state": "detent.model.state",
     "restore_from_modelopt_state": "detent.model.state",
     "use_reporter": "detent.progress",
+    "plan_checkpoint": "detent.runs.plan",
     "quantize_checkpoint": "detent.runs.quantize",
     "evaluate_checkpoint": "detent.runs.evaluate",
     "AlgorithmOptions": "detent.runs.options",
@@ -150,6 +151,7 @@ if TYPE_CHECKING:
         ModelOptions,
         SchemeOptions,
     )
+    from detent.runs.plan import plan_checkpoint
     from detent.runs.quantize import quantize_checkpoint
     from detent.structure import find_structure
 

@@ -106,6 +106,11 @@ class Ledger:
     def note(self, layer: Layer, outcome: Outcome) -> None:
         self.outcomes.setdefault(layer.name, []).append(outcome)
 
+    def forget(self, layers: Sequence[Layer]) -> None:
+        """Keep nothing of layers that are finished but what was done to them."""
+        for layer in layers:
+            self.states.pop(layer.name, None)
+
     def adopt(self, layer: Layer, values: Tensor, scales: Scales, latent: Tensor | None = None) -> None:
         """Give a layer values [out, in] that are on the grid of `scales`."""
         layer.set_scales(scales)

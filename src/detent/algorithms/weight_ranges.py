@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from torch import Tensor, nn
 
@@ -69,27 +69,33 @@ def _improve(quantizer: TensorQuantizer, weight: Tensor, config: QuantizeAlgorit
         quantizer.set_range(*least_error_range(weight, fmt, [1.5]))
 
 
-def quantized_weights(model: nn.Module) -> Iterator[tuple[str, Quantizer, Tensor]]:
+def weight_quantizers(model: nn.Module, but: Container[int] = ()) -> Iterator[tuple[str, Quantizer, Tensor]]:
     """(name, quantizer, weight with output channels first) for each enabled ``X_quantizer`` of a weight ``X``.
+
+    Args:
+        model: with quantizers.
+        but: ids of modules whose own weights are left out.
+    """
+    for module_name, module in model.named_modules():
+        for child_name, child in quantizers_of(module) if id(module) not in but else ():
+            attribute = child_name.removesuffix("_quantizer")
+            if child.is_enabled and attribute != child_name and (weight := _weight_of(module, attribute)) is not None:
+                yield f"{module_name}.{attribute}".removeprefix("."), child, weight.detach()
+
+
+def quantized_weights(model: nn.Module, but: Container[int] = ()) -> Iterator[tuple[str, Quantizer, Tensor]]:
+    """`weight_quantizers`, for use of the weights' values.
 
     Raises:
         DetentError: a weight without values (meta device, offloaded).
     """
-    for module_name, module in model.named_modules():
-        for child_name, child in quantizers_of(module):
-            attribute = child_name.removesuffix("_quantizer")
-            if not child.is_enabled or attribute == child_name:
-                continue
-            weight = _weight_of(module, attribute)
-            if weight is None:
-                continue
-            name = f"{module_name}.{attribute}".removeprefix(".")
-            if weight.is_meta:
-                raise DetentError(
-                    f"{name}: the weight has no values (meta device), so there is nothing to calibrate on; load the"
-                    " model, without offloading, before quantizing it"
-                )
-            yield name, child, weight.detach()
+    for name, quantizer, weight in weight_quantizers(model, but):
+        if weight.is_meta:
+            raise DetentError(
+                f"{name}: the weight has no values (meta device), so there is nothing to calibrate on; load the"
+                " model, without offloading, before quantizing it"
+            )
+        yield name, quantizer, weight
 
 
 def _weight_of(module: nn.Module, attribute: str) -> Tensor | None:

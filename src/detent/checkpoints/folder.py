@@ -108,7 +108,7 @@ class CheckpointWriter:
             _log.warning(notice)
         check_replaceable(self.out_dir, overwrite=overwrite)
         self._made_parents = _missing_parents(self.out_dir)
-        with _clear_errors(self.out_dir):
+        with clear_errors(self.out_dir):
             self.out_dir.parent.mkdir(parents=True, exist_ok=True)
             self._workspace = Workspace(self.out_dir, "writing")
         self._temporary = self._workspace.path
@@ -166,7 +166,7 @@ class CheckpointWriter:
         """
         # The last shard is written here, never by `add`, so that it can carry what is known only at the end.
         self._write_shard(metadata or {})
-        with _clear_errors(self.out_dir):
+        with clear_errors(self.out_dir):
             self._name_shards()
             if self._source is not None:
                 for relative, path in files_to_copy(self._source.path):
@@ -184,7 +184,7 @@ class CheckpointWriter:
     def examined(self) -> Iterator[None]:
         """For a look at the folder between `close` and `commit`: errors name it as the user did, not the hidden one."""
         try:
-            with _clear_errors(self.out_dir):
+            with clear_errors(self.out_dir):
                 yield
         except DetentError as error:
             message = str(error).replace(str(self._temporary), str(self.out_dir))
@@ -192,16 +192,17 @@ class CheckpointWriter:
 
     def commit(self) -> Path:
         """Put the folder in its place; returns it."""
-        with _clear_errors(self.out_dir):
+        with clear_errors(self.out_dir):
             self._replace()
         return self.out_dir
 
     def _write_shard(self, metadata: dict[str, str]) -> None:
         path = self._temporary / f"shard-{len(self._shards)}.safetensors"
-        separate = _separate(self._pending)
-        self.digests |= {name: digest(tensor) for name, tensor in separate.items()}
-        with _clear_errors(self.out_dir):
-            save_file(separate, path, metadata={"format": "pt", **metadata})
+        tensors = unshared(self._pending)
+        self.digests |= {name: digest(tensor) for name, tensor in tensors.items()}
+        with clear_errors(self.out_dir):
+            save_file(tensors, path, metadata={"format": "pt", **metadata})
+            _sort_metadata(path)
         self._shards.append({name: t.numel() * t.element_size() for name, t in self._pending.items()})
         self._pending, self._pending_bytes = {}, 0
 
@@ -276,7 +277,7 @@ def _missing_parents(path: Path) -> list[Path]:
     return [parent for parent in path.parents if not parent.exists()]
 
 
-def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same, contiguous, none sharing memory with another (safetensors refuses those that do)."""
     seen: set[int] = set()
     separate = {}
@@ -288,6 +289,25 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         seen.add(storage.data_ptr())
         separate[name] = tensor
     return separate
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the strings in a file's header into the order of their names: safetensors writes them in one that differs
+    from process to process, and equal content is to be equal bytes."""
+    start = '{"__metadata__":{'
+    with path.open("r+b") as file:
+        header = file.read(int.from_bytes(file.read(8), "little")).decode()
+        if not header.startswith(start):
+            return
+        parse, at, pairs = json.JSONDecoder().raw_decode, len(start), []
+        while header[at] != "}":
+            at += header[at] == ","
+            name, colon = parse(header, at)
+            end = parse(header, colon + 1)[1]
+            pairs.append((name, header[at:end]))
+            at = end
+        file.seek(8)
+        file.write((start + ",".join(text for _, text in sorted(pairs)) + header[at:]).encode())
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -302,7 +322,7 @@ def _umask() -> int:
 
 
 @contextmanager
-def _clear_errors(out_dir: Path) -> Iterator[None]:
+def clear_errors(out_dir: Path) -> Iterator[None]:
     """Failures of the file system as one clear message; safetensors reports them as text with the errno in it."""
     try:
         yield

@@ -6,7 +6,7 @@ read: pickled weights run code when loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,30 @@ class Source:
                 " quantization_config that says how; get the checkpoint again, or the original one"
             )
 
+    @classmethod
+    def of_file(cls, path: Path) -> Source:
+        """One safetensors file that is no checkpoint by itself; its `config` is empty.
+
+        Raises:
+            DetentError: it is missing, truncated or corrupt.
+        """
+        source = cls.__new__(cls)
+        source.path, source.config, source.metadata, source._open = path.parent, {}, {}, {}
+        source.tensors = source._read_headers([path.name])
+        return source
+
+    @classmethod
+    def imagined(cls, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> Source:
+        """A checkpoint that would hold `tensors`, by name: shapes and dtypes. None of them can be read.
+
+        Raises:
+            DetentError: the folder or its config.json is missing, or the model is quantized already.
+        """
+        source = cls.__new__(cls)
+        source.path, source.config, source.metadata, source._open = user_path(path), read_config(path), {}, {}
+        source.tensors = {name: TensorInfo(SINGLE_NAME, *known) for name, known in tensors.items()}
+        return source
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 
@@ -178,6 +202,11 @@ class Source:
                     )
                 tensors[name] = TensorInfo(file, tuple(part.get_shape()), _DTYPES[code])
         return tensors
+
+
+def holds_no_weights(folder: Path) -> bool:
+    """Whether a folder has a config.json and no file of weights, of whatever kind."""
+    return not any(name.lower().endswith((".safetensors", ".gguf", *PICKLE_SUFFIXES)) for name in names_in(folder))
 
 
 def quant_method(config: dict[str, Any]) -> str | None:

@@ -13,6 +13,7 @@ from detent.cli import console
 from detent.cli.arguments import normalize
 from detent.cli.evaluate import evaluate
 from detent.cli.inspect import inspect
+from detent.cli.plan import plan
 from detent.cli.quantize import epilog, quantize
 from detent.cli.schemes import schemes
 from detent.cli.startup import Invocation
@@ -46,6 +47,7 @@ def _root(
 
 
 app.command(epilog=epilog())(quantize)
+app.command(epilog=epilog())(plan)
 app.command()(schemes)
 app.command()(evaluate)
 app.command()(inspect)

@@ -5,7 +5,10 @@ Flags for what Detent can't do yet are known by name, so that using one is an er
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+import re
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
@@ -13,6 +16,9 @@ from detent.cli import console
 from detent.cli.arguments import NOTHING
 from detent.cli.startup import batch_size_of, check_early, choose_device, load_libraries, windows
 from detent.errors import DetentError
+
+if TYPE_CHECKING:
+    from detent.runs.options import AlgorithmOptions, CalibrationOptions, EvaluationOptions, ModelOptions, SchemeOptions
 
 #: Panels of the help; an option's panel says what sets it apart from the others.
 _QUANTIZING, _LATER = "quantizing", "not implemented yet"
@@ -112,6 +118,10 @@ def quantize(
     seq_len: Annotated[int, _option("seq_len", "Tokens in a calibration sample.", min=2)] = 512,
     batch_size: Annotated[int, _option("batch_size", "Calibration samples that run at once.", min=1)] = 1,
     num_calib_data: Annotated[int, _option("num_calib_data", "Number of calibration samples.", min=1)] = 512,
+    memory_budget: Annotated[
+        str | None, _of_quantizing("memory_budget", "The most memory to use, such as 4GiB (default: what is free).")
+    ] = None,
+    resume: Annotated[bool, _of_quantizing("resume", "Go on with the run that was interrupted.")] = False,
     skip_quantization: Annotated[bool, _option("skip_quantization", "Only evaluate the model.")] = False,
     skip_evaluation: Annotated[bool, _option("skip_evaluation", "Don't measure perplexity.")] = False,
     eval_dataset: Annotated[
@@ -165,9 +175,7 @@ def quantize(
 
     Without any argument: the built-in sample model, w_int4_per_group_sym, into exported_model.
     """
-    typed = _typed(context)
-    _refuse_later(typed, model_export, import_file_format)
-    _check_together(typed)
+    check_flags(context)
     only_evaluate = skip_quantization or model_reload
     notices = check_early(
         import_model_dir if model_reload else model_dir,
@@ -178,58 +186,97 @@ def quantize(
     load_libraries()
     from detent.report import summary_table
     from detent.runs.evaluate import evaluate_checkpoint
-    from detent.runs.options import AlgorithmOptions, CalibrationOptions, EvaluationOptions, ModelOptions, SchemeOptions
     from detent.runs.quantize import quantize_checkpoint
     from detent.runs.run import Run
 
-    model = ModelOptions(
-        import_model_dir if model_reload else model_dir,
-        data_type,
-        choose_device(device),
-        model_attn_implementation,
-        trust_remote_code,
-        revision,
-    )
-    evaluation = EvaluationOptions(
-        skip_evaluation, eval_dataset, windows(num_eval_data), batch_size_of(eval_batch_size), max_eval_batch_size
-    )
+    asked = asked_for(context)
     run = Run(context.obj.command, console.notice, started=context.obj.started)
     for notice in notices:
         run.notify(notice)
     if only_evaluate:
-        report = evaluate_checkpoint(model, evaluation, quantized=model_reload, run=run)
+        report = evaluate_checkpoint(asked.model, asked.evaluation, quantized=model_reload, run=run)
     else:
-        scheme = SchemeOptions(
-            quant_scheme,
-            group_size,
-            tuple(_pattern_and_size(text) for text in group_size_per_layer or []),
-            scale_format,
-            scale_calculation_mode,
-            kv_cache_dtype,
-            min_kv_scale,
-            None if exclude_layers is None else [name for name in exclude_layers if name != NOTHING],
-            structure_overrides,
-            (model_export or ["hf_format"])[0],
-            allow_unfused,
-        )
-        calibration = CalibrationOptions(dataset, seq_len, num_calib_data, batch_size)
-        algorithms = AlgorithmOptions(
-            tuple(name for name in pre_quantization_optimization or [] if name != NOTHING),
-            quant_algo,
-            pre_optimization_config_file_path,
-            quant_algo_config_file_path,
-        )
         report = quantize_checkpoint(
-            model,
-            scheme,
+            asked.model,
+            asked.scheme,
             output_dir,
-            algorithms=algorithms,
-            calibration=calibration,
-            evaluation=evaluation,
+            algorithms=asked.algorithms,
+            calibration=asked.calibration,
+            evaluation=asked.evaluation,
             overwrite=overwrite,
+            resume=resume,
             run=run,
         )
     console.show(summary_table(report))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the flags ask for."""
+
+    model: ModelOptions
+    scheme: SchemeOptions
+    algorithms: AlgorithmOptions
+    calibration: CalibrationOptions
+    evaluation: EvaluationOptions
+
+
+def asked_for(context: typer.Context) -> Asked:
+    """What the flags of a command ask for. Libraries are loaded."""
+    from detent.runs.options import AlgorithmOptions, CalibrationOptions, EvaluationOptions, ModelOptions, SchemeOptions
+
+    flags = SimpleNamespace(**context.params)
+    prepare = [name for name in flags.pre_quantization_optimization or [] if name != NOTHING]
+    exclude = flags.exclude_layers or None  # "exclude nothing" is a name that is empty
+    return Asked(
+        ModelOptions(
+            flags.import_model_dir if flags.model_reload else flags.model_dir,
+            flags.data_type,
+            choose_device(flags.device),
+            flags.model_attn_implementation,
+            flags.trust_remote_code,
+            flags.revision,
+        ),
+        SchemeOptions(
+            flags.quant_scheme,
+            flags.group_size,
+            tuple(_pattern_and_size(text) for text in flags.group_size_per_layer or []),
+            flags.scale_format,
+            flags.scale_calculation_mode,
+            flags.kv_cache_dtype,
+            flags.min_kv_scale,
+            None if exclude is None else [name for name in exclude if name != NOTHING],
+            flags.structure_overrides,
+            (flags.model_export or ["hf_format"])[0],
+            flags.allow_unfused,
+        ),
+        AlgorithmOptions(
+            tuple(prepare),
+            flags.quant_algo,
+            flags.pre_optimization_config_file_path,
+            flags.quant_algo_config_file_path,
+        ),
+        CalibrationOptions(
+            flags.dataset, flags.seq_len, flags.num_calib_data, flags.batch_size, _bytes_of(flags.memory_budget)
+        ),
+        EvaluationOptions(
+            flags.skip_evaluation,
+            flags.eval_dataset,
+            windows(flags.num_eval_data),
+            batch_size_of(flags.eval_batch_size),
+            flags.max_eval_batch_size,
+        ),
+    )
+
+
+def _bytes_of(text: str | None) -> int | None:
+    """The bytes of a size such as 4GiB, 500MB or 8G."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", text or "", re.IGNORECASE)
+    if text is None:
+        return None
+    if found is None or not float(found[1]):
+        raise DetentError(f"--memory_budget takes a size such as 4GiB or 500MB, not {text!r}")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
 
 
 def _pattern_and_size(text: str) -> tuple[str, int]:
@@ -239,6 +286,15 @@ def _pattern_and_size(text: str) -> tuple[str, int]:
             f"--group_size_per_layer takes a wildcard and a positive size, as in '*.down_proj 64', not {text!r}"
         )
     return pattern, int(size)
+
+
+def check_flags(context: typer.Context) -> dict[str, Any]:
+    """Refuse flags that are for later, unknown values, and flags that contradict each other; {name: value} of those
+    that were given."""
+    typed = _typed(context)
+    _refuse_later(typed, context.params["model_export"], context.params["import_file_format"])
+    _check_together(typed)
+    return typed
 
 
 def _typed(context: typer.Context) -> dict[str, Any]:

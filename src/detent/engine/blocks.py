@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detent.engine.calls import _CACHES, BlockCall, cut_call, find_hidden, hidden_of, like_output, with_hidden
+from detent.engine.calls import _CACHES, BlockCall, PassOver, cut_call, find_hidden, hidden_of, like_output, with_hidden
+from detent.engine.host import CannotStream, Host
 from detent.engine.store import TensorStore
 from detent.model.scopes import without_cache
 from detent.padding import current_token_mask, token_mask
@@ -38,6 +39,7 @@ class BlockChain:
         calls: for each block, for each batch.
         masks: which tokens are real, for each batch.
         inputs: of the first block.
+        templates: for each block an output, for its form.
     """
 
     names: list[str]
@@ -45,6 +47,7 @@ class BlockChain:
     calls: list[list[BlockCall]]
     masks: list[Tensor | None]
     inputs: TensorStore
+    templates: list[Any]
     _spill: tempfile.TemporaryDirectory[str] | None = None
     _stores: int = field(default=0)
 
@@ -108,7 +111,9 @@ class NoChain:
     reason: str
 
 
-def record_chain(model: nn.Module, names: Sequence[str], run: Run, *, spill: bool = False) -> BlockChain | NoChain:
+def record_chain(
+    model: nn.Module, names: Sequence[str], run: Run, *, spill: bool = False, host: Host | None = None
+) -> BlockChain | NoChain:
     """Run the calibration loop once and record what enters the blocks.
 
     Args:
@@ -116,16 +121,20 @@ def record_chain(model: nn.Module, names: Sequence[str], run: Run, *, spill: boo
         names: of the blocks, in order.
         run: the calibration loop.
         spill: keep hidden states on disk instead of in memory.
+        host: where the blocks are. With one that streams, each pass ends with the last block.
     """
+    host = host or Host()
     if len(names) < 2:
         return NoChain("no chain of repeated blocks was found in it")
     blocks = [model.get_submodule(name) for name in names]
-    recorder = _Recorder(blocks, spill)
+    recorder = _Recorder(names, blocks, host, spill)
     try:
-        with recorder.installed(model):
+        with host.outside(), recorder.installed(model):
             run(model)
-        chain = BlockChain(list(names), blocks, recorder.calls, recorder.masks, recorder.inputs, recorder.spill)
-        reason = recorder.trouble or _mismatch(chain, recorder)
+        chain = BlockChain(
+            list(names), blocks, recorder.calls, recorder.masks, recorder.inputs, recorder.templates, recorder.spill
+        )
+        reason = recorder.trouble or _mismatch(chain, recorder, host)
     except BaseException:
         recorder.close()
         raise
@@ -143,11 +152,11 @@ class _Recorder:
     only what the first block is given, and what all of them are called with besides, is recorded.
     """
 
-    def __init__(self, blocks: list[nn.Module], spill: bool) -> None:
-        self._blocks = blocks
+    def __init__(self, names: Sequence[str], blocks: list[nn.Module], host: Host, spill: bool) -> None:
+        self._names, self._blocks, self._host = names, blocks, host
         self.calls: list[list[BlockCall]] = [[] for _ in blocks]
         self.masks: list[Tensor | None] = []
-        self.spill = tempfile.TemporaryDirectory(prefix="detent-") if spill else None
+        self.spill = tempfile.TemporaryDirectory(prefix="detent-", dir=host.states) if spill or host.states else None
         folder = None
         if self.spill is not None:
             folder = Path(self.spill.name) / "0"
@@ -158,14 +167,25 @@ class _Recorder:
         self.first_mask: Tensor | None = None
         #: What the model was given back by the block before, to check that the next one is called with just that.
         self._handed_on: Tensor | None = None
-        self.trouble = ""
+        self._trouble = ""
         #: For each block its first output, whose form later ones take, and the last call.
-        self._template: list[Any] = [None for _ in blocks]
+        self.templates: list[Any] = [None for _ in blocks]
         self._last: list[BlockCall | None] = [None for _ in blocks]
 
     def close(self) -> None:
         if self.spill is not None:
             self.spill.cleanup()
+
+    @property
+    def trouble(self) -> str:
+        """Why the model can't be traversed block by block; "" if it can."""
+        return self._trouble
+
+    @trouble.setter
+    def trouble(self, reason: str) -> None:
+        if self._host.streams:  # the blocks have no weights to go on with
+            raise CannotStream(reason)
+        self._trouble = reason
 
     @contextmanager
     def installed(self, model: nn.Module) -> Iterator[None]:
@@ -200,8 +220,13 @@ class _Recorder:
                 return original(*args, **kwargs)
             self.calls[index].append(self._shared(index, call))
             if batch:
-                return like_output(self._template[index], hidden)
-            return self._first(index, original, hidden, call, args, kwargs)
+                output = like_output(self.templates[index], hidden)
+            else:
+                with self._host.block(self._names[index]):
+                    output = self._first(index, original, hidden, call, args, kwargs)
+            if self._host.streams and not self.trouble and index == len(self._blocks) - 1:
+                raise PassOver
+            return output
 
         return forward
 
@@ -241,7 +266,7 @@ class _Recorder:
             # Recording has failed here; the model goes on with all of its sequences.
             return output if small is None else original(*whole[0], **whole[1])
         self.first.append((call, entered.detach().clone(), left))
-        self._template[index] = output
+        self.templates[index] = output
         self._handed_on = left if small is None else hidden.detach().clone()
         return output if small is None else like_output(output, hidden)
 
@@ -269,7 +294,7 @@ class _Recorder:
         return call
 
 
-def _mismatch(chain: BlockChain, recorder: _Recorder) -> str:
+def _mismatch(chain: BlockChain, recorder: _Recorder, host: Host) -> str:
     """Why replaying the first batch doesn't give what really came out; "" if it does."""
     if not chain.batches:
         return "the calibration data never reached the blocks"
@@ -277,7 +302,7 @@ def _mismatch(chain: BlockChain, recorder: _Recorder) -> str:
         return "some blocks don't run for every batch"
     for name, block, (call, entered, left) in zip(chain.names, chain.blocks, recorder.first, strict=True):
         args, kwargs = with_hidden(call, entered)
-        with token_mask(recorder.first_mask):
+        with host.block(name), token_mask(recorder.first_mask):
             again = hidden_of(block(*args, **kwargs))
         if again.shape != left.shape or not _close(again, left):
             return f"{name} run by itself doesn't give what it gives inside the model"
@@ -309,13 +334,8 @@ def replaced_outputs(chain: BlockChain, outputs: TensorStore) -> Iterator[None]:
 
         return forward
 
-    device = chain.device(0)
-    templates = []
     for index, block in enumerate(chain.blocks):
-        args, kwargs = with_hidden(chain.calls[index][0], chain.inputs.get(0, device))
-        templates.append(block(*args, **kwargs))
-    for index, block in enumerate(chain.blocks):
-        block.forward = stand_in(index, templates[index])
+        block.forward = stand_in(index, chain.templates[index])
     try:
         yield
     finally:

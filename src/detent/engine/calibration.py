@@ -16,11 +16,11 @@ from detent.algorithms.modes import BaseCalibrateModeDescriptor, ForwardLoop
 from detent.algorithms.outcome import Outcome
 from detent.algorithms.registry import LayerFacts, handler_of, refusals, whole
 from detent.algorithms.site_work import Ledger
-from detent.algorithms.weight_ranges import calibrate_weight, quantized_weights
+from detent.algorithms.weight_ranges import calibrate_weight, quantized_weights, weight_quantizers
 from detent.config import MaxCalibConfig, QuantizeAlgorithmConfig, RotationConfig, parse_algorithm
 from detent.distributed import ParallelState
-from detent.engine.chain import Experts, chain_of
 from detent.engine.data_loop import DataLoop
+from detent.engine.host import Host
 from detent.engine.learn_model import distill_model, predictions
 from detent.engine.options import Traversal
 from detent.engine.solve import Solver
@@ -34,6 +34,7 @@ from detent.nn.sequential import members_of
 from detent.notices import notify
 from detent.progress import track
 from detent.structure import find_structure
+from detent.structure.chain import Experts, chain_of
 from detent.structure.site import Structure
 from detent.threads import threads_by_size
 from detent.transforms.folding import Folding
@@ -117,12 +118,14 @@ def run(
     *,
     structure: Structure | None = None,
     fold: Fold = "never",
+    host: Host | None = None,
 ) -> Calibrated:
     """`calibrate` for callers that discard the model after a failure: nothing is kept to restore it from.
 
     Args:
         model, forward_loop, structure, fold: see `calibrate`.
         steps: parsed.
+        host: where the model's blocks are; by default in memory.
 
     Raises:
         DetentError: as `calibrate` does; the model can't be used afterwards.
@@ -138,11 +141,11 @@ def run(
     groups = _groups(steps)
     _check_data(model, steps, loop)
     # No list of the weights: it would hold them all until the end.
-    largest = max((weight.numel() for _, _, weight in quantized_weights(model)), default=0)
+    largest = max((weight.numel() for _, _, weight in weight_quantizers(model)), default=0)
     largest = largest or max((parameter.numel() for parameter in model.parameters()), default=0)
     with torch.no_grad(), threads_by_size(USUAL_ROWS * largest) as meet:
         loop.heard = lambda call: meet(call.rows * largest)
-        calibration = _Calibration(model, loop, structure, fold, groups)
+        calibration = _Calibration(model, loop, structure, fold, groups, host or Host())
         with evaluating(model):
             for group, traversal in groups:
                 calibration.run(group, traversal)
@@ -229,8 +232,9 @@ class _Calibration:
         structure: Structure | None,
         fold: Fold,
         groups: Iterable[tuple[Sequence[QuantizeAlgorithmConfig], Traversal]],
+        host: Host,
     ) -> None:
-        self.model, self._loop, self._structure = model, loop, structure
+        self.model, self._loop, self._structure, self._host = model, loop, structure, host
         scales = any(handler_of(step).scales_channels for group, _ in groups for step in group)
         self._folding = Folding(model, self.structure) if fold == "auto" and scales else None
         self.done = Calibrated()
@@ -247,7 +251,7 @@ class _Calibration:
         handler = handler_of(steps[0])
         if handler.scope == "model":
             handler.change(steps[0], self)
-        elif any(handler_of(step).learns_from_data for step in steps):
+        elif self._host.streams or any(handler_of(step).learns_from_data for step in steps):
             self._learn(steps, traversal)
         else:
             self._find_ranges()
@@ -286,39 +290,41 @@ class _Calibration:
         lessons = [] if last is None else predictions(model, layers_of(model), loop, last)
         if not lessons:
             steps = [handler_of(step).alone(step) for step in steps]
-        # One forward pass over the whole model can serve the activation quantizers as well: `ranges` looks on there.
-        # Block by block there is no such pass, `ranges.done` stays false, and ranges are found afterwards.
         data = loop.limited(model, traversal.max_tokens)
-        experts = Experts(model, chain_of(model, self._structure), self._structure)
-        ranges = _ActivationPass(model, waiting, data, experts)
-        subject = Subject.of(model, data, lambda: list(named_members(model)), self._structure, ranges)
+        blocks = chain_of(model, self._structure)
+        experts = Experts(model, blocks, self._structure)
+        ranges = _Ranges(data, experts)
+        everything = lambda: list(named_members(model))  # noqa: E731
+        subject = Subject(model, data, everything, blocks, experts, waiting, ranges, self._host, self._changed)
         solve_model(subject, Solver(steps, ledger, traversal.min_tokens), traversal)
-        # Embeddings and the like, which nothing but their own weight can tell a range.
-        solved = {id(layer.module) for layer in layers_of(model) if layer.has_rows}
-        for name, quantizer, weight in quantized_weights(model):
-            if id(model.get_submodule(name.rpartition(".")[0])) not in solved:
-                calibrate_weight(name, quantizer, weight, None)
         if last is not None:
-            if not ranges.done:  # the model is trained with its activations rounded
-                self._find_ranges()
+            self._observe([q for q in waiting if id(q) not in ranges.found])  # trained with its activations rounded
             self.done.changed |= distill_model(model, lessons, layers, last, ledger)
-        if self._folding is not None:
-            self.done.changed |= self._folding.changed
-        self._find_stale_ranges(waiting, ledger, found=ranges.done)
+        self.done.changed = self._changed()
+        if not ranges.by_blocks:
+            self._find_stale_ranges(waiting, ledger, ranges.found)
+        elif last is not None:
+            self._observe(waiting)
         for name, outcomes in ledger.outcomes.items():
             self.done.outcomes.setdefault(name, []).extend(outcomes)
 
-    def _find_stale_ranges(self, waiting: list[TensorQuantizer], ledger: Ledger, *, found: bool) -> None:
-        """Activation ranges after algorithms that learn from data: those that aren't known, or no longer hold."""
+    def _changed(self) -> set[str]:
+        """Names of the parameters outside of quantized weights that have other values by now."""
+        return self.done.changed | (set() if self._folding is None else self._folding.changed)
+
+    def _find_stale_ranges(self, waiting: list[TensorQuantizer], ledger: Ledger, found: set[int]) -> None:
+        """Activation ranges after algorithms that learn from data: those that aren't known, or no longer hold.
+
+        Args:
+            waiting: all that need one. ledger: of what was done. found: ids of those that have one.
+        """
         # A scale folded into the rows of a linear layer changes what that layer gives, so that output, key and value
         # ranges are stale too; any other scale leaves only the inputs of the layers that it scales stale.
         elsewhere = any(not q.name.endswith("input_quantizer") for q in waiting)
-        if not found or (self._folding is not None and self._folding.rows and elsewhere):
-            self._find_ranges()
-            return
+        moved = self._folding is not None and self._folding.rows and elsewhere
         rescaled = {name for name, state in ledger.states.items() if state.rescaled}
         stale = {id(layer.input_quantizer) for layer in layers_of(self.model) if layer.name in rescaled}
-        self._observe([q for q in waiting if id(q) in stale])
+        self._observe([q for q in waiting if moved or id(q) in stale or id(q) not in found])
 
     def _find_ranges(self) -> None:
         """Activation ranges from data, where there is some."""
@@ -330,7 +336,7 @@ class _Calibration:
     def _observe(self, waiting: list[TensorQuantizer]) -> None:
         if waiting:
             experts = Experts(self.model, chain_of(self.model, self._structure), self._structure)
-            with _ActivationPass(self.model, waiting, self._loop, experts)():
+            with _Ranges(self._loop, experts)(self.model, waiting):
                 self._loop(self.model)
 
 
@@ -339,40 +345,52 @@ class _Calibration:
 
 def _waiting(model: nn.Module) -> list[TensorQuantizer]:
     """Quantizers that have to see data: those that aren't a weight's."""
-    direct = {id(member) for _, quantizer, _ in quantized_weights(model) for member in members_of(quantizer)}
+    direct = {id(member) for _, quantizer, _ in weight_quantizers(model) for member in members_of(quantizer)}
     return [q for q in named_members(model) if id(q) not in direct and (q.needs_calibration or q.needs_bias)]
 
 
-class _ActivationPass:
-    """A run of the loop in which quantizers find their ranges, and in which others may observe the model too.
+class _Ranges:
+    """Runs of the data, through a model or a block of it, in which quantizers find their ranges.
 
     Attributes:
-        done: whether the ranges have been found.
+        found: ids of the quantizers that have theirs.
+        by_blocks: whether they were found block by block.
     """
 
-    def __init__(self, model: nn.Module, waiting: list[TensorQuantizer], loop: DataLoop, experts: Experts) -> None:
-        self._model, self._waiting, self._loop, self._experts = model, waiting, loop, experts
-        self.done = False
+    def __init__(self, loop: DataLoop, experts: Experts) -> None:
+        self._loop, self._experts = loop, experts
+        self.found: set[int] = set()
+        self.by_blocks = False
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
-        with observing(self._model, self._waiting):
+    def __call__(
+        self, module: nn.Module, waiting: Sequence[TensorQuantizer], *, of_block: bool = False
+    ) -> Iterator[None]:
+        """Within, `waiting` look at what reaches them in `module`, in which nothing is rounded.
+
+        Raises:
+            DetentError: the data never reached one.
+        """
+        self.by_blocks |= of_block
+        with observing(module, waiting):
             yield
-            unseen = [q for q in self._waiting if not _take_over(q)]
-        self.done = True
-        if unseen and len(unseen) == len(self._waiting) and not self._loop.calls:
+            unseen = [q for q in waiting if not _take_over(q)]
+        if unseen and len(unseen) == len(waiting) and not self._loop.calls:
             raise DetentError("the forward_loop never called the model, so there is nothing to calibrate with")
-        unseen = self._share_among_experts(unseen)
+        unseen = self._share_among_experts(unseen, waiting)
         if unseen:
             raise DetentError(unreached([q.name for q in unseen], "quantizers"))
+        self.found |= {id(q) for q in waiting}
 
-    def _share_among_experts(self, unseen: list[TensorQuantizer]) -> list[TensorQuantizer]:
+    def _share_among_experts(
+        self, unseen: Sequence[TensorQuantizer], waiting: Sequence[TensorQuantizer]
+    ) -> list[TensorQuantizer]:
         """Give experts that saw no token the range that covers those of the others; quantizers that aren't an expert's.
 
         Experts of one list read rows of the same tensor, so the rows of another expert can be expected to lie in the
         range that covers all of theirs.
         """
-        by_name = {q.name: q for q in self._waiting}
+        by_name = {q.name: q for q in waiting}
         lost, blind = [], {id(q) for q in unseen}
         for quantizer in unseen:
             twins = [by_name[name] for name in self._experts.twins(quantizer.name) if name in by_name]

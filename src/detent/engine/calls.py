@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 
+class PassOver(BaseException):
+    """Ends a forward pass of which nothing more is needed; not an `Exception`, so that a model doesn't catch it."""
+
+
 @dataclass(frozen=True)
 class Call:
     """What a model was called with.

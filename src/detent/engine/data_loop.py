@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from detent.algorithms.modes import ForwardLoop
 from detent.data.batches import CalibrationBatches
-from detent.engine.calls import Call
+from detent.engine.calls import Call, PassOver
 from detent.errors import DetentError
 from detent.model.scopes import evaluating
 from detent.padding import current_token_mask, token_mask
@@ -49,6 +49,16 @@ class DataLoop:
         self.heard: Callable[[Call], None] = lambda call: None
         self._remembered: list[Call] = []
 
+    @staticmethod
+    def of(batches: CalibrationBatches, device: torch.device) -> DataLoop:
+        """A loop over batches that has run already, as it were: its calls are known, without the model."""
+        loop = DataLoop(lambda model: run_batches(model, batches))
+        for batch in batches:
+            arguments = {name: tensor.to(device) for name, tensor in batch.items()}
+            loop._remembered.append(Call((), {**arguments, "use_cache": False}, batch["attention_mask"]))
+        loop.calls = len(loop._remembered)
+        return loop
+
     def __bool__(self) -> bool:
         return self.forward_loop is not None
 
@@ -62,7 +72,8 @@ class DataLoop:
             raise DetentError("there is no calibration data: pass a forward_loop")
         if self._remembered:
             for call in self._remembered:
-                with _mask_from_arguments(model), token_mask(call.mask):
+                self.heard(call)
+                with _mask_from_arguments(model), token_mask(call.mask), suppress(PassOver):
                     model(*call.args, **call.kwargs)
             return
         remembered: list[Call] = []

@@ -12,16 +12,13 @@ from torch import Tensor, nn
 
 from detent.algorithms.layer import Layer
 from detent.algorithms.site import ObservedSite, Wanted
+from detent.engine.calls import PassOver
 from detent.padding import drop_padding
 from detent.statistics import SiteStatistics
 
 #: A second moment sums over `MOMENT_TOKENS` tokens, or `TOKENS_A_CHANNEL` per channel if that is more. Where there are
 #: more, and it is known in how many batches they come, evenly spread ones of each batch represent all of them.
 MOMENT_TOKENS, TOKENS_A_CHANNEL = 1 << 14, 8
-
-
-class AllLayersSeen(BaseException):
-    """Ends a forward pass in which everything that was to be observed has been."""
 
 
 class SiteObserver:
@@ -33,7 +30,7 @@ class SiteObserver:
     What the layers read in the float model can be put into `references` for a batch; what is observed next is paired
     with it.
 
-    `blocks`: names of the model's blocks, for messages. `stop`: end the forward pass with `AllLayersSeen` once all of
+    `blocks`: names of the model's blocks, for messages. `stop`: end the forward pass with `PassOver` once all of
     `layers` were called; not in the first batch, and not where one of them is called twice in it.
 
     Attributes:
@@ -109,7 +106,7 @@ class SiteObserver:
             self._at, self._called = self.batch, set()
         self._called.add(layer.name)
         if len(self._called) == len(self._layers) and max(self._calls.values(), default=0) == 1:
-            raise AllLayersSeen
+            raise PassOver
 
     def _join(self, layer: Layer, x: Tensor) -> ObservedSite:
         for site in self.sites:

@@ -13,6 +13,7 @@ from detent.config import QuantizeConfig
 from detent.engine import calibration
 from detent.engine.calibration import Calibrated, Fold
 from detent.engine.data_loop import DataLoop
+from detent.engine.host import Host
 from detent.model.adapters import adapter_names, asked_for
 from detent.model.conversion import (
     check_something_enabled,
@@ -77,16 +78,18 @@ def quantize(
 def run(
     model: nn.Module,
     config: QuantizeConfig,
-    forward_loop: ForwardLoop | None = None,
+    forward_loop: ForwardLoop | DataLoop | None = None,
     *,
     strict: bool = True,
     structure: Structure | None = None,
     fold: Fold = "never",
+    host: Host | None = None,
 ) -> Calibrated:
     """`quantize` for callers that discard the model after a failure: the float weights aren't kept to restore it from.
 
     Args:
         model, config, forward_loop, strict, structure, fold: see `quantize`.
+        host: where the model's blocks are; by default in memory.
 
     Returns:
         What algorithms did to the weights.
@@ -94,12 +97,12 @@ def run(
     Raises:
         DetentError: as `quantize` does; the model can't be used afterwards.
     """
-    loop = DataLoop(forward_loop)
+    loop = forward_loop if isinstance(forward_loop, DataLoop) else DataLoop(forward_loop)
     replace_quant_module(model, adapters=asked_for(model, config.rules, adapter_names(model)))
     set_quantizer_by_cfg(model, config.quant_cfg, strict=strict)
     check_something_enabled(model, config.quant_cfg, strict=strict)
-    done = calibration.run(model, config.algorithm, loop, structure=structure, fold=fold)
-    if loop:
+    done = calibration.run(model, config.algorithm, loop, structure=structure, fold=fold, host=host)
+    if loop and not (host is not None and host.streams):
         _check_used(model, loop)
     _hold_codes(model)
     return done

@@ -31,6 +31,11 @@ class Solver:
         self.steps, self.ledger, self._min_tokens = steps, ledger, min_tokens
         ledger.keeps_latents = any(handler_of(step).from_latents for step in steps)
 
+    @property
+    def learns(self) -> bool:
+        """Whether any step learns from data."""
+        return any(handler_of(step).learns_from_data for step in self.steps)
+
     def wants(self) -> Wanted:
         """The statistics that the steps need, combined."""
         need = Wanted()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ class TensorStore:
         self._folder = folder
         self._held: list[Tensor] = []
         self._count = 0
+        self._borrowed = False
 
     def __len__(self) -> int:
         return self._count
@@ -50,8 +53,38 @@ class TensorStore:
         assert self._folder is not None
         return self._folder / f"{index}.safetensors"
 
+    def saved(self, folder: Path) -> None:
+        """Have all tensors in a new folder too, from which `opened` reads them.
+
+        Raises:
+            OSError: the folder takes no more.
+        """
+        folder.mkdir()
+        for index in range(self._count):
+            target = folder / f"{index}.safetensors"
+            if self._folder is None:
+                save_file({"x": self._held[index].contiguous().cpu()}, target)
+            else:
+                try:
+                    os.link(self._path(index), target)
+                except OSError:  # another file system, or one without links
+                    shutil.copyfile(self._path(index), target)
+
+    @staticmethod
+    def opened(folder: Path) -> TensorStore:
+        """What was `saved`; `clear` leaves it there."""
+        store = TensorStore(folder)
+        store._borrowed = True
+        store._count = sum(1 for _ in folder.glob("*.safetensors"))
+        return store
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._held)
+
     def clear(self) -> None:
-        if self._folder is not None:
+        if self._folder is not None and not self._borrowed:
             for index in range(self._count):
                 self._path(index).unlink(missing_ok=True)
         self._held, self._count = [], 0

@@ -8,40 +8,40 @@ blocks are skipped and the last one returns the recorded outputs.
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from detent.algorithms.layer import Layer, layers_of
 from detent.algorithms.registry import LayerFacts, handler_of
 from detent.algorithms.site import ObservedSite, Wanted
-from detent.engine.blocks import BlockChain, NoChain, Run, record_chain, replaced_outputs
-from detent.engine.chain import Experts, chain_of
+from detent.algorithms.weight_ranges import calibrate_weight, quantized_weights, weight_quantizers
+from detent.config.algorithm import QuantizeAlgorithmConfig
+from detent.engine.blocks import BlockChain, NoChain, record_chain, replaced_outputs
+from detent.engine.data_loop import DataLoop
+from detent.engine.host import CannotStream, Host
 from detent.engine.learn_block import train_block
 from detent.engine.learning import coarse
-from detent.engine.observe import AllLayersSeen, SiteObserver
+from detent.engine.observe import SiteObserver
+from detent.engine.observed_block import ObservedBlock
 from detent.engine.options import Traversal
 from detent.engine.solve import Solver
 from detent.engine.store import TensorStore
 from detent.errors import DetentError
 from detent.model.scopes import quantizers_off, without_cache
+from detent.model.usage import quantizer_usage
 from detent.nn import TensorQuantizer
 from detent.notices import notify
 from detent.progress import track
 from detent.statistics import SiteStatistics
 from detent.statistics.products import fast_forward
-from detent.structure.site import Structure
+from detent.structure.chain import Experts
 
 _log = logging.getLogger(__name__)
-
-#: Bytes of a float block's activations that are kept while its sites are solved one after the other.
-REFERENCE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -54,27 +54,26 @@ class Subject:
         quantizers: gives every quantizer of the model; all are off while it is observed.
         blocks: names of the blocks that are traversed one by one.
         experts: of the model.
-        activation_pass: a context for the run in which the whole model is observed at once, to find activation ranges.
+        waiting: the quantizers whose ranges have to be found from data.
+        ranges: gives a context for a run of a model, or of a block of it, in which these of its quantizers find theirs.
+        host: where the blocks are.
+        changed: gives the names of the parameters outside of quantized weights that have other values now.
     """
 
     model: nn.Module
-    run: Run
+    run: DataLoop
     quantizers: Callable[[], Sequence[TensorQuantizer]]
     blocks: Sequence[str]
     experts: Experts
-    activation_pass: Callable[[], AbstractContextManager[None]]
+    waiting: Sequence[TensorQuantizer]
+    ranges: Callable[..., AbstractContextManager[None]]
+    host: Host
+    changed: Callable[[], set[str]]
 
-    @staticmethod
-    def of(
-        model: nn.Module,
-        run: Run,
-        quantizers: Callable[[], Sequence[TensorQuantizer]],
-        structure: Structure | None,
-        activation_pass: Callable[[], AbstractContextManager[None]],
-    ) -> Subject:
-        """One whose blocks and experts are those of `structure`, or are looked for where that is None."""
-        blocks = chain_of(model, structure)
-        return Subject(model, run, quantizers, blocks, Experts(model, blocks, structure), activation_pass)
+    def waiting_in(self, module: nn.Module) -> list[TensorQuantizer]:
+        """Those of `waiting` that are in a part of the model."""
+        inside = {id(member) for member in module.modules()}
+        return [quantizer for quantizer in self.waiting if id(quantizer) in inside]
 
 
 def solve_model(subject: Subject, solver: Solver, traversal: Traversal) -> None:
@@ -97,6 +96,7 @@ def solve_model(subject: Subject, solver: Solver, traversal: Traversal) -> None:
     chain = _chain(subject, traversal)
     if chain is None:
         _whole_model(subject, layers, solver)
+        _ranges_of_others(subject.model, layers, solver)
         return
     try:
         _block_by_block(subject, chain, layers, solver, traversal)
@@ -108,7 +108,8 @@ def _whole_model(subject: Subject, layers: list[Layer], solver: Solver) -> None:
     for step in solver.steps:
         if handler_of(step).scope == "block":
             notify(f"{step.method} needs block-by-block processing and was skipped")
-    with subject.activation_pass(), quantizers_off(subject.quantizers()), without_cache(subject.model):
+    ranges = subject.ranges(subject.model, subject.waiting)
+    with ranges, quantizers_off(subject.quantizers()), without_cache(subject.model):
         observer = _observe_model(subject, layers, solver.wants())
     _account_for(observer.sites, layers, subject.experts, solver)
     solver.solve(observer.sites, "Whole model")
@@ -131,13 +132,15 @@ def _observe_model(subject: Subject, layers: list[Layer], need: Wanted) -> SiteO
 
 def _chain(subject: Subject, traversal: Traversal) -> BlockChain | None:
     """The blocks to go through one by one, or None for the whole model at once."""
-    if not traversal.by_blocks:
+    if not (traversal.by_blocks or subject.host.streams):
         return None
     model, names = subject.model, subject.blocks
     weights = (parameter for name in names[:1] for parameter in model.get_submodule(name).parameters())
     with quantizers_off(subject.quantizers()), fast_forward(weights):
-        chain = record_chain(model, names, subject.run, spill=traversal.spill)
+        chain = record_chain(model, names, subject.run, spill=traversal.spill, host=subject.host)
     if isinstance(chain, NoChain):
+        if subject.host.streams:
+            raise CannotStream(chain.reason)
         text = f"Processing the whole model at once instead of block by block: {chain.reason}"
         notify(text) if traversal.notifies else _log.info(text)
         return None
@@ -147,163 +150,153 @@ def _chain(subject: Subject, traversal: Traversal) -> BlockChain | None:
 def _block_by_block(
     subject: Subject, chain: BlockChain, layers: list[Layer], solver: Solver, traversal: Traversal
 ) -> None:
-    """Each block in turn: observe it, solve its sites, train it where an algorithm does, hand its outputs on.
+    """Each block in turn, and what it gives handed on to the next.
 
     `inputs` is what the block is fed, `references` what the float model feeds it (where an algorithm needs that):
     both come from the block before and are freed once this block is done, except the recorded inputs of the first.
     """
     inside = {name: [layer for layer in layers if layer.name.startswith(f"{name}.")] for name in chain.names}
-    quantized = _sees_quantized(solver, layers, traversal)
-    need = solver.wants()
-    inputs, references = chain.inputs, chain.inputs if need.references else None
-    learner = next((step for step in solver.steps if handler_of(step).scope == "block"), None)
-    training = learner is not None and coarse(layers)
+    need, host = solver.wants(), subject.host
+    work = _BlockWork(subject, chain, solver, traversal, _sees_quantized(solver, layers, traversal))
+    start, inputs, references = host.resumed() or (
+        0,
+        chain.inputs,
+        chain.inputs if need.references else None,
+    )
     for index, name in enumerate(track(chain.names, "Block by block", len(chain.names))):
-        observed = _ObservedBlock(chain, index, inputs, references, need, training)
-        outputs = chain.store()
-        # 1. Observe and solve.
-        if traversal.one_by_one is None:
-            # The run that observes also gives the float block's outputs. Where quantized outputs are handed on
-            # instead, nothing needs those, and each pass stops once all layers have been called.
-            sites = observed.sites(inside[name], None if quantized else outputs, stop=quantized)
-            _account_for(sites, inside[name], subject.experts, solver)
-            solver.solve(sites)
-        else:
-            _one_after_the_other(observed, inside[name], traversal.one_by_one, subject.experts, solver)
-        # 2. Train the block towards the float block's outputs.
-        if learner is not None and observed.float_outputs is not None:
-            train_block(chain, index, inputs, observed.float_outputs, inside[name], learner, solver.ledger)
-        # 3. Run it once more with its weights quantized. Those on their grid already need no second rounding.
-        if quantized:
-            with (
-                fast_forward(chain.blocks[index].parameters(), training=training),
-                quantizers_off(solver.rounded(inside[name])),
-            ):
-                for output in chain.run_all(index, inputs):
-                    outputs.append(output)
-        # 4. Free what it was fed. `chain.inputs` stays: `replaced_outputs` runs the blocks on its first batch.
+        if index < start:
+            continue
+        with host.block(name):
+            outputs, float_outputs = work.done(index, inputs, references, inside[name])
+            host.finished(name, solver.ledger.outcomes, subject.changed())
+        # Free what it was fed, but for the recorded inputs of the first block.
         for done in (inputs, references):
             if done is not None and done is not chain.inputs:
                 done.clear()
-        inputs, references = outputs, observed.float_outputs
-    outside = [layer for layer in layers if not any(layer in members for members in inside.values())]
-    if outside:
-        off = quantizers_off(subject.quantizers())
-        with off, replaced_outputs(chain, inputs), without_cache(subject.model):
-            observer = _observe_model(subject, outside, need)
-        _account_for(observer.sites, outside, subject.experts, solver)
-        solver.solve(observer.sites)
+        inputs, references = outputs, float_outputs
+        if index + 1 < len(chain.names):
+            host.handed_on(index + 1, inputs, references)
+    _outside(
+        subject, chain, inputs, [layer for layer in layers if not any(layer in m for m in inside.values())], solver
+    )
 
 
-class _ObservedBlock:
-    """One block, run on all batches while its sites are observed.
+def _outside(subject: Subject, chain: BlockChain, inputs: TensorStore, layers: list[Layer], solver: Solver) -> None:
+    """What isn't in a block, observed in a run in which the blocks are skipped."""
+    model = subject.model
+    found = {id(q) for block in chain.blocks for q in subject.waiting_in(block)}
+    waiting = [q for q in subject.waiting if id(q) not in found]
+    weights = weight_quantizers(model, {id(inner) for block in chain.blocks for inner in block.modules()})
+    if not waiting and not any(True for _ in weights):
+        return
+    with subject.host.outside(whole=True):
+        if solver.learns and layers:
+            off = quantizers_off(subject.quantizers())
+            with off, replaced_outputs(chain, inputs), without_cache(model):
+                observer = _observe_model(subject, layers, solver.wants())
+            _account_for(observer.sites, layers, subject.experts, solver)
+            solver.solve(observer.sites)
+        _ranges_of_others(model, layers, solver, but=chain.blocks)
+        if waiting:
+            with subject.ranges(model, waiting), replaced_outputs(chain, inputs), without_cache(model):
+                subject.run(model)
+        if subject.host.streams:
+            with quantizer_usage(model) as usage, replaced_outputs(chain, inputs), without_cache(model):
+                subject.run.first(model)
+            usage.check()
+        subject.host.finished("", solver.ledger.outcomes, subject.changed())
 
-    Where an algorithm compares with the float model, there are two streams of activations::
 
-        inputs     --> the block as it is solved --> outputs
-        references --> a float copy of it        --> float_outputs, the references of the next block
+def _ranges_of_others(
+    module: nn.Module, layers: Sequence[Layer], solver: Solver, but: Iterable[nn.Module] = (), prefix: str = ""
+) -> None:
+    """Ranges of the quantized weights in a module that no site has, from the weights alone: all of them where nothing
+    learns from data, else embeddings and the like.
 
-    and each statistic pairs what a layer reads in the first with what it reads in the second. The float copy runs once
-    per batch if what its layers read fits into `REFERENCE_BYTES`; later runs over the same batches reuse that.
+    Args:
+        module: a model, or a block of it, whose weights have values.
+        layers: those of sites.
+        solver: what was done to these.
+        but: parts of it that are left out.
+        prefix: of the names in it.
     """
+    done = {id(inner) for part in but for inner in part.modules()}
+    steps: Sequence[QuantizeAlgorithmConfig | None] = solver.steps
+    if solver.learns:
+        done |= {id(layer.module) for layer in layers}
+        steps = [None]
+    for step in steps:
+        for name, quantizer, weight in quantized_weights(module, but=done):
+            calibrate_weight(f"{prefix}{name}", quantizer, weight, step)
+
+
+class _BlockWork:
+    """What is done to each block: observe it, solve its sites, train it where an algorithm does, find its ranges."""
 
     def __init__(
-        self,
-        chain: BlockChain,
-        index: int,
-        inputs: TensorStore,
-        references: TensorStore | None,
-        need: Wanted,
-        training: bool,
+        self, subject: Subject, chain: BlockChain, solver: Solver, traversal: Traversal, quantized: bool
     ) -> None:
-        self.names, self._training = chain.names, training
-        self._chain, self._index, self._inputs, self._need = chain, index, inputs, need
-        self._references = references
-        self._float_inputs: dict[int, dict[str, list[torch.Tensor]]] = {}
-        self._kept_bytes = 0
-        #: What the float copy gives for the references, once it has run.
-        self.float_outputs: TensorStore | None = None
-        self.keep_float_block()
+        self._subject, self._chain, self._solver, self._traversal = subject, chain, solver, traversal
+        self._quantized = quantized
+        self._learner = next((step for step in solver.steps if handler_of(step).scope == "block"), None)
 
-    def keep_float_block(self) -> None:
-        """Copy the block as it is now, and forget what was read from an earlier copy."""
-        self._float_block = None if self._references is None else copy.deepcopy(self._chain.blocks[self._index])
-        self._float_inputs.clear()
-
-    def sites(
-        self,
-        layers: Sequence[Layer],
-        outputs: TensorStore | None = None,
-        *,
-        batches: int | None = None,
-        need: Wanted | None = None,
-        leaders: Sequence[Layer] | None = None,
-        stop: bool = False,
-    ) -> list[ObservedSite]:
-        """The sites of `layers`, with statistics.
-
-        Args:
-            layers: of this block.
-            outputs: where the block's outputs go.
-            batches: only the first ones, by their number.
-            need: other statistics than the block's usual ones.
-            leaders: layers whose inputs in the float block are kept for later runs; by default `layers`.
-            stop: end each pass once all layers have been called, from the second batch on.
-        """
-        chain, index = self._chain, self._index
-        block = chain.blocks[index]
-        count = len(self._inputs) if batches is None else batches
-        observer = SiteObserver(layers, self._need if need is None else need, chain.names, stop=stop, batches=count)
-        # A run over the first batches alone (which only shows the sites) pairs nothing, and must not fill the store.
-        if self._references is not None and self.float_outputs is None and batches is None:
-            self.float_outputs = chain.store()
-        own = [module for module in block.modules() if isinstance(module, TensorQuantizer)]
-        device = chain.device(index)
-        with quantizers_off(own), observer, fast_forward(block.parameters(), training=self._training):
-            for batch in range(count):
-                observer.batch = batch
-                if self.float_outputs is not None:
-                    observer.references = self._read(batch, layers if leaders is None else leaders, device)
-                try:
-                    output = chain.run(index, batch, self._inputs.get(batch, device))
-                except AllLayersSeen:
-                    continue
-                if outputs is not None:
+    def done(
+        self, index: int, inputs: TensorStore, references: TensorStore | None, layers: list[Layer]
+    ) -> tuple[TensorStore, TensorStore | None]:
+        """Solve block `index`; returns what enters the next one, as `inputs` and `references`."""
+        subject, chain, solver = self._subject, self._chain, self._solver
+        block, outputs = chain.blocks[index], chain.store()
+        training = self._learner is not None and coarse(layers)
+        float_outputs = None
+        if solver.learns:
+            observed = ObservedBlock(chain, index, inputs, references, solver.wants(), training)
+            self._solve(observed, layers, outputs)
+            float_outputs = observed.float_outputs
+            if self._learner is not None and float_outputs is not None:
+                train_block(chain, index, inputs, float_outputs, layers, self._learner, solver.ledger)
+        _ranges_of_others(block, layers, solver, prefix=f"{chain.names[index]}.")
+        # Ranges of activations, of the block as its weights are now. Where nothing was observed, this run gives the
+        # float block's outputs too.
+        waiting = subject.waiting_in(block)
+        if waiting or not solver.learns:
+            own = [module for module in block.modules() if isinstance(module, TensorQuantizer)]
+            with subject.ranges(block, waiting, of_block=True), quantizers_off(own), fast_forward(block.parameters()):
+                for output in chain.run_all(index, inputs):
+                    if not solver.learns:
+                        outputs.append(output)
+        # Once more with its weights quantized. Those on their grid already need no second rounding.
+        if self._quantized:
+            with (
+                fast_forward(block.parameters(), training=training),
+                quantizers_off(solver.rounded(layers)),
+            ):
+                for output in chain.run_all(index, inputs):
                     outputs.append(output)
-        return observer.sites
+        if subject.host.streams:
+            _check_used(chain, index, inputs)
+        return outputs, float_outputs
 
-    def _read(self, batch: int, layers: Sequence[Layer], device: torch.device) -> dict[str, list[torch.Tensor]]:
-        """What `layers` read in the float copy for a batch; runs it unless an earlier run was kept."""
-        assert self._references is not None
-        assert self._float_block is not None
-        assert self.float_outputs is not None
-        if batch in self._float_inputs:
-            return {name: list(tensors) for name, tensors in self._float_inputs[batch].items()}
-        read: dict[str, list[torch.Tensor]] = {}
-        prefix = f"{self.names[self._index]}."
-        inside = dict(self._float_block.named_modules())
-        hooks = [
-            inside[layer.name.removeprefix(prefix)].register_forward_pre_hook(
-                lambda _, args, name=layer.name: read.setdefault(name, []).append(args[0])
-            )
-            for layer in layers
-        ]
-        try:
-            with quantizers_off([module for module in inside.values() if isinstance(module, TensorQuantizer)]):
-                output = self._chain.run(self._index, batch, self._references.get(batch, device), self._float_block)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if len(self.float_outputs) == batch:  # not yet stored by an earlier run over the batches
-            self.float_outputs.append(output)
-        self._kept_bytes += sum(t.numel() * t.element_size() for tensors in read.values() for t in tensors)
-        if self._kept_bytes <= REFERENCE_BYTES:
-            self._float_inputs[batch] = {name: list(tensors) for name, tensors in read.items()}
-        return read
+    def _solve(self, observed: ObservedBlock, layers: list[Layer], outputs: TensorStore) -> None:
+        first, experts, solver = self._traversal.one_by_one, self._subject.experts, self._solver
+        if first is not None:
+            _one_after_the_other(observed, layers, first, experts, solver)
+            return
+        # The run that observes also gives the float block's outputs. Where quantized outputs are handed on
+        # instead, nothing needs those, and each pass stops once all layers have been called.
+        sites = observed.sites(layers, None if self._quantized else outputs, stop=self._quantized)
+        _account_for(sites, layers, experts, solver)
+        solver.solve(sites)
+
+
+def _check_used(chain: BlockChain, index: int, inputs: TensorStore) -> None:
+    """A block has to compute with every quantizer that is on."""
+    with quantizer_usage(chain.blocks[index], f"{chain.names[index]}.") as usage:
+        chain.run(index, 0, inputs.get(0, chain.device(index)))
+    usage.check()
 
 
 def _one_after_the_other(
-    observed: _ObservedBlock, layers: list[Layer], first: int, experts: Experts, solver: Solver
+    observed: ObservedBlock, layers: list[Layer], first: int, experts: Experts, solver: Solver
 ) -> None:
     """Solve a block's sites one by one, each observed with the ones before it solved.
 

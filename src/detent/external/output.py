@@ -93,6 +93,18 @@ def check_target(out_dir: str | os.PathLike[str], *, source: Path | None, overwr
     return notices
 
 
+def check_room(out_dir: str | os.PathLike[str], size: int) -> None:
+    """Raise DetentError unless the disk of an output folder has `size` bytes left."""
+    path = target_path(out_dir)
+    parent = next(folder for folder in path.parents if status(folder) is not None)
+    free = shutil.disk_usage(parent).free
+    if free < size:
+        raise DetentError(
+            f"{parent}: the run needs about {size / 1e9:.1f} GB of disk there, and {free / 1e9:.1f} GB are free; free"
+            " some, or name a folder on another disk"
+        )
+
+
 def check_apart(out_dir: Path, source: Path) -> None:
     """Raise DetentError where one of two real paths is inside the other."""
     if out_dir == source:
@@ -244,17 +256,25 @@ class Workspace:
 
     Args:
         target: the folder that it is for; its parent exists.
-        purpose: ``writing``: what is to take its place; ``old``: what must make room for that.
+        purpose: ``writing``: what is to take its place; ``old``: what must make room for that; ``journal``: what a
+            later run can go on from, always at the same place.
 
     Raises:
         OSError: it can't be made.
+        DetentError: another run has it.
     """
 
     def __init__(self, target: Path, purpose: str) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix=f".{target.name}.{purpose}-", dir=target.parent))
+        if purpose == "journal":
+            self.path = journal_path(target)
+            self.path.mkdir(exist_ok=True)
+        else:
+            self.path = Path(tempfile.mkdtemp(prefix=f".{target.name}.{purpose}-", dir=target.parent))
         # Locked before it has any content: a marker with content and without a lock is that of a killed run.
         self._marker = os.open(self.path / MARKER_NAME, os.O_CREAT | os.O_RDWR, 0o666)
-        _lock(self._marker)
+        if not _lock(self._marker) and purpose == "journal" and os.name == "posix":
+            self.close()
+            raise _busy(target, self.path)
         os.write(self._marker, json.dumps({"written_by": "detent", "target": target.name}).encode())
 
     def close(self) -> None:
@@ -323,5 +343,20 @@ def _is_left_by_killed_run(path: Path, target: Path) -> bool:
     with marker.open("rb") as file:
         free = _lock(file.fileno())
     if not free:
-        raise DetentError(f"{target}: another run is writing to it, in {path}; wait for it, or name another folder")
+        raise _busy(target, path)
     return True
+
+
+def _busy(target: Path, path: Path) -> DetentError:
+    return DetentError(f"{target}: another run is writing to it, in {path}; wait for it, or name another folder")
+
+
+def journal_path(target: Path) -> Path:
+    """Where a run that writes to `target` keeps what a later one can go on from."""
+    return target.parent / f".{target.name}.journal"
+
+
+def is_journal(path: Path) -> bool:
+    """Whether a folder is Detent's journal."""
+    marker = path / MARKER_NAME
+    return path.is_dir() and not path.is_symlink() and marker.is_file() and not marker.is_symlink()

@@ -302,3 +302,19 @@ class Unfinished(Description):
 
     written_by: Literal["detent"]
     target: str
+
+
+class JournalStart(Description):
+    """What a run that may be interrupted is made of, by what a user would call it."""
+
+    written_by: Literal["detent"]
+    made_of: dict[str, str]
+
+
+class FinishedBlock(Description):
+    """What the header of a file with a finished block says."""
+
+    description: dict[str, Any]
+    errors: dict[str, float | None]
+    outcomes: dict[str, list[dict[str, Any]]]
+    values: list[str]

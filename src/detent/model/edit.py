@@ -64,6 +64,8 @@ def put(module: nn.Module, attribute: str, value: Tensor, name: str = "", *, unt
         raise DetentError(
             f"{name or attribute}: a parameter of shape {tuple(parameter.shape)} can't take {tuple(value.shape)}"
         )
+    if parameter.is_meta and not value.is_meta:
+        raise DetentError(f"{name or attribute}: the weight isn't in memory (meta device), so it can't be changed")
     # Always a new tensor: `.to` returns the same one where nothing needs converting.
     new = value.detach().to(parameter.device, parameter.dtype).contiguous()
     if new.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():

@@ -39,7 +39,7 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def observing(model: nn.Module, observers: list[TensorQuantizer]) -> Iterator[None]:
+def observing(model: nn.Module, observers: Sequence[TensorQuantizer]) -> Iterator[None]:
     """Every quantizer passes its tensor through unquantized; `observers` look at it."""
     with quantizers_off(list(named_members(model))):
         try:

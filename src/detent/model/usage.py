@@ -40,11 +40,12 @@ class QuantizerUsage:
 
 
 @contextmanager
-def quantizer_usage(model: nn.Module) -> Iterator[QuantizerUsage]:
+def quantizer_usage(model: nn.Module, prefix: str = "") -> Iterator[QuantizerUsage]:
     """Watch which quantizers that are on are called by the forward passes inside the block.
 
     Args:
         model: quantized, and rounding: a pass in which it observes shows nothing about weights.
+        prefix: of the names in it.
 
     Example:
         >>> import torch, detent
@@ -78,7 +79,7 @@ def quantizer_usage(model: nn.Module) -> Iterator[QuantizerUsage]:
                     continue
                 read = name == "weight_quantizer" and isinstance(owner, QuantWeightBase) and owner.weight_handed_out
                 where = usage.bypassed if id(owner) in called or read else usage.unreached
-                where.append(f"{names[owner]}.{name}".removeprefix("."))
+                where.append(prefix + f"{names[owner]}.{name}".removeprefix("."))
             _forget(owner)
 
 

@@ -37,6 +37,7 @@ from detent.plan.readers import misread
 from detent.plan.unlike import check_fused
 from detent.pretrained.names import CheckpointNames
 from detent.structure import Structure, find_structure
+from detent.structure.chain import chain_of
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,17 @@ class Plan:
         """Whether each weight can be quantized by itself: without data, and without a change to any other."""
         data_free = not self.needs_data and self.formats.kv_cache is None
         return data_free and all(step.method and handler_of(step).scope == "weight" for step in self.algorithms)
+
+    @property
+    def why_whole(self) -> str:
+        """Why the model has to be in memory whole while it is calibrated; "" if one block at a time does."""
+        if self.structure is None or len(chain_of(self.skeleton, self.structure)) < 2:
+            return "it has no chain of blocks"
+        for step in self.algorithms:
+            for part in handler_of(step).parts(step) if step.method else []:
+                if handler_of(part).scope in ("model", "end") or getattr(part, "layerwise", None) is False:
+                    return f"{part.method} works on the whole model"
+        return ""
 
 
 def make_plan(

@@ -53,7 +53,7 @@ def resolve_folder(model_dir: str, revision: str | None = None) -> Path:
 
 
 @contextmanager
-def _transformers(start: str, trusted: bool = False) -> Iterator[None]:
+def quiet_transformers(start: str, trusted: bool = False) -> Iterator[None]:
     """Call transformers: its progress bars and load reports are left out, since Detent reports what matters itself, and
     what it raises over files and values that it cannot use becomes one DetentError, its text after `start`."""
     from huggingface_hub import errors
@@ -93,7 +93,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
             f"{folder / CONFIG_NAME}: {place} is {value!r}, code on the hub that transformers would download and run;"
             " pass trust_remote_code if you trust it, or take the entry out"
         )
-    with _transformers(str(folder / CONFIG_NAME), trust_remote_code):
+    with quiet_transformers(str(folder / CONFIG_NAME), trust_remote_code):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     vars(config).pop("quantization_config", None)  # weights are decoded by Detent, not by transformers
     return config
@@ -109,15 +109,15 @@ def model_on_meta(config: Any, *, trust_remote_code: bool = False, dtype: torch.
     kind = getattr(config, "model_type", "?")
     with (
         torch.device("meta"),
-        _transformers(f"cannot build a {kind} language model from its config.json", trust_remote_code),
+        quiet_transformers(f"cannot build a {kind} language model from its config.json", trust_remote_code),
     ):
-        model: nn.Module = _auto_class(config).from_config(
+        model: nn.Module = auto_class(config).from_config(
             config, trust_remote_code=trust_remote_code, dtype=dtype or torch.float32
         )
     return model
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     """transformers' door to a language model, or to one that reads images too where config.json names its class or
     the architecture has no other."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -209,7 +209,7 @@ def load_model(
     state = read_weights(source, source) if state_dict is None else state_dict
     _check_floating(source.path, expected, state)
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-    with _transformers(str(source.path), trust_remote_code):
+    with quiet_transformers(str(source.path), trust_remote_code):
         model, info = kind.from_pretrained(
             None,
             config=config,
@@ -281,7 +281,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     if is_file(folder / "tokenizer_config.json"):
         read_as(TokenizerConfig, folder / "tokenizer_config.json")
     start = f"{folder}: no usable tokenizer, which calibration and evaluation need"
-    with _transformers(start, trust_remote_code):
+    with quiet_transformers(start, trust_remote_code):
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
 
 

@@ -7,7 +7,7 @@ it says holds for that checkpoint: each tensor belongs to exactly one group, eac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +116,26 @@ class CheckpointNames:
                 made |= self._unmake(group, values)
         return made
 
+    def to_model(self, parameter: str, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """The values of a parameter, and of those that are made of the same tensors of the file.
+
+        Args:
+            parameter: one that the file has something for.
+            read: gives a tensor of the file.
+
+        Returns:
+            By parameter, in the dtypes of the file.
+        """
+        group = self._by_parameter[parameter]
+        if group.converter is None:
+            return {parameter: read(group.tensors[0])}
+        converter = deepcopy(group.converter)
+        for tensor in group.tensors:
+            name, pattern = self._renamed(tensor)
+            converter.add_tensor(name, tensor, pattern, read(tensor))
+        made = converter.convert(group.parameters[0], model=self._model, config=getattr(self._model, "config", None))
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
     def _group(self, tensors: list[str]) -> list[TensorGroup]:
         found: dict[str, tuple[list[str], Any]] = {}
         groups = []
@@ -135,13 +155,17 @@ class CheckpointNames:
 
     def _rename(self, tensor: str, more: str = "") -> tuple[str, Any]:
         """(name in the model, the rule that makes it) of a tensor, exactly as transformers' loader finds them."""
+        name, pattern = self._renamed(tensor, more)
+        return name, None if pattern is None else self._by_pattern[pattern]
+
+    def _renamed(self, tensor: str, more: str = "") -> tuple[str, str | None]:
         from transformers.core_model_loading import rename_source_key
 
         known: Any = _Known(self._known, more)
         name, pattern = rename_source_key(tensor, self._renamings, self._converters, self._prefix, known)
         if name not in known and tensor in known:
             name, pattern = rename_source_key(tensor, [], [], self._prefix, known)
-        return name, None if pattern is None else self._by_pattern[pattern]
+        return name, pattern
 
     def _unmake(self, group: TensorGroup, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         from transformers.core_model_loading import apply_renamings

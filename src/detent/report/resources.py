@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -21,6 +23,62 @@ def peak_memory_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, the others KiB.
+
+
+def available_memory_bytes() -> int | None:
+    """The memory that is left for this process, of the machine or its control group; None where that isn't known."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text("ascii"), re.MULTILINE)
+    except OSError:
+        return None
+    left = [int(found.group(1)) * 1024] if found else []
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # no control group, or one without a limit
+        left.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(0, min(left)) if left else None
+
+
+class AnonymousMemory(threading.Thread):
+    """Watches how much memory this process holds that no file backs: what counts against a limit.
+
+    ::
+
+        with AnonymousMemory() as memory:
+            work()
+        memory.peak
+
+    Attributes:
+        peak: the most seen so far, in bytes; 0 where the system doesn't report it.
+    """
+
+    SECONDS = 0.02
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True, name="detent-memory")
+        self.peak = 0
+        self._over = threading.Event()
+
+    def __enter__(self) -> AnonymousMemory:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def run(self) -> None:
+        while not self._over.wait(self.SECONDS):
+            self.look()
+
+    def look(self) -> int:
+        """Look now; returns the peak."""
+        try:
+            status = Path("/proc/self/status").read_text("ascii", "replace")
+        except OSError:
+            self._over.set()
+            return self.peak
+        found = re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
+        self.peak = max(self.peak, int(found.group(1)) * 1024 if found else 0)
+        return self.peak
 
 
 def peak_device_memory_bytes() -> int | None:

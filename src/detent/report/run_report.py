@@ -120,6 +120,8 @@ class RunReport(_Part):
     seconds: float
     #: Most main memory held at one time.
     peak_memory_bytes: int
+    #: Without pages of files, which the system drops when memory is short; 0 where it isn't known.
+    peak_anonymous_memory_bytes: int = 0
     #: The same on the CUDA devices, all together; None where they weren't used.
     peak_device_memory_bytes: int | None = None
     #: Notices shown during the run.

@@ -51,7 +51,7 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def _plain_table(show_header: bool) -> Table:
+def plain_table(show_header: bool) -> Table:
     from rich.table import Table
 
     return Table(box=None, padding=(0, 2, 0, 0), show_header=show_header)
@@ -60,7 +60,7 @@ def _plain_table(show_header: bool) -> Table:
 def _facts(report: RunReport) -> Table:
     from rich.text import Text
 
-    table = _plain_table(show_header=False)
+    table = plain_table(show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _fact_rows(report):
@@ -82,6 +82,8 @@ def _fact_rows(report: RunReport) -> list[tuple[str, str]]:
     rows += _algorithm_rows(report)
     rows.append(("time", format_seconds(report.seconds)))
     memory = format_bytes(report.peak_memory_bytes)
+    if report.peak_anonymous_memory_bytes:
+        memory += f", of which {format_bytes(report.peak_anonymous_memory_bytes)} at once without files' pages"
     if report.peak_device_memory_bytes is not None:
         memory += f", on the device {format_bytes(report.peak_device_memory_bytes)}"
     rows.append(("peak memory", memory))
@@ -146,7 +148,7 @@ def _evaluation_details(report: RunReport) -> str:
 def _worst_layers(report: RunReport) -> Table:
     from rich.text import Text
 
-    table = _plain_table(show_header=True)
+    table = plain_table(show_header=True)
     table.add_column("weight", overflow="fold")
     table.add_column("format", overflow="fold")
     table.add_column("error", justify="right", no_wrap=True)

@@ -64,6 +64,7 @@ class CalibrationOptions:
         dataset: a file, a hub data set, ``builtin``, or None for the default one (without a network: the built-in
             text).
         seq_len: tokens in a sample. num_samples: how many. batch_size: samples run at once.
+        memory_budget: bytes that the run may take; where that is tight, hidden states go to disk. None: what there is.
 
     Example:
         >>> import detent
@@ -75,6 +76,7 @@ class CalibrationOptions:
     seq_len: int = 512
     num_samples: int = 512
     batch_size: int = 1
+    memory_budget: int | None = None
 
 
 @dataclass(frozen=True)

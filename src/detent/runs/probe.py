@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from detent.errors import DetentError
 from detent.plan.plan import Plan
 from detent.pretrained.loading import load_config, model_on_meta
 from detent.runs.load import Stored, load_quantized, simulated_model
-from detent.runs.stream import LayerStream
+from detent.runs.simulate import Quantized
 from detent.runs.verify import check_logits, kept_tensor, probe_logits
-from detent.runs.write import in_file
+from detent.runs.write import Written, in_file
 
 #: A list of so many values may be something else than one value for each block, such as two ends of a range.
 SHORT = 4
@@ -62,14 +61,14 @@ def _alike(model: nn.Module) -> bool:
 
 
 def compare_few_blocks(
-    folder: Path, source: Source, plan: Plan, stream: LayerStream, config: Any, *, dtype: torch.dtype, **options: Any
+    out: Written, source: Source, plan: Plan, quantized: Quantized, config: Any, *, dtype: torch.dtype, **options: Any
 ) -> None:
     """Load the first blocks of a written folder as its user would, and hold their logits against those of the same
     blocks as they were quantized.
 
     Args:
-        folder: with everything in it.
-        source, plan, stream: what it was made of.
+        out: with everything in it.
+        source, plan, quantized: what it was made of.
         config: the configuration of the model; it is cut to few blocks where that is possible.
         dtype: to hold both in.
         options: as for `load_model`.
@@ -81,17 +80,18 @@ def compare_few_blocks(
     module_of = {plan.names.layer(name) or name: name for name in plan.formats.layers}
     stored = Stored(
         source,
-        in_file(stream.formats, plan.names),
-        list(plan.kept),
-        lambda name: replace(stream.layer(module_of[name], measured=False).record, name=name),
-        lambda name: kept_tensor(name, None, source),
+        in_file(quantized.formats, plan.names),
+        list(out.kept),
+        lambda name: replace(quantized.layer(module_of[name], measured=False).record, name=name),
+        lambda name: kept_tensor(name, out.kept[name], source),
     )
+    kv = {plan.names.container(module): pair for module, pair in quantized.kv.items()}
     expected = probe_logits(
-        simulated_model(stored, few or config, lambda: stream.kv, cut=few is not None, dtype=dtype, **options)
+        simulated_model(stored, few or config, lambda: kv, cut=few is not None, dtype=dtype, **options)
     )
     # The folder's own configuration, cut like the source's: what a user's model will be made of.
-    its_own = load_config(folder, trust_remote_code=options["trust_remote_code"])
+    its_own = load_config(out.folder, trust_remote_code=options["trust_remote_code"])
     cut = (
         None if few is None else with_few_blocks(its_own, plan.skeleton, trust_remote_code=options["trust_remote_code"])
     )
-    check_logits(expected, probe_logits(load_quantized(folder, dtype=dtype, config=cut, **options)))
+    check_logits(expected, probe_logits(load_quantized(out.folder, dtype=dtype, config=cut, **options)))

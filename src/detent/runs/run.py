@@ -14,7 +14,7 @@ from detent.data import sample_model_dir
 from detent.data.text import missing_package_notice
 from detent.errors import DetentError
 from detent.pretrained.loading import resolve_folder
-from detent.report.resources import peak_device_memory_bytes, peak_memory_bytes
+from detent.report.resources import AnonymousMemory, peak_device_memory_bytes, peak_memory_bytes
 from detent.report.run_report import RunReport
 from detent.runs.options import CalibrationOptions, EvaluationOptions, ModelOptions
 
@@ -29,6 +29,12 @@ class Run:
     on_notice: Callable[[str], None] = lambda text: None
     notices: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
+    memory: AnonymousMemory = field(default_factory=AnonymousMemory)
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken so far."""
+        return time.monotonic() - self.started
 
     def notify(self, text: str) -> None:
         """Show a notice to the user and keep it for the report; each text once."""
@@ -48,8 +54,9 @@ class Run:
         return RunReport(
             detent_version=__version__,
             command=self.command,
-            seconds=time.monotonic() - self.started,
+            seconds=self.seconds,
             peak_memory_bytes=peak_memory_bytes(),
+            peak_anonymous_memory_bytes=self.memory.look(),
             peak_device_memory_bytes=peak_device_memory_bytes(),
             notices=self.notices,
             **parts,

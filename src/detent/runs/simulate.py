@@ -66,8 +66,8 @@ class Quantized(Protocol):
         """Whether the output embedding has a tensor of its own now."""
         ...
 
-    def layer(self, name: str) -> SimulatedLayer:
-        """One of the layers of `formats`."""
+    def layer(self, name: str, *, measured: bool = True) -> SimulatedLayer:
+        """One of the layers of `formats`; `measured`: whether the error of its weight is wanted."""
         ...
 
 
@@ -81,7 +81,7 @@ class Simulation:
     kv: Mapping[str, tuple[Scales, Scales]]
     untied: bool
 
-    def layer(self, name: str) -> SimulatedLayer:
+    def layer(self, name: str, *, measured: bool = True) -> SimulatedLayer:
         return self.layers[name]
 
 
@@ -102,8 +102,7 @@ def simulate(
     """
     config = QuantizeConfig(quant_cfg=plan.quant_cfg, algorithm=plan.algorithms or "max")
     done = quantization.run(model, config, forward_loop, structure=plan.structure, fold="auto")
-    for names in plan.groups_with_common_scale:
-        _share_outer_scale(model, names)
+    share_outer_scales(model, plan.groups_with_common_scale)
     layers = {}
     for name in track(plan.formats.layers, "Quantizing weights", len(plan.formats.layers)):
         module = model.get_submodule(name)
@@ -122,13 +121,15 @@ def simulate(
     )
 
 
-def _share_outer_scale(model: nn.Module, names: list[str]) -> None:
-    quantizers: list[Any] = [model.get_submodule(name).weight_quantizer for name in names]
-    amaxes = [q.global_amax for q in quantizers if q.global_amax is not None]
-    if len(amaxes) > 1:
-        largest = torch.stack(amaxes).amax()
-        for quantizer in quantizers:
-            quantizer.global_amax = largest
+def share_outer_scales(model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
+    """Give the layers of each group the largest outer scale of any of them."""
+    for names in groups:
+        quantizers: list[Any] = [model.get_submodule(name).weight_quantizer for name in names]
+        amaxes = [q.global_amax for q in quantizers if q.global_amax is not None]
+        if len(amaxes) > 1:
+            largest = torch.stack(amaxes).amax()
+            for quantizer in quantizers:
+                quantizer.global_amax = largest
 
 
 @torch.no_grad()

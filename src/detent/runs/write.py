@@ -40,11 +40,13 @@ class Written:
     Attributes:
         folder: under its temporary name.
         layers: by the name of the module.
+        kept: what was written for each tensor that isn't a quantized weight, by its name in the file.
         expected: what has to be found when it is read back.
     """
 
     folder: Path
     layers: dict[str, LayerResult]
+    kept: dict[str, Kept]
     expected: Expected
     _writer: QuantizedWriter
 
@@ -116,7 +118,7 @@ def written(
             writer.add_kv(module, key, value_scales)
         folder = writer.close(_config(source, plan, quantized, dtype))
         expected = Expected(formats, list(examples.values()), same, kv, dict(writer.digests))
-        yield Written(folder, layers, expected, writer)
+        yield Written(folder, layers, kept, expected, writer)
 
 
 def _config(source: Source, plan: Plan, quantized: Quantized, dtype: torch.dtype) -> dict[str, Any]:

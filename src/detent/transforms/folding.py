@@ -35,6 +35,9 @@ class Folding:
             return "the model's structure shows no site for it"
         if site.fold is None or not site.fold.proved or site.experts:
             return f"its scale cannot be folded anywhere ({site.reason or 'fused experts'})"
+        parts = [(self._model.get_submodule(site.fold.module), name) for name in site.fold.parameters]
+        if any((parameter := module._parameters.get(name)) is not None and parameter.is_meta for module, name in parts):
+            return f"its scale would go into {site.fold.module}, which is in another block"
         return ""
 
     def tie(self, layers: list[str]) -> Tie:

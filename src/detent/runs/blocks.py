@@ -1,0 +1,224 @@
+"""Quantizing a checkpoint with data, block by block: each is read, calibrated, solved, kept and freed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detent.algorithms.outcome import Outcome
+from detent.checkpoints import ModelFormats, Source
+from detent.config import QuantizeConfig
+from detent.data.batches import CalibrationBatches
+from detent.engine import quantization
+from detent.engine.data_loop import DataLoop
+from detent.engine.host import Host
+from detent.engine.store import TensorStore
+from detent.errors import DetentError
+from detent.formats import Scales
+from detent.model.kv_cache import check_cache, floor_kv_scales, kv_scales
+from detent.model.skeleton import StreamedWeights, model_without_weights
+from detent.nn import QuantWeightBase
+from detent.plan.plan import Plan
+from detent.runs.journal import FinishedUnit, Journal
+from detent.runs.simulate import Quantized, SimulatedLayer, layer_as_quantized, share_outer_scales
+from detent.structure.chain import chain_of
+
+
+def quantize_by_blocks(
+    source: Source,
+    plan: Plan,
+    config: Any,
+    batches: CalibrationBatches,
+    journal: Journal,
+    dtype: torch.dtype,
+    min_kv_scale: float,
+    device: str,
+    spill: bool,
+    **options: Any,
+) -> tuple[Quantized, dict[str, torch.dtype]]:
+    """Quantize a checkpoint whose plan says that it can be done block by block.
+
+    Args:
+        source, plan, config: the checkpoint.
+        batches: calibration data.
+        journal: where finished blocks are, and go.
+        dtype: of the model.
+        min_kv_scale: the least scale of keys and values.
+        device: where a block is calibrated.
+        spill: whether hidden states are kept on disk.
+        options: as for `model_without_weights`.
+
+    Returns:
+        What was quantized, and the dtype of each parameter.
+
+    Raises:
+        CannotStream: blocks hand on more than their outputs.
+        DetentError: as `simulate`.
+    """
+    model = model_without_weights(source, config, dtype=dtype, **options)
+    stream = BlockStream(source, plan, model, journal, device=device, min_kv_scale=min_kv_scale, spill=spill)
+    if plan.formats.kv_cache is not None:
+        with stream.on_demand():
+            check_cache(model)
+    held = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    return stream.run(DataLoop.of(batches, torch.device(device))), held
+
+
+#: What is outside of the blocks, in the journal.
+OUTSIDE = "outside"
+
+
+class BlockStream(Host):
+    """The blocks of a model that come from a checkpoint one by one, and go into a journal.
+
+    Args:
+        source: the checkpoint. plan: of it, which `streams_blocks`.
+        model: from `model_without_weights`.
+        journal: where finished blocks go.
+        device: where a block is calibrated.
+        min_kv_scale: the least scale of keys and values.
+        spill: whether hidden states are kept on disk.
+    """
+
+    streams = True
+
+    def __init__(
+        self,
+        source: Source,
+        plan: Plan,
+        model: nn.Module,
+        journal: Journal,
+        *,
+        device: str = "cpu",
+        min_kv_scale: float = 0.0,
+        spill: bool = False,
+    ) -> None:
+        self._plan, self._model, self._journal, self._min_kv_scale = plan, model, journal, min_kv_scale
+        self.states: Path | None = journal.path if spill else None
+        self._weights = StreamedWeights(source, plan.names, model, device)
+        self._blocks = chain_of(model, plan.structure)
+        everything = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        inside = {block: [n for n in everything if n.startswith(f"{block}.")] for block in self._blocks}
+        elsewhere = [n for n in everything if not any(n in members for members in inside.values())]
+        shared = set(self._weights.stored(elsewhere))
+        self._inside = {
+            block: [n for n in self._weights.stored(members) if n not in shared] for block, members in inside.items()
+        }
+        self._elsewhere = self._weights.stored(elsewhere)
+        self._head = self._weights.stored(_head_alone(model, elsewhere))
+        self._weights.put_buffers()
+
+    @contextmanager
+    def block(self, name: str) -> Iterator[None]:
+        self._weights.put(self._inside[name])
+        yield
+        self._weights.free(self._inside[name])
+
+    @contextmanager
+    def outside(self, *, whole: bool = False) -> Iterator[None]:
+        names = self._elsewhere if whole else [name for name in self._elsewhere if name not in self._head]
+        self._weights.put(names)
+        yield
+        self._weights.free(names)
+
+    def resumed(self) -> tuple[int, TensorStore, TensorStore | None] | None:
+        return self._journal.resumed()
+
+    @torch.no_grad()
+    def finished(self, name: str, outcomes: Mapping[str, list[Outcome]], changed: set[str]) -> None:
+        """Keep what was made of a block, or of what is outside of the blocks."""
+        plan, within = self._plan, self._within(name)
+        layers = [layer for layer in plan.formats.layers if within(layer)]
+        share_outer_scales(self._model, [g for g in plan.groups_with_common_scale if all(map(within, g))])
+        records = [self._quantized(layer, outcomes.get(layer, [])) for layer in layers]
+        quantized = {f"{r.record.name}.weight" for r in records if r.record.weight is not None}
+        values = {p: self._model.get_parameter(p).detach() for p in sorted(changed - quantized) if within(p)}
+        part = self._model.get_submodule(name)
+        kv = {}
+        if plan.formats.kv_cache is not None and name:
+            floor_kv_scales(part, self._min_kv_scale)
+            kv = {f"{name}.{module}": pair for module, pair in kv_scales(part).items()}
+        self._journal.write(self._unit(name), records, values, kv, plan.formats.kv_cache)
+
+    def _quantized(self, name: str, outcomes: list[Outcome]) -> SimulatedLayer:
+        module = self._model.get_submodule(name)
+        assert isinstance(module, QuantWeightBase)
+        quantizes = self._plan.formats.layers[name].weight is not None
+        return layer_as_quantized(name, module, self._plan, module.weight.detach() if quantizes else None, outcomes)
+
+    def _within(self, name: str) -> Callable[[str], bool]:
+        if name:
+            return lambda part: part.startswith(f"{name}.")
+        return lambda part: not any(part.startswith(f"{block}.") for block in self._blocks)
+
+    def _unit(self, name: str) -> str:
+        return f"{self._blocks.index(name):05d}" if name else OUTSIDE
+
+    def handed_on(self, index: int, inputs: TensorStore, references: TensorStore | None) -> None:
+        self._journal.keep(index, inputs, references)
+
+    @contextmanager
+    def on_demand(self) -> Iterator[None]:
+        """The model can be run as a whole: each block is read when it is called, and freed when it is done."""
+        with ExitStack() as stack:
+            stack.enter_context(self.outside(whole=True))
+            for name in self._blocks:
+                block, mine = self._model.get_submodule(name), self._inside[name]
+                read = block.register_forward_pre_hook(lambda *_, mine=mine: self._weights.put(mine))
+                free = block.register_forward_hook(lambda *_, mine=mine: self._weights.free(mine), always_call=True)
+                stack.callback(read.remove)
+                stack.callback(free.remove)
+            yield
+
+    # ---- the whole run ----------------------------------------------------------------------------------------------
+
+    def run(self, loop: DataLoop) -> Quantized:
+        """Quantize what the journal doesn't have yet.
+
+        Raises:
+            CannotStream: the model can't be calibrated block by block.
+            DetentError: as `simulate`.
+        """
+        plan, units = self._plan, [self._unit(name) for name in self._blocks]
+        outside = [layer for layer in plan.formats.layers if self._within("")(layer)]
+        if outside:
+            units.append(OUTSIDE)
+        if not all(map(self._journal.has, units)):
+            config = QuantizeConfig(quant_cfg=plan.quant_cfg, algorithm=plan.algorithms or "max")
+            quantization.run(self._model, config, loop, structure=plan.structure, fold="auto", host=self)
+        return Journaled(plan.formats, [self._journal.unit(unit) for unit in units if self._journal.has(unit)])
+
+
+class Journaled:
+    """What a journal holds: a `Quantized`."""
+
+    untied = False
+
+    def __init__(self, formats: ModelFormats, units: list[FinishedUnit]) -> None:
+        self._unit_of = {layer: unit for unit in units for layer in unit.formats.layers}
+        self.formats = replace(formats, layers={name: u.formats.layers[name] for name, u in self._unit_of.items()})
+        if formats.layers.keys() != self.formats.layers.keys():
+            missing = min(formats.layers.keys() - self.formats.layers.keys())
+            raise DetentError(f"{missing} was planned and not quantized; please report this")
+        self.values: dict[str, Tensor] = {name: value for unit in units for name, value in unit.values.items()}
+        self.kv: dict[str, tuple[Scales, Scales]] = {name: pair for unit in units for name, pair in unit.kv.items()}
+
+    def layer(self, name: str, *, measured: bool = True) -> SimulatedLayer:
+        return self._unit_of[name].layer(name)
+
+
+def _head_alone(model: nn.Module, parameters: list[str]) -> list[str]:
+    """The parameters of an output embedding that is tied to nothing: no block needs them."""
+    get: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
+    head = get()
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    own = {} if head is None else {id(p): p for p in head.parameters()}
+    places = dict(model.named_parameters(remove_duplicate=False))
+    return [name for name in parameters if id(places[name]) in own and uses[id(places[name])] == 1]

@@ -1,0 +1,287 @@
+"""What a run that is interrupted leaves for one that goes on: finished blocks, and what enters the next one.
+
+Next to the output, in a hidden folder: ``journal.json`` (what the run is made of), one safetensors file for each
+finished block (in Detent's own layout; its header holds the rest), and one folder of hidden states. Each file gets its
+name once it is whole and on the disk, so a run may end at any moment.
+
+Invariant: what is made from a resumed journal has the bytes that an uninterrupted run would have written: blocks are
+solved again from the last states that were kept, and only those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from detent._version import __version__
+from detent.algorithms.outcome import Outcome
+from detent.checkpoints import ModelFormats, Source
+from detent.checkpoints.detent_layout import DetentLayout, DetentReader
+from detent.checkpoints.folder import clear_errors, unshared
+from detent.checkpoints.records import describe
+from detent.data.batches import CalibrationBatches
+from detent.engine.store import TensorStore
+from detent.errors import DetentError
+from detent.external.files import check_as, parse_json, read_as, read_bytes
+from detent.external.model_folder import CONFIG_NAME
+from detent.external.output import Workspace, is_journal, journal_path, target_path
+from detent.external.schemas import FinishedBlock, JournalStart
+from detent.formats import Format, Scales
+from detent.plan.plan import Plan
+from detent.runs.simulate import SimulatedLayer
+
+START_NAME, STATES, HEADER = "journal.json", "states", "detent"
+#: Hidden states are kept again once the work since then has taken so many times as long as keeping them does.
+WORTH = 5.0
+
+
+class FinishedUnit:
+    """The layers of a block (or all that are outside of blocks), read from the journal when they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        source = Source.of_file(path)
+        header = check_as(FinishedBlock, parse_json(source.metadata.get(HEADER, ""), str(path)), str(path))
+        source.config = {"quantization_config": header.description}
+        self._source, self._reader = source, DetentReader(source)
+        self.formats: ModelFormats = self._reader.formats
+        self._errors = header.errors
+        self._outcomes = {name: [Outcome(**o) for o in all_of] for name, all_of in header.outcomes.items()}
+        self.values = {name: source.tensor(f"value:{name}") for name in header.values}
+        self.kv = self._reader.kv_scales()
+        source.close()
+
+    def layer(self, name: str) -> SimulatedLayer:
+        layer = SimulatedLayer(self._reader.layer(name), self._errors[name], self._outcomes.get(name, []))
+        self._source.close()
+        return layer
+
+
+class Journal:
+    """The journal of one run.
+
+    Args:
+        target: the folder that the run writes.
+        made_of: everything that decides what the run gives, by what a user would call it.
+        resume: whether to go on from what is there.
+        tell: is called with what the user has to know.
+
+    Attributes:
+        found: whether there was something to go on from.
+
+    Raises:
+        DetentError: a journal is there and `resume` isn't set; it is of another recipe, model or data set; it can't be
+            written; another run has it.
+    """
+
+    def __init__(
+        self, target: str | Path, made_of: Mapping[str, str], *, resume: bool, tell: Callable[[str], None]
+    ) -> None:
+        self._tell = tell
+        self._target = target_path(target)
+        path = journal_path(self._target)
+        self.found = is_journal(path) and (path / START_NAME).exists()
+        check_no_journal(self._target, resume=resume)
+        if resume and not self.found:
+            tell(f"nothing to resume was found next to {self._target}, so the run starts from the beginning")
+        if self.found:
+            self._check_same(path / START_NAME, made_of)
+        with clear_errors(self._target):
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            self._workspace = Workspace(self._target, "journal")
+            self.path = self._workspace.path
+            if not self.found:
+                content = {"written_by": "detent", "made_of": dict(made_of)}
+                self._placed(START_NAME, lambda file: file.write_text(json.dumps(content, indent=1)))
+        self._kept_at, self._kept_in = time.monotonic(), 0.0
+
+    def _check_same(self, path: Path, made_of: Mapping[str, str]) -> None:
+        before = read_as(JournalStart, path).made_of
+        for name in sorted(before.keys() | made_of.keys()):
+            then, now = before.get(name, "nothing"), made_of.get(name, "nothing")
+            if then != now:
+                raise DetentError(
+                    f"resume: {path.parent} was begun with another {name}: {then} then, {now} now; give the same one,"
+                    " or remove that folder to start from the beginning"
+                )
+
+    # ---- units ------------------------------------------------------------------------------------------------------
+
+    def write(
+        self,
+        unit: str,
+        layers: Iterable[SimulatedLayer],
+        values: Mapping[str, Tensor],
+        kv: Mapping[str, tuple[Scales, Scales]],
+        kv_format: Format | None,
+    ) -> None:
+        """Keep what was made of a block.
+
+        Raises:
+            DetentError: the disk is full, or the folder can't be written.
+        """
+        layout, layers = DetentLayout(), list(layers)
+        tensors = {f"value:{name}": value.detach().cpu() for name, value in values.items()}
+        for layer in layers:
+            tensors |= layout.layer_tensors(layer.record)
+        for module, pair in kv.items():
+            tensors |= layout.kv_tensors(module, *pair)
+        formats = ModelFormats({layer.record.name: layer.record.formats for layer in layers}, kv_format)
+        header = {
+            "description": describe(formats),
+            "errors": {layer.record.name: layer.relative_error for layer in layers},
+            "outcomes": {layer.record.name: [asdict(o) for o in layer.outcomes] for layer in layers if layer.outcomes},
+            "values": list(values),
+        }
+        with clear_errors(self._target):
+            self._placed(_file_of(unit), lambda file: save_file(unshared(tensors), file, {HEADER: json.dumps(header)}))
+
+    def has(self, unit: str) -> bool:
+        return (self.path / _file_of(unit)).exists()
+
+    def unit(self, unit: str) -> FinishedUnit:
+        """What was written for a block. Raises DetentError where it is damaged."""
+        return FinishedUnit(self.path / _file_of(unit))
+
+    # ---- hidden states ----------------------------------------------------------------------------------------------
+
+    def keep(self, index: int, inputs: TensorStore, references: TensorStore | None) -> None:
+        """Keep what enters block `index`, if that is worth its time by now."""
+        began = time.monotonic()
+        if began - self._kept_at < WORTH * self._kept_in:
+            return
+        fresh = self.path / f"unfinished-{STATES}"
+        shutil.rmtree(fresh, ignore_errors=True)
+        with clear_errors(self._target):
+            fresh.mkdir()
+            inputs.saved(fresh / "inputs")
+            if references is not None:
+                references.saved(fresh / "references")
+            for file in fresh.rglob("*"):
+                _to_disk(file)
+            fresh.rename(self.path / f"{STATES}-{index}")
+            _to_disk(self.path)
+        for number in self._kept():
+            if number != index:
+                shutil.rmtree(self.path / f"{STATES}-{number}", ignore_errors=True)
+        self._kept_at = time.monotonic()
+        self._kept_in = self._kept_at - began
+
+    def resumed(self) -> tuple[int, TensorStore, TensorStore | None] | None:
+        """The block to go on with, and what enters it."""
+        kept = self._kept()
+        if not kept:
+            return None
+        index = max(kept)
+        folder = self.path / f"{STATES}-{index}"
+        references = folder / "references"
+        return (
+            index,
+            TensorStore.opened(folder / "inputs"),
+            TensorStore.opened(references) if references.is_dir() else None,
+        )
+
+    def _kept(self) -> list[int]:
+        names = [path.name.removeprefix(f"{STATES}-") for path in self.path.glob(f"{STATES}-*")]
+        return [int(name) for name in names if name.isdigit()]
+
+    # ---- the end ----------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Let go of it. After an error it stays, unless no block is finished."""
+        blocks = self.finished
+        if kind is None or not blocks:
+            self.remove()
+            return
+        self._workspace.close()
+        self._tell(f"{blocks} finished blocks are kept in {self.path}: the same run with resume goes on from there")
+
+    @property
+    def finished(self) -> int:
+        """How many blocks are finished."""
+        return sum(1 for _ in self.path.glob("block-*.safetensors"))
+
+    def remove(self) -> None:
+        """Remove it."""
+        self._workspace.remove()
+
+    def _placed(self, name: str, write: Any) -> None:
+        fresh = self.path / f"unfinished-{name}"
+        write(fresh)
+        _to_disk(fresh)
+        fresh.replace(self.path / name)
+        _to_disk(self.path)
+
+
+def made_of(
+    source: Source, plan: Plan, batches: CalibrationBatches, dtype: torch.dtype, min_kv_scale: float
+) -> dict[str, str]:
+    """Everything that decides what a run gives, by what a user would call it: for `Journal`."""
+    config, steps = source.path / CONFIG_NAME, plan.algorithms
+    tokens = hashlib.sha256(b"".join(sample.numpy().tobytes() for sample in batches.samples)).hexdigest()[:16]
+    recipe = hashlib.sha256(json.dumps(describe(plan.formats), sort_keys=True).encode()).hexdigest()[:16]
+    files = {info.file for info in source.tensors.values()}
+    return {
+        "version of Detent": __version__,
+        "version of PyTorch": str(torch.__version__),
+        "scheme": plan.scheme.name,
+        "choice of layers and formats": recipe,
+        "list of algorithms": json.dumps([step.model_dump(mode="json", exclude_unset=True) for step in steps]),
+        "data type": str(dtype).removeprefix("torch."),
+        "min_kv_scale": str(min_kv_scale),
+        "calibration data": f"{len(batches.samples)} samples, {batches.tokens} tokens, digest {tokens}",
+        "batch size": str(batches.batch_size),
+        "config.json": hashlib.sha256(read_bytes(config)).hexdigest()[:16],
+        **{f"file {name}": _stamp(source.path / name) for name in sorted(files)},
+    }
+
+
+def _stamp(path: Path) -> str:
+    found = path.stat()
+    changed = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(found.st_mtime))
+    return f"{found.st_size} bytes of {changed}.{found.st_mtime_ns % 10**9:09d}"
+
+
+def check_no_journal(target: str | Path, *, resume: bool) -> None:
+    """Refuse to begin where an interrupted run has left something, unless it is to be resumed.
+
+    Raises:
+        DetentError: there is a journal.
+    """
+    path = journal_path(target_path(target))
+    if resume or not is_journal(path):
+        return
+    blocks = sum(1 for _ in path.glob("block-*.safetensors"))
+    raise DetentError(
+        f"{path} holds an interrupted run that finished {blocks} blocks; pass resume to go on from there, or remove"
+        " that folder to start from the beginning"
+    )
+
+
+def _file_of(unit: str) -> str:
+    return f"block-{unit}.safetensors"
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or the list of a folder, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,191 @@
+"""What comes before any weight is read: options parsed, the checkpoint opened, the plan made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detent.checkpoints import Source
+from detent.checkpoints.source import holds_no_weights
+from detent.config import QuantizeAlgorithmConfig, Scheme, kv_cache_format, parse_scheme
+from detent.config.algorithm_names import named_algorithms
+from detent.data import load_texts
+from detent.data.batches import CalibrationBatches, check_vocabulary, token_batches
+from detent.errors import DetentError
+from detent.formats import E2M1, Format
+from detent.plan.plan import Plan, make_plan, with_scale_dtype
+from detent.pretrained.facts import max_sequence_length, vocabulary_size
+from detent.pretrained.loading import load_config, model_dtype, model_on_meta
+from detent.runs.options import AlgorithmOptions, CalibrationOptions, ModelOptions, SchemeOptions
+from detent.runs.run import Run
+
+DEFAULT_SCHEME = "w_int4_per_group_sym"
+#: The share of a model that may stay in floating point without being excluded before a notice says so.
+OVERLOOKED_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checkpoint with the plan for it.
+
+    Attributes:
+        source: the checkpoint. config: its transformers configuration. dtype: that its model is held in.
+        plan: what will happen to it.
+        min_kv_scale: the least scale of keys and values.
+    """
+
+    source: Source
+    config: Any
+    dtype: torch.dtype
+    plan: Plan
+    min_kv_scale: float
+
+
+def prepare(
+    folder: Path,
+    model: ModelOptions,
+    scheme: SchemeOptions,
+    algorithms: AlgorithmOptions | None,
+    run: Run,
+    *,
+    without_weights: bool = False,
+) -> Prepared:
+    """Plan a run, and tell what a user might not expect of it.
+
+    Args:
+        folder: of the checkpoint.
+        model, scheme, algorithms: what is asked for.
+        run: the run in progress.
+        without_weights: whether a folder with nothing but a configuration will do.
+
+    Raises:
+        DetentError: whatever can be refused without reading weights.
+    """
+    chosen, kv_cache = _formats(scheme, model.model_dir is None)
+    steps = _algorithms(algorithms or AlgorithmOptions(), run)
+    config = load_config(folder, trust_remote_code=model.trust_remote_code)
+    bare = without_weights and holds_no_weights(folder)
+    source = _imagined(folder, config, model, run) if bare else Source(folder)
+    dtype = model_dtype(model.data_type, config, source)
+    plan = _plan(source, config, model, scheme, with_scale_dtype(chosen, dtype), kv_cache, dtype, steps)
+    _tell_about(plan, run, dtype)
+    return Prepared(source, config, dtype, plan, scheme.min_kv_scale)
+
+
+def _imagined(folder: Path, config: Any, options: ModelOptions, run: Run) -> Source:
+    """The checkpoint that a model without weights would have, its tensors named as in the model class."""
+    run.notify(f"{folder} holds no weights; the plan is made from its config.json, with the names of the model class")
+    dtype = getattr(config, "dtype", None)
+    model = model_on_meta(
+        config, trust_remote_code=options.trust_remote_code, dtype=dtype if isinstance(dtype, torch.dtype) else None
+    )
+    tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
+    tensors = {n: (tuple(t.shape), t.dtype) for n, t in model.state_dict().items() if n not in tied}
+    return Source.imagined(folder, tensors)
+
+
+def _tell_about(plan: Plan, run: Run, dtype: torch.dtype) -> None:
+    """What a user might not expect of the plan."""
+    small = any(f.weight is not None and f.weight.element == E2M1 for f in plan.formats.layers.values())
+    if small and dtype != torch.bfloat16 and plan.layout == "compressed-tensors":
+        run.notify(
+            f"the model is in {str(dtype).removeprefix('torch.')}, and transformers decodes FP4 weights to bfloat16:"
+            " load the result with dtype=torch.bfloat16, or quantize with data_type bfloat16"
+        )
+    for note in plan.notes:
+        run.notify(note)
+    for note in plan.layout_notes:
+        run.notify(f"Written in Detent's own layout, which other engines don't read: {note}")
+    if plan.overlooked_share > OVERLOOKED_SHARE:
+        name = next(iter(plan.overlooked))
+        run.notify(
+            f"{plan.overlooked_share:.0%} of the parameters in matrices (embeddings aside) stay in floating point:"
+            f" {len(plan.overlooked)} tensors, for instance {name} ({plan.kept[name]})"
+        )
+
+
+def _formats(options: SchemeOptions, builtin: bool) -> tuple[Scheme, Format | None]:
+    name = options.name or (DEFAULT_SCHEME if builtin else None)
+    if name is None:
+        raise DetentError(
+            f"no scheme is named; pass quant_scheme, for instance {DEFAULT_SCHEME} (`detent schemes` lists all), or"
+            " skip_quantization to evaluate the float model"
+        )
+    scheme = parse_scheme(name, options.group_size, options.scale_format, options.scale_calculation_mode)
+    if options.kv_cache is None:
+        if options.min_kv_scale:
+            raise DetentError("min_kv_scale is the floor of key/value cache scales; it needs kv_cache_dtype")
+        kv_cache = None
+    else:
+        if not (math.isfinite(options.min_kv_scale) and options.min_kv_scale >= 0):
+            raise DetentError(f"min_kv_scale is a number of at least 0, not {options.min_kv_scale}")
+        kv_cache = kv_cache_format(
+            options.kv_cache, options.group_size, options.scale_format, options.scale_calculation_mode
+        )
+        if options.min_kv_scale and kv_cache.dynamic:
+            raise DetentError("min_kv_scale needs a static key/value cache type, such as fp8")
+    if scheme.weight is None and scheme.input is None and kv_cache is None:
+        raise DetentError(f"scheme {name!r} quantizes nothing; use skip_quantization to evaluate the float model")
+    return scheme, kv_cache
+
+
+def _plan(
+    source: Source,
+    config: Any,
+    model_options: ModelOptions,
+    options: SchemeOptions,
+    scheme: Scheme,
+    kv_cache: Format | None,
+    dtype: torch.dtype,
+    algorithms: list[QuantizeAlgorithmConfig],
+) -> Plan:
+    model = model_on_meta(config, trust_remote_code=model_options.trust_remote_code)
+    groups = {
+        pattern: with_scale_dtype(
+            parse_scheme(scheme.name, size, options.scale_format, options.scale_calculation_mode),
+            dtype,
+        )
+        for pattern, size in options.group_size_per_layer
+    }
+    return make_plan(
+        source,
+        model,
+        scheme,
+        kv_cache=kv_cache,
+        exclude=options.exclude,
+        per_layer=groups,
+        algorithms=algorithms,
+        overrides=options.overrides,
+        only_layout=None if options.export == "hf_format" else options.export,
+        allow_unfused=options.allow_unfused,
+    )
+
+
+def _algorithms(options: AlgorithmOptions, run: Run) -> list[QuantizeAlgorithmConfig]:
+    steps, notices = named_algorithms(options.before, options.algorithm, options.before_file, options.file)
+    for notice in notices:
+        run.notify(notice)
+    return steps
+
+
+def calibration_batches(
+    options: CalibrationOptions, tokenizer: Any, config: Any, builtin: bool, run: Run
+) -> CalibrationBatches:
+    """The samples to calibrate on. Raises DetentError: there is no text, or its tokens aren't the model's."""
+    texts = load_texts(options.dataset or ("builtin" if builtin else None), "calibration", options.num_samples)
+    longest = max_sequence_length(config)
+    seq_len = options.seq_len
+    if longest is not None and longest < seq_len:
+        run.notify(f"The model takes at most {longest} tokens, so calibration samples have {longest}, not {seq_len}.")
+        seq_len = longest
+    batches = token_batches(texts, tokenizer, seq_len, options.batch_size, options.num_samples)
+    for notice in batches.notices:
+        run.notify(notice)
+    vocabulary = vocabulary_size(config)
+    if vocabulary is not None:
+        check_vocabulary(batches, vocabulary)
+    return batches
