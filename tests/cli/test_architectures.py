@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cli.runner import Workplace, detent, save_checkpoint, small
+from detent.runs.load import load_quantized
 
 MODELS: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
@@ -64,8 +65,21 @@ def test_nothing_to_quantize(model_type: str, place: Workplace, tmp_path: Path) 
     assert word in outcome.err
 
 
+@pytest.mark.parametrize("model_type", ["gptj", "bloom"])
+@pytest.mark.parametrize("kv_cache", ["fp8", "mxfp4"])
+def test_key_value_cache_of_attention_written_out(
+    model_type: str, kv_cache: str, place: Workplace, tmp_path: Path
+) -> None:
+    place = with_model(place, tmp_path, model_type, MODELS[model_type])
+    outcome = place.quantize("--group_size", 32, "--kv_cache_dtype", kv_cache)
+    assert "Detent's own layout" in outcome.err
+    assert place.evaluate()["perplexity"]["after"] == place.report["perplexity"]["after"]
+    on: list[Any] = [m for n, m in load_quantized(place.out).named_modules() if n.endswith("bmm_quantizer")]
+    assert sum(quantizer.is_enabled for quantizer in on) == 4
+
+
 def test_key_value_cache_out_of_reach(place: Workplace, tmp_path: Path) -> None:
-    place = with_model(place, tmp_path, "bloom", MODELS["bloom"])
+    place = with_model(place, tmp_path, "mamba", {"state_size": 4, "time_step_rank": 4})
     outcome = place.quantize("--kv_cache_dtype", "fp8", run=detent)
     assert outcome.code == 2
-    assert "kv_cache_dtype: BloomForCausalLM" in outcome.err
+    assert "kv_cache_dtype: MambaForCausalLM" in outcome.err

@@ -13,7 +13,7 @@ from detent.checkpoints.records import exported_format
 from detent.errors import DetentError
 from detent.formats import FloatScale, Scales
 from detent.nn import TensorQuantizer
-from detent.nn.attention import attention_modules
+from detent.nn.attention import CACHE_NAMES, attention_modules, caches_latents, interface_modules
 
 #: An attention function that is registered for a moment.
 _LOOK = "detent_look"
@@ -43,8 +43,13 @@ def kv_scales(model: nn.Module) -> dict[str, tuple[Scales, Scales]]:
 
 
 def floor_kv_scales(model: nn.Module, minimum: float) -> None:
-    """Raise calibrated key and value ranges until no scale is below `minimum`, keys and values of a block alike."""
+    """Raise calibrated key and value ranges until no scale is below `minimum`, keys and values of a block alike.
+
+    The two parts of a latent get one range: engines cache them as one tensor, under the scale of keys.
+    """
     for _, module in attention_modules(model):
+        if caches_latents(type(module)):
+            _share_range(getattr(module, "k_bmm_quantizer", None), getattr(module, "v_bmm_quantizer", None))
         for name in ("k_bmm_quantizer", "v_bmm_quantizer"):
             quantizer = getattr(module, name, None)
             if isinstance(quantizer, TensorQuantizer) and quantizer.is_enabled and quantizer.amax is not None:
@@ -52,6 +57,13 @@ def floor_kv_scales(model: nn.Module, minimum: float) -> None:
                 assert isinstance(rule, FloatScale)
                 least = minimum * rule.divisor(quantizer.format.element)
                 quantizer.amax = quantizer.amax.clamp_min(least)
+
+
+def _share_range(*quantizers: Any) -> None:
+    ranges = [q.amax for q in quantizers if isinstance(q, TensorQuantizer) and q.is_enabled and q.amax is not None]
+    if len(ranges) == 2:
+        for quantizer in quantizers:
+            quantizer.amax = torch.maximum(*ranges)
 
 
 class _Spy:
@@ -72,17 +84,19 @@ class _Spy:
 @torch.no_grad()
 def check_cache(model: nn.Module) -> None:
     """Prove that what a model caches are the keys and values that reach its attention, which is where Detent quantizes
-    them. Models with a latent cache store something else, from which they make keys and values for each call.
+    them. What stores latents in its cache, and is known to, has them quantized instead.
 
     Raises:
         DetentError: an attention module caches other tensors. One that was given no cache is passed over.
     """
     spies: dict[str, _Spy] = {}
     hooks = []
-    for name, module in attention_modules(model):
+    for name, module in interface_modules(model):
+        if caches_latents(type(module)):
+            continue  # what it caches is what is quantized
         spies[name] = _Spy()
         hooks.append(module.register_forward_pre_hook(_replace_cache(spies[name]), with_kwargs=True))
-    names = {id(module): name for name, module in attention_modules(model)}
+    names = {id(module): name for name, module in interface_modules(model)}
     reached: dict[str, tuple[Tensor, Tensor]] = {}
 
     def look(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
@@ -114,7 +128,7 @@ def _attention_is(model: nn.Module, function: Callable[..., Any]) -> Iterator[No
 
     ALL_ATTENTION_FUNCTIONS.register(_LOOK, function)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_LOOK, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-    modules: list[Any] = [module for _, module in attention_modules(model)]
+    modules: list[Any] = [module for _, module in interface_modules(model)]
     configs = {id(module.config): module.config for module in modules}.values()
     before = [(config, config._attn_implementation) for config in configs]
     try:
@@ -130,7 +144,7 @@ def _replace_cache(spy: _Spy) -> Any:
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        name = next((n for n in ("past_key_values", "past_key_value", "layer_past") if n in kwargs), "")
+        name = next((n for n in CACHE_NAMES if n in kwargs), "")
         return args, {**kwargs, name: spy} if name else kwargs
 
     return hook

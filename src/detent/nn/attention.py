@@ -1,9 +1,14 @@
 """Quantizers inside attention: on queries, keys, values and probabilities, at the point where they are multiplied.
 
-Attention modules of transformers 5 fetch the function that computes softmax(QK')V by name from a registry. Detent
+Most attention modules of transformers 5 fetch the function that computes softmax(QK')V by name from a registry. Detent
 registers ``detent_<name>`` for each name in use: it quantizes what it is given and calls the function of that name. So
 keys are quantized after the rotary embedding, as the engines' caches hold them, and no model's source is touched. A
-module belongs to this scheme when its ``forward`` uses the registry; nothing is listed per model.
+module belongs to this scheme when its ``forward`` uses the registry; nothing is listed per model. For those that
+compute attention themselves see `detent.nn.attention_products`.
+
+What a module caches is nearly always the keys and values that reach its attention. Where it caches latents instead and
+makes keys and values of them at each call (multi-head latent attention), the latents are what is quantized, on their
+way into the cache: the first of the two by the quantizer of keys, the second by that of values.
 """
 
 from __future__ import annotations
@@ -11,49 +16,115 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from dis import Instruction, get_instructions
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from detent.errors import DetentError
+from detent.nn.attention_products import (
+    QUANTIZERS,
+    QuantAttention,
+    add_quantizers,
+    multiplies,
+    once_a_class,
+    written_out,
+)
+from detent.nn.registry import QuantModuleRegistry
 from detent.nn.sequential import SequentialQuantizer
 from detent.nn.tensor_quantizer import TensorQuantizer
 
 _REGISTRY_NAME = "ALL_ATTENTION_FUNCTIONS"
 _PREFIX = "detent_"
-_QUANTIZERS = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer", "p_bmm_quantizer")
-#: All four see [batch, heads, tokens, ...].
-_TOKEN_AXIS = 2
+#: What attention modules call the cache that they are given; the usual name first.
+CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
 
 
-def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+@once_a_class
+def fetches_its_function(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a class looks its attention function up by name."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    return code is not None and _REGISTRY_NAME in code.co_names
+
+
+QuantModuleRegistry.add_rule(lambda kind: multiplies(kind) and not fetches_its_function(kind), QuantAttention)
+
+
+def interface_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of every module whose forward looks its attention function up by name."""
     for name, module in model.named_modules():
-        forward = inspect.unwrap(type(module).forward)
-        code = getattr(forward, "__code__", None)
-        if code is not None and _REGISTRY_NAME in code.co_names and hasattr(module, "config"):
+        if fetches_its_function(type(module)) and hasattr(module, "config"):
             yield name, module
 
 
+def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of every module whose queries, keys and values can be quantized."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        if isinstance(module, QuantAttention) or (fetches_its_function(kind) and hasattr(module, "config")):
+            yield name, module
+
+
+@once_a_class
+def caches_latents(kind: type[nn.Module]) -> bool:
+    """Whether the keys and values of a module are made of what its cache returns: the variables that its forward stores
+    that in aren't the ones that it hands to its attention function."""
+    if not fetches_its_function(kind):
+        return False
+    steps = list(get_instructions(inspect.unwrap(kind.forward)))
+    last = {step.argval: index for index, step in enumerate(steps) if step.argval in ("update", _REGISTRY_NAME)}
+    if len(last) < 2:
+        return False
+    stored = _variables(steps[last["update"] :], "STORE_FAST")[:2]
+    return not set(stored) & set(_variables(steps[last[_REGISTRY_NAME] :], "LOAD_FAST"))
+
+
+def _variables(steps: list[Instruction], operation: str) -> list[str]:
+    """The names of the variables that some instructions store or load; newer Pythons do two at once."""
+    found = [step.argval for step in steps if step.opname.startswith(operation)]
+    return [name for names in found for name in (names if isinstance(names, tuple) else (names,))]
+
+
 def add_attention_quantizers(model: nn.Module) -> None:
-    """Give every such module q/k/v/p quantizers, switched off, where it has none yet."""
-    for _, module in attention_modules(model):
-        for name in _QUANTIZERS:
-            if not hasattr(module, name):
-                quantizer = TensorQuantizer({"enable": False})
-                quantizer.token_axis = _TOKEN_AXIS
-                quantizer.train(module.training)
-                setattr(module, name, quantizer)
+    """Give every module that fetches its attention function q/k/v/p quantizers, switched off, where it has none yet."""
+    for _, module in interface_modules(model):
+        if caches_latents(type(module)) and not hasattr(module, QUANTIZERS[0]):
+            module.register_forward_pre_hook(_with_latents, with_kwargs=True)
+        add_quantizers(module)
+
+
+class _Latents:
+    """In the place of a cache: what it is given is quantized first."""
+
+    def __init__(self, module: Any, cache: Any) -> None:
+        from transformers import DynamicCache
+
+        self._module, self._keeps = module, cache is not None
+        self._cache = cache if self._keeps else DynamicCache()
+
+    def update(self, first: Tensor, second: Tensor, *more: Any, **options: Any) -> Any:
+        """Quantize both, and hand them to the cache that there is."""
+        first, second = self._module.k_bmm_quantizer(first), self._module.v_bmm_quantizer(second)
+        return self._cache.update(first, second, *more, **options) if self._keeps else (first, second)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+def _with_latents(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if not any(_is_on(getattr(module, name)) for name in QUANTIZERS[1:3]):
+        return args, kwargs
+    name = next((name for name in CACHE_NAMES if name in kwargs), CACHE_NAMES[0])
+    return args, {**kwargs, name: _Latents(module, kwargs.get(name))}
 
 
 def route_attention(model: nn.Module) -> None:
     """Send attention through the quantizers where any is on; where none is, back to the function it had."""
-    for name, module in attention_modules(model):
+    for name, module in interface_modules(model):
         config: Any = module.config
         implementation = config._attn_implementation or "eager"
         original = implementation.removeprefix(_PREFIX)
-        wanted = any(_is_on(getattr(module, q, None)) for q in _QUANTIZERS)
+        wanted = any(_is_on(getattr(module, q, None)) for q in QUANTIZERS)
         if wanted and not implementation.startswith(_PREFIX):
             _register(original, name)
             config._attn_implementation_internal = _PREFIX + original
@@ -65,9 +136,9 @@ def _others_on(model: nn.Module, config: Any) -> bool:
     """Whether any attention module under this configuration object still has a quantizer on."""
     return any(
         _is_on(getattr(module, q, None))
-        for _, module in attention_modules(model)
+        for _, module in interface_modules(model)
         if module.config is config
-        for q in _QUANTIZERS
+        for q in QUANTIZERS
     )
 
 
@@ -95,8 +166,8 @@ def _quantized(original: str) -> Callable[..., Any]:
         quantizers: Any = module
         if hasattr(module, "k_bmm_quantizer"):
             query = quantizers.q_bmm_quantizer(query)
-            key = quantizers.k_bmm_quantizer(key)
-            value = quantizers.v_bmm_quantizer(value)
+            if not caches_latents(type(module)):
+                key, value = quantizers.k_bmm_quantizer(key), quantizers.v_bmm_quantizer(value)
             if quantizers.p_bmm_quantizer.is_enabled:
                 return _explicit(module, query, key, value, attention_mask, **kwargs)
         return _function(original, module)(module, query, key, value, attention_mask, **kwargs)
@@ -125,29 +196,17 @@ def _explicit(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out, for quantized probabilities: softmax(scaling QK' + mask), quantized, times V."""
     unknown = [k for k in ("softcap", "s_aux", "sinks") if kwargs.get(k) is not None]
     if unknown:
         raise DetentError(
             f"quantized attention probabilities do not support {', '.join(unknown)} of {type(module).__name__}"
         )
-    repeat = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if attention_mask is None and query.shape[-2] > 1 and kwargs.get("is_causal", getattr(module, "is_causal", True)):
-        rows, columns = scores.shape[-2:]
-        visible = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).tril(columns - rows)
-        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
-    weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, dropout, module.training)
+    causal = kwargs.get("is_causal", getattr(module, "is_causal", True))
     quantizer: Any = module.p_bmm_quantizer
-    return (quantizer(weights) @ value).transpose(1, 2).contiguous(), weights
+    result, weights = written_out(query, key, value, mask, quantizer, scaling, dropout, causal)
+    return result.transpose(1, 2).contiguous(), weights

@@ -26,6 +26,7 @@ class _Registry:
 
     def __init__(self) -> None:
         self._entries: dict[type[nn.Module], tuple[str, type[nn.Module]]] = {}
+        self._rules: list[tuple[Callable[[type[nn.Module]], bool], type[nn.Module]]] = []
         self._mixed: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
     def register(self, names: dict[type[nn.Module], str]) -> Callable[[Q], Q]:
@@ -48,6 +49,10 @@ class _Registry:
         if original in self._entries:
             raise DetentError(f"{original.__name__} is registered already, as {self._entries[original][1].__name__}")
         self._entries[original] = (name or original.__name__, quantized)
+
+    def add_rule(self, applies: Callable[[type[nn.Module]], bool], quantized: type[nn.Module]) -> None:
+        """The quantized class of all classes that a rule applies to and that aren't registered themselves."""
+        self._rules.append((applies, quantized))
 
     def remove(self, original: type[nn.Module]) -> None:
         if original not in self._entries:
@@ -80,12 +85,11 @@ class _Registry:
             return None
         if original in self._entries:
             return self._combine(self._entries[original][1], original)
-        for base in original.__mro__[1:]:
-            if base in self._entries:
-                if original.forward is not base.forward:
-                    return None
-                return self._combine(self._entries[base][1], original)
-        return None
+        base = next((base for base in original.__mro__[1:] if base in self._entries), None)
+        if base is not None and original.forward is base.forward:
+            return self._combine(self._entries[base][1], original)
+        quantized = next((quantized for applies, quantized in self._rules if applies(original)), None)
+        return None if quantized is None else self._combine(quantized, original)
 
     def overridden(self, kind: type[nn.Module]) -> type[nn.Module] | None:
         """The registered class that `kind` derives from with its own forward, so that it isn't converted."""

@@ -131,8 +131,9 @@ def check_attention(model: nn.Module, structure: Structure | None) -> list[str]:
     names = [name for name, _ in attention_modules(model)]
     if all(map(outside, names)):
         raise DetentError(
-            f"kv_cache_dtype: {type(model).__name__} has no attention module that fetches its attention function by"
-            " name, so keys and values cannot be reached; leave the key/value cache unquantized"
+            f"kv_cache_dtype: {type(model).__name__} has no attention whose keys and values can be reached: no module"
+            " fetches its attention function from transformers, calls PyTorch's, or takes the softmax of a product of"
+            " its own; leave the key/value cache unquantized"
         )
     unread = structure.unread if structure is not None and is_multimodal(model) else ()
     blind = {name.rpartition(".")[0] for name in unread}

@@ -11,7 +11,7 @@ from torch import nn
 from detent.checkpoints import LayerFormats, ModelFormats
 from detent.formats import Integer
 from detent.nn import TensorQuantizer
-from detent.nn.attention import attention_modules
+from detent.nn.attention import attention_modules, interface_modules
 from detent.pretrained.facts import outside_language
 
 #: compressed-tensors quantizes the cache of modules that have one of these, whose class is called an attention, and
@@ -50,7 +50,7 @@ def misread(model: nn.Module, formats: ModelFormats) -> dict[str, str]:
         reasons += [
             f"compressed-tensors does not hold the key/value cache of {name}: its reader asks the configuration for"
             f" num_key_value_heads, which {type(module.config).__name__} doesn't have"
-            for name, module in attention_modules(model)
+            for name, module in interface_modules(model)
             if _is_on(module, "k_bmm_quantizer") and not hasattr(module.config, "num_key_value_heads")
         ][:1]
         reasons += [
