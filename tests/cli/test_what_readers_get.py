@@ -234,11 +234,17 @@ class TestKeysAndValues:
         scales = [tensors[f"model.layers.1.self_attn.{side}_scale"] for side in "kv"]
         assert torch.equal(*scales)
 
-    def test_without_a_weight(self, place: Workplace, tmp_path: Path) -> None:
-        values = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
-        outcome = self.quantize(place, tmp_path, "gpt2", values)
-        assert outcome.code == 2
-        assert "its weights are in Conv1D" in outcome.err
+
+@pytest.mark.parametrize("scheme", ["w_int4_per_group_sym", "w_int8_a_int8_per_tensor_sym"])
+def test_linear_layers_with_a_forward_of_their_own(scheme: str, place: Workplace, tmp_path: Path) -> None:
+    place = of(place, tmp_path, "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2})
+    options = ("--group_size", 32) if "group" in scheme else ()
+    outcome = place.quantize(*options, "--skip_evaluation", scheme=scheme)
+    if options:
+        assert "FalconLinear has a forward of its own" in outcome.err
+        return
+    simulated = logits(load_quantized(place.out))
+    torch.testing.assert_close(logits(in_transformers(place.out)), simulated, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [("w_fp8_a_fp8",), ("w_int4_per_group_sym", "--quant_algo", "gptq")])

@@ -46,8 +46,8 @@ def computing_with(weights: Mapping[str, nn.Module], layers: Sequence[Layer]) ->
     replaced = [layer for layer in layers if layer.name in weights]
 
     def stand_in(layer: Layer, learned: nn.Module) -> Any:
-        shape, dtype = layer.module.weight.shape, layer.module.weight.dtype
-        return lambda: learned().reshape(shape).to(dtype)
+        shape, dtype, module = layer.weight.shape, layer.weight.dtype, layer.module
+        return lambda: module.from_output_first(learned().reshape(shape).to(dtype), module)
 
     for layer in replaced:
         layer.module.__dict__["quantized_weight"] = stand_in(layer, weights[layer.name])

@@ -59,14 +59,19 @@ class Layer:
         return isinstance(module, _CONVOLUTIONS) and module.groups == 1
 
     @property
+    def weight(self) -> Tensor:
+        """The module's weight, output channels first."""
+        return self.module.to_output_first(self.module.weight, self.module)
+
+    @property
     def width(self) -> int:
         """Columns of the matrix."""
-        return math.prod(self.module.weight.shape[1:])
+        return math.prod(self.weight.shape[1:])
 
     @property
     def channels(self) -> int:
         """Channels of the input; each has ``width / channels`` columns, one after the other."""
-        return int(self.module.weight.shape[1])
+        return int(self.weight.shape[1])
 
     def columns(self, per_channel: Tensor) -> Tensor:
         """One value per channel as one per column."""
@@ -74,7 +79,7 @@ class Layer:
 
     def matrix(self) -> Tensor:
         """The weight, float32 [out, width]."""
-        return self.module.weight.detach().to(torch.float32).reshape(-1, self.width)
+        return self.weight.detach().to(torch.float32).reshape(-1, self.width)
 
     def set_matrix(self, matrix: Tensor) -> None:
         """Replace the weight's values; a module that it is tied to keeps the old ones.
@@ -82,7 +87,8 @@ class Layer:
         Raises:
             DetentError: the weight is computed or packed.
         """
-        edit.put(self.module, "weight", matrix.reshape(self.module.weight.shape), self.name, untie=self.shared)
+        value = self.module.from_output_first(matrix.reshape(self.weight.shape), self.module)
+        edit.put(self.module, "weight", value, self.name, untie=self.shared)
 
     def rows(self, x: Tensor) -> Tensor:
         """The input [..., channels], or of a convolution [batch, channels, ...], as rows [tokens, width]."""
@@ -105,16 +111,16 @@ class Layer:
 
     def grid(self) -> tuple[int, ...]:
         """The shape that the format's scales have for the matrix."""
-        return self.format.granularity.grid((self.module.weight.shape[0], self.width))
+        return self.format.granularity.grid((self.weight.shape[0], self.width))
 
     def scales(self) -> Scales:
         """The scales in use, in the grid of the matrix: calibrated ones, or those that the weight asks for."""
-        scales = self.quantizer.quantize_to_codes(self.quantizer.centred(self.module.weight.detach())).scales
+        scales = self.quantizer.quantize_to_codes(self.quantizer.centred(self.weight.detach())).scales
         return _in_grid(scales, self.grid())
 
     def set_scales(self, scales: Scales) -> None:
         """Use these scales from now on."""
-        grid = self.format.granularity.grid(tuple(self.module.weight.shape))
+        grid = self.format.granularity.grid(tuple(self.weight.shape))
         self.quantizer.load_scales(_in_grid(scales, grid))
         self.module.refresh_weight()
 

@@ -24,6 +24,7 @@ from detent.errors import DetentError
 from detent.formats import Format
 from detent.nn import SequentialQuantizer, TensorQuantizer
 from detent.nn.low_rank import low_rank_of
+from detent.nn.own_linear import TRANSPOSED, kind_of
 
 if TYPE_CHECKING:
     from detent.algorithms.block_work import BlockWork
@@ -60,7 +61,7 @@ class LayerFacts:
 
     @property
     def is_convolution(self) -> bool:
-        return self.kind.startswith("Conv") and self.kind != "Conv1D"
+        return self.kind.startswith("Conv") and self.kind != TRANSPOSED
 
     @staticmethod
     def of(layer: Layer) -> LayerFacts:
@@ -70,8 +71,8 @@ class LayerFacts:
         return LayerFacts(
             layer.format if layer.quantizer.is_enabled else None,
             quantizer.format if on and quantizer is not None else None,
-            "Linear" if isinstance(layer.module, nn.Linear) else type(layer.module).__name__.removeprefix("Quant"),
-            tuple(layer.module.weight.shape),
+            kind_of(layer.module),
+            tuple(layer.weight.shape),
             isinstance(layer.module.weight_quantizer, SequentialQuantizer),
             low_rank_of(layer.module) is not None,
             layer.name,

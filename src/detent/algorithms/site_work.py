@@ -151,7 +151,7 @@ class SiteWork:
     def set_range_of(self, layer: Layer, step: QuantizeAlgorithmConfig | None) -> None:
         """The range that an algorithm finds from the weight alone, or that of round-to-nearest."""
         layer.quantizer.reset_amax()
-        calibrate_weight(layer.name, layer.module.weight_quantizer, layer.module.weight.detach(), step)
+        calibrate_weight(layer.name, layer.module.weight_quantizer, layer.weight.detach(), step)
         if layer.format.has_outer_scale:
             layer.quantizer.global_amax = self.outer_amax()
         layer.module.refresh_weight()
@@ -164,7 +164,7 @@ class SiteWork:
         # A static float range stays in the quantizer. Powers of two and dynamic scales are not derived from one, so
         # those get the scales themselves.
         if isinstance(fmt.scale, FloatScale) and not fmt.dynamic:
-            grid = fmt.granularity.grid(tuple(layer.module.weight.shape))
+            grid = fmt.granularity.grid(tuple(layer.weight.shape))
             layer.quantizer.set_range(low.reshape(grid), high.reshape(grid))
         else:
             layer.set_scales(scales_from_range(fmt, low, high, amax_tensor=self.amax_behind(fmt)))
@@ -179,7 +179,7 @@ class SiteWork:
     def outer_amax(self) -> Tensor:
         """The largest magnitude of all weights: engines fuse the layers of a site into one matrix, so a scale of scales
         has to be the same in all of them."""
-        return torch.stack([layer.module.weight.detach().abs().amax().float() for layer in self.layers]).amax()
+        return torch.stack([layer.weight.detach().abs().amax().float() for layer in self.layers]).amax()
 
     def amax_behind(self, fmt: Format) -> Tensor | None:
         """`outer_amax` where the format has a scale of scales."""
@@ -256,7 +256,7 @@ class SiteWork:
                 self.set_range_of(layer, None)
             quantizers = layer.module.weight_quantizer
             # Algorithms chose for the first quantizer of a sequence; the others see the weight that it rounded.
-            calibrate_weight(layer.name, quantizers, layer.module.weight.detach(), None, skip_first=True)
+            calibrate_weight(layer.name, quantizers, layer.weight.detach(), None, skip_first=True)
         # Statistics were divided by the channel scale, so they give a static per-tensor input range without another
         # run. Any other range that the scale has made stale stays marked as `rescaled`, and is found from data later.
         for layer in self.readers:
@@ -269,7 +269,7 @@ class SiteWork:
 
 def _keep_in_quantizers(layers: Sequence[Layer], scale: Tensor) -> Tensor:
     """Have the input quantizers multiply by 1 / scale; the inverse of what they really multiply by."""
-    weight = layers[0].module.weight
+    weight = layers[0].weight
     # The model's dtype rounds the reciprocal, so the weight is multiplied by the inverse of what was really stored.
     reciprocal = (1 / scale).to(weight.dtype)
     now = reciprocal.reshape(-1, *[1] * (weight.dim() - 2))
@@ -294,6 +294,6 @@ def _follows_channels(layer: Layer) -> bool:
 def squared_error(layer: Layer) -> float:
     """The squared error of a layer's weight as it is rounded now."""
     weight = layer.matrix()
-    rounded = layer.quantizer(layer.module.weight.detach())
+    rounded = layer.quantizer(layer.weight.detach())
     rounded = decode(rounded) if isinstance(rounded, QTensor) else rounded  # codes, where these were asked for
     return float((rounded.float().reshape(weight.shape) - weight).square().sum())

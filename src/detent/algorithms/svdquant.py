@@ -32,6 +32,7 @@ from detent.config.transforms import SVDQuantConfig
 from detent.errors import DetentError
 from detent.formats import Format, fake_quantize
 from detent.nn.low_rank import drop_low_rank, low_rank_of, set_low_rank
+from detent.nn.own_linear import TRANSPOSED
 
 #: Up to this many rows eigenvectors are computed exactly, beyond by subspace iteration.
 _EXACT = 256
@@ -187,7 +188,7 @@ def split_layer(layer: Layer, moment: Tensor | None, step: SVDQuantConfig) -> Ou
     branch = low_rank_of(layer.module)
     if branch is not None:
         weight = weight + branch[1].to(weight) @ branch[0].to(weight)
-    dtype = layer.module.weight.dtype
+    dtype = layer.weight.dtype
     split = svdquant(weight.to(dtype), layer.format, step.lowrank, moment=moment, rounds=step.rounds)
     if split is None:
         layer.set_matrix(weight)
@@ -213,7 +214,7 @@ class SVDQuantHandler(Handler[SVDQuantConfig]):
         return Wanted(second_moment=True)
 
     def refusal(self, step: SVDQuantConfig, layer: LayerFacts) -> str | None:
-        if layer.kind != "Linear" and not _is_skipped(layer.name, step):
+        if layer.kind not in ("Linear", TRANSPOSED) and not _is_skipped(layer.name, step):
             return f"a low-rank branch needs a linear layer, not {layer.kind}; name it in skip_layers or exclude it"
         return scale_after_branch(layer, step.method)
 

@@ -1,6 +1,8 @@
 """Formats inside models: the quantizer, the registry, and the quantized modules."""
 
-from detent.nn import modules as _modules  # noqa: F401  registers the built-in quantized modules
+from detent.nn import attention as _attention  # noqa: F401  these three register the built-in quantized modules
+from detent.nn import modules as _modules  # noqa: F401
+from detent.nn import own_linear as _own_linear  # noqa: F401
 from detent.nn.backends import register_quant_backend, unregister_quant_backend
 from detent.nn.modules import (
     QuantConv1d,

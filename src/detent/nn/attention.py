@@ -27,10 +27,9 @@ from detent.nn.attention_products import (
     QuantAttention,
     add_quantizers,
     multiplies,
-    once_a_class,
     written_out,
 )
-from detent.nn.registry import QuantModuleRegistry
+from detent.nn.registry import QuantModuleRegistry, once_a_class
 from detent.nn.sequential import SequentialQuantizer
 from detent.nn.tensor_quantizer import TensorQuantizer
 

@@ -8,13 +8,12 @@ channels]. What the module does otherwise stays as it is, and no source is touch
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dis import get_instructions
 from types import CodeType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +21,10 @@ from torch.overrides import TorchFunctionMode
 
 from detent.errors import DetentError
 from detent.nn.quant_module import QuantModule
+from detent.nn.registry import once_a_class
 from detent.nn.sequential import Quantizer
 from detent.nn.tensor_quantizer import TensorQuantizer
 
-T = TypeVar("T")
 #: Quantizers of queries, keys, values and probabilities; all see [batch, heads, tokens, ...].
 QUANTIZERS = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer", "p_bmm_quantizer")
 TOKEN_AXIS = 2
@@ -43,11 +42,6 @@ def add_quantizers(module: nn.Module) -> None:
             quantizer.token_axis = TOKEN_AXIS
             quantizer.train(module.training)
             setattr(module, name, quantizer)
-
-
-def once_a_class(function: Callable[[type[nn.Module]], T]) -> Callable[[type[nn.Module]], T]:
-    """Remember what a function says of each class."""
-    return functools.cache(function)  # type: ignore[return-value]
 
 
 @once_a_class

@@ -87,7 +87,10 @@ class QuantWeightBase(QuantModule):
 
     @property
     def weight(self) -> Tensor:
-        """The float weight: the parameter, or the values of the packed codes, or what PyTorch computes."""
+        """The float weight: the parameter, or the values of the packed codes, or what PyTorch computes. During the call
+        of a forward that reads it there: the quantized one."""
+        if (in_use := self.__dict__.get("weight_in_use")) is not None:
+            return in_use  # type: ignore[no-any-return]
         parameter = self._parameters.get("weight")
         if parameter is not None:
             self.__dict__["weight_handed_out"] = True

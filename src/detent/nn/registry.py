@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -13,6 +14,12 @@ from detent.nn.instance_forward import rebind_forward
 from detent.nn.quant_module import QuantModule
 
 Q = TypeVar("Q", bound=type[nn.Module])
+T = TypeVar("T")
+
+
+def once_a_class(function: Callable[[type[nn.Module]], T]) -> Callable[[type[nn.Module]], T]:
+    """Remember what a function says of each class."""
+    return functools.cache(function)  # type: ignore[return-value]
 
 
 class _Registry:

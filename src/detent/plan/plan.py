@@ -22,6 +22,7 @@ from detent.errors import DetentError
 from detent.formats import Format, Integer
 from detent.model.conversion import replace_quant_module, set_quantizer_by_cfg
 from detent.nn import QuantWeightBase, TensorQuantizer
+from detent.nn.own_linear import kind_of
 from detent.plan.kept import (
     check_attention,
     check_pattern,
@@ -255,11 +256,11 @@ def _layer_formats(module: QuantWeightBase) -> LayerFormats:
 
     weight = module.weight_quantizer
     return LayerFormats(
-        shape=tuple(module.weight.shape),
+        shape=tuple(module.to_output_first(module.weight, module).shape),
         weight=weight.format if isinstance(weight, TensorQuantizer) and weight.is_enabled else None,
         input=side("input"),
         output=side("output"),
-        kind="Linear" if isinstance(module, nn.Linear) else type(module).__name__.removeprefix("Quant"),
+        kind=kind_of(module),
     )
 
 
@@ -271,10 +272,10 @@ def _weight_tensors(source: Source, model: nn.Module, names: CheckpointNames, fo
             continue
         name = f"{names.layer(layer)}.weight"
         if name in source.tensors:
-            if source.info(name).shape != described.shape:
+            shape = tuple(model.get_parameter(f"{layer}.weight").shape)
+            if source.info(name).shape != shape:
                 raise DetentError(
-                    f"{source.path}: {name} has shape {source.info(name).shape}, but config.json calls for"
-                    f" {described.shape}"
+                    f"{source.path}: {name} has shape {source.info(name).shape}, but config.json calls for {shape}"
                 )
             found[name] = math.prod(described.shape)
         elif not _is_tied(model, layer):

@@ -12,6 +12,7 @@ from detent.checkpoints import LayerFormats, ModelFormats
 from detent.formats import Integer
 from detent.nn import TensorQuantizer
 from detent.nn.attention import attention_modules, interface_modules
+from detent.nn.own_linear import QuantOwnLinear
 from detent.pretrained.facts import outside_language
 
 #: compressed-tensors quantizes the cache of modules that have one of these, whose class is called an attention, and
@@ -34,6 +35,14 @@ def misread(model: nn.Module, formats: ModelFormats) -> dict[str, str]:
             f"compressed-tensors does not hold {taken_apart}: transformers expects each expert as separate layers"
             " there, and this version leaves experts merged"
         )
+    reasons += [
+        f"compressed-tensors does not hold {name} packed: {type(module).__name__.removeprefix('Quant')} has a forward of"
+        " its own, which finds no weight there; use a format of 8 bits"
+        for name, layer in formats.layers.items()
+        if _is_packed(layer)
+        and layer.kind == "Linear"
+        and isinstance(module := model.get_submodule(name), QuantOwnLinear)
+    ][:1]
     initialised = _initialised(model, formats)
     if initialised:
         reasons.append(
@@ -43,7 +52,7 @@ def misread(model: nn.Module, formats: ModelFormats) -> dict[str, str]:
     if formats.kv_cache is not None:
         reasons += [
             f"compressed-tensors does not hold the key/value cache of {name}: its reader doesn't take a"
-            f" {type(module).__name__} for attention with a cache, and would ignore the scales"
+            f" {type(module).__name__.removeprefix('Quant')} for attention with a cache, and would ignore the scales"
             for name, module in attention_modules(model)
             if not _reads_cache_scales(module) and not outside(name)
         ][:1]
@@ -95,7 +104,7 @@ def _initialised(model: nn.Module, formats: ModelFormats) -> str:
     it loads anything."""
     if next(model.parameters()).device.type != "meta":
         return ""
-    packed = [name for name, layer in formats.layers.items() if _is_packed(layer)]
+    packed = [name for name, layer in formats.layers.items() if _is_packed(layer) and layer.kind == "Linear"]
     seen = set()
     for name in packed:
         parent = model.get_submodule(name.rpartition(".")[0])

@@ -19,6 +19,7 @@ from detent.model.attributes import set_quantizer_attribute
 from detent.model.conversion import replace_quant_module
 from detent.nn import TensorQuantizer
 from detent.nn.attention import attention_modules, route_attention
+from detent.nn.own_linear import TRANSPOSED
 from detent.pretrained.facts import is_multimodal, outside_language
 from detent.pretrained.loading import load_config, load_model, model_dtype, model_on_meta, read_weights
 from detent.pretrained.names import CheckpointNames
@@ -121,7 +122,8 @@ def simulated_model(
     for name in track(layers, "Decoding weights", len(layers)):
         record = stored.layer(name)
         if record.weight is not None:
-            state[f"{name}.weight"] = decode(record.weight, dtype)
+            weight = decode(record.weight, dtype)
+            state[f"{name}.weight"] = weight.t().contiguous() if record.kind == TRANSPOSED else weight
         records.append(record)
     model = load_model(stored.source, config, dtype=dtype, state_dict=state, **options)
     names = CheckpointNames(model, everything)

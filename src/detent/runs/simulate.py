@@ -136,11 +136,12 @@ def share_outer_scales(model: nn.Module, groups: Sequence[Sequence[str]]) -> Non
 def _simulate_layer(name: str, module: QuantWeightBase, plan: Plan, outcomes: list[Outcome]) -> SimulatedLayer:
     if plan.formats.layers[name].weight is None:
         return layer_as_quantized(name, module, plan, None)
-    weight = module.weight.detach()
+    weight = module.to_output_first(module.weight.detach(), module).contiguous()
     simulated = layer_as_quantized(name, module, plan, weight, outcomes)
     assert simulated.record.weight is not None
     # A tied weight gets memory of its own, so that its twin does not change.
-    edit.put(module, "weight", decode(simulated.record.weight, weight.dtype).to(weight.device), name, untie=True)
+    value = module.from_output_first(decode(simulated.record.weight, weight.dtype).to(weight.device), module)
+    edit.put(module, "weight", value, name, untie=True)
     module.weight_quantizer.disable()
     return simulated
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,4 +69,6 @@ class LayerStream:
         return simulated
 
     def _weight(self, name: str) -> Tensor:
-        return self._source.tensor(self._plan.tensor_of(name)).to(self._device, self._dtype)
+        module: Any = self._plan.skeleton.get_submodule(name)
+        weight = self._source.tensor(self._plan.tensor_of(name)).to(self._device, self._dtype)
+        return module.to_output_first(weight, module).contiguous()  # type: ignore[no-any-return]
