@@ -1,7 +1,8 @@
 """Detent's own layout: any format, at its true number of bits.
 
 Tensors are named ``<module>.weight.codes``, ``.scale``, ``.zero_point``, ``.outer_scale``, ``.micro``, likewise
-``<module>.input.*`` and ``.output.*``, ``<module>.low_rank.a`` and ``.b``, and ``<attention>.k.scale``, ``.v.scale``.
+``<module>.input.*`` and ``.output.*``, ``<module>.low_rank.a`` and ``.b``, and ``<attention>.k.scale``, ``.v.*``,
+``.q.*`` and ``.p.*``.
 Codes, integer zero points and micro-exponents of b < 8 bits are packed densely, least significant bit first, each row
 (first axis) on its own, negative integers in two's complement. All else is in config.json: see `describe`.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from detent.checkpoints.records import (
+    ATTENTION_SIDES,
     LayerCheckpoint,
     LayerFormats,
     ModelFormats,
@@ -55,11 +57,12 @@ class DetentLayout:
             tensors |= dict(zip(("low_rank.a", "low_rank.b"), layer.low_rank, strict=True))
         return {f"{layer.name}.{name}": tensor for name, tensor in tensors.items()}
 
-    def kv_tensors(self, module: str, key: Scales, value: Scales) -> dict[str, Tensor]:
-        """The scales of one attention module's keys and values; zero points are kept as they are."""
+    def kv_tensors(self, module: str, *sides: Scales) -> dict[str, Tensor]:
+        """The scales of one attention module's keys and values, and of queries and probabilities where these are
+        quantized; zero points are kept as they are."""
         return {
             f"{module}.{side}.{name}": tensor
-            for side, scales in (("k", key), ("v", value))
+            for side, scales in zip(ATTENTION_SIDES, sides, strict=False)
             for name, tensor in vars(scales).items()
             if tensor is not None
         }
@@ -137,7 +140,7 @@ class DetentReader:
         ends = (".k.scale", ".v.scale", ".k.outer_scale", ".v.outer_scale")
         kv = [name.rsplit(".", 2)[0] for name in source if name.endswith(ends)]
         self._kv_modules = [] if self.formats.kv_cache is None else list(dict.fromkeys(kv))
-        parts |= {f"{module}.{side}." for module in self._kv_modules for side in ("k", "v")}
+        parts |= {f"{module}.{side}." for module in self._kv_modules for side in ATTENTION_SIDES}
         self.used = {name for name in source if name[: name.rfind(".") + 1] in parts}
 
     def layer(self, name: str) -> LayerCheckpoint:
@@ -166,13 +169,12 @@ class DetentReader:
             matrices.append(self.source.tensor(full))
         return matrices[0], matrices[1]
 
-    def kv_scales(self) -> dict[str, tuple[Scales, Scales]]:
-        """(scales of keys, scales of values) by attention module; empty where none were calibrated."""
-        fmt = self.formats.kv_cache
-        if fmt is None:
-            return {}
-        modules = self._kv_modules
-        return {name: (self._calibrated(f"{name}.k", fmt), self._calibrated(f"{name}.v", fmt)) for name in modules}
+    def kv_scales(self) -> dict[str, tuple[Scales, ...]]:
+        """Scales of keys, values and, where these are quantized, queries and probabilities, by attention module; empty
+        where none were calibrated."""
+        kv, attention = self.formats.kv_cache, self.formats.attention
+        sides = [(s, fmt) for s, fmt in zip(ATTENTION_SIDES, (kv, kv, attention, attention), strict=True) if fmt]
+        return {name: tuple(self._calibrated(f"{name}.{s}", fmt) for s, fmt in sides) for name in self._kv_modules}
 
     def check(self) -> None:
         """Look at everything but codes. Raises DetentError as `CompressedTensorsReader.check`."""

@@ -28,7 +28,7 @@ class Layout(Protocol):
 
     def layer_tensors(self, layer: LayerCheckpoint) -> dict[str, Tensor]: ...
 
-    def kv_tensors(self, module: str, key: Scales, value: Scales) -> dict[str, Tensor]: ...
+    def kv_tensors(self, module: str, key: Scales, value: Scales, *more: Scales) -> dict[str, Tensor]: ...
 
     def exact(self, layer: LayerCheckpoint) -> dict[str, str]: ...
 
@@ -46,7 +46,7 @@ class LayoutReader(Protocol):
 
     def layer(self, name: str) -> LayerCheckpoint: ...
 
-    def kv_scales(self) -> dict[str, tuple[Scales, Scales]]: ...
+    def kv_scales(self) -> dict[str, tuple[Scales, ...]]: ...
 
     def check(self) -> None: ...
 
@@ -150,9 +150,10 @@ class QuantizedWriter:
         """Write a tensor that isn't quantized, unchanged."""
         self._folder.add(name, tensor)
 
-    def add_kv(self, module: str, key: Scales, value: Scales) -> None:
-        """Write the calibrated scales of the keys and values of one attention module."""
-        for name, tensor in self.layout.kv_tensors(module, key, value).items():
+    def add_kv(self, module: str, key: Scales, value: Scales, *more: Scales) -> None:
+        """Write the calibrated scales of the keys and values of one attention module; `more`: of its queries and
+        probabilities."""
+        for name, tensor in self.layout.kv_tensors(module, key, value, *more).items():
             self._folder.add(name, tensor)
 
     @property
@@ -239,7 +240,7 @@ class QuantizedCheckpoint:
         """A tensor that isn't quantized, read now."""
         return self.source.tensor(name)
 
-    def kv_scales(self) -> dict[str, tuple[Scales, Scales]]:
+    def kv_scales(self) -> dict[str, tuple[Scales, ...]]:
         """(scales of keys, scales of values) by attention module."""
         return self._reader.kv_scales()
 

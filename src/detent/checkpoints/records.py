@@ -20,6 +20,8 @@ from detent.formats import FloatScale, Format, QTensor, Scales
 
 #: The version of the JSON description that `describe` writes.
 DESCRIPTION_VERSION = 1
+#: What of an attention module has scales, in this order: keys, values, queries and probabilities.
+ATTENTION_SIDES = ("k", "v", "q", "p")
 #: Fields that few layers use; written only where set.
 _EXTRAS = ("rotated", "low_rank")
 
@@ -73,6 +75,7 @@ class ModelFormats:
     Attributes:
         layers: by module name ("model.layers.0.self_attn.q_proj"), every layer of which anything is quantized.
         kv_cache: the format of keys and values, or None.
+        attention: the format of queries and of attention probabilities, or None.
         keys_rotated: whether queries and keys are rotated by a Hadamard matrix before keys are quantized.
         ignored: what stays in floating point: names of modules, or patterns (``re:...``) of them. Every matrix that an
             engine might take for a linear layer must be either here or in `layers`: engines read "all but these".
@@ -83,6 +86,7 @@ class ModelFormats:
     layers: Mapping[str, LayerFormats]
     kv_cache: Format | None = None
     ignored: tuple[str, ...] = ()
+    attention: Format | None = None
     keys_rotated: bool = False
     aliases: Mapping[str, str] = field(default_factory=dict)
     merges: bool = False
@@ -174,13 +178,14 @@ def describe(formats: ModelFormats) -> dict[str, Any]:
         }
         for name, layer in formats.layers.items()
     }
-    kv_cache = table.number(formats.kv_cache)
+    kv_cache, attention = table.number(formats.kv_cache), table.number(formats.attention)
     return {
         "version": DESCRIPTION_VERSION,
         "formats": [fmt.to_dict() for fmt in table.index],
         "layers": layers,
         "kv_cache": kv_cache,
         "ignored": list(formats.ignored),
+        **({} if attention is None else {"attention": attention}),
         **({"keys_rotated": True} if formats.keys_rotated else {}),
     }
 
@@ -218,6 +223,7 @@ def parse_description(description: dict[str, Any], where: str) -> ModelFormats:
         layers,
         numbered(description["kv_cache"]),
         tuple(description["ignored"]),
+        numbered(description.get("attention")),
         description.get("keys_rotated", False),
     )
 

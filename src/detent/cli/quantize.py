@@ -68,6 +68,12 @@ def quantize(
         str | None, _of_quantizing("kv_cache_dtype", "Type of the key/value cache, such as fp8.")
     ] = None,
     min_kv_scale: Annotated[float, _of_quantizing("min_kv_scale", "Floor of the key/value cache's scales.")] = 0.0,
+    fp8_attention_quant: Annotated[
+        bool, _of_quantizing("fp8_attention_quant", "FP8 for queries, keys, values and attention probabilities.")
+    ] = False,
+    kv_cache_post_rope: Annotated[
+        bool, _of_quantizing("kv_cache_post_rope", "Quantize keys after the rotary embedding; Detent always does.")
+    ] = True,
     exclude_layers: Annotated[
         list[str] | None,
         _of_quantizing("exclude_layers", "NAMES (wildcards) of layers that stay; none given: exclude nothing."),
@@ -144,7 +150,6 @@ def quantize(
     ] = None,
     multi_gpu: Annotated[bool, _later("multi_gpu")] = False,
     multi_device: Annotated[bool, _later("multi_device")] = False,
-    fp8_attention_quant: Annotated[bool, _later("fp8_attention_quant")] = False,
     moe_experts_second_step_config: Annotated[str | None, _later("moe_experts_second_step_config")] = None,
     custom_mode: Annotated[Literal["quark", "awq", "fp8"], _later("custom_mode")] = "quark",
     pack_method: Annotated[Literal["reorder", "order"], _later("pack_method")] = "reorder",
@@ -245,6 +250,7 @@ def asked_for(context: typer.Context) -> Asked:
             flags.scale_calculation_mode,
             flags.kv_cache_dtype,
             flags.min_kv_scale,
+            flags.fp8_attention_quant,
             None if exclude is None else [name for name in exclude if name != NOTHING],
             flags.structure_overrides,
             (flags.model_export or ["hf_format"])[0],

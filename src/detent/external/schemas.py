@@ -238,6 +238,7 @@ class LayoutDescription(Description):
     layers: dict[str, LayerDescription]
     kv_cache: int | None
     ignored: list[str]
+    attention: int | None = None
     keys_rotated: bool = False
     #: Outer scales by layer and side, as hexadecimal numbers; only for compressed-tensors.
     outer_scales: dict[str, dict[str, str]] = Field(default_factory=dict)
@@ -245,7 +246,7 @@ class LayoutDescription(Description):
     @model_validator(mode="after")
     def _numbers(self) -> LayoutDescription:
         numbers = [n for layer in self.layers.values() for n in (layer.weight, layer.input, layer.output)]
-        for number in (*numbers, self.kv_cache):
+        for number in (*numbers, self.kv_cache, self.attention):
             if number is not None and not 0 <= number < len(self.formats):
                 raise ValueError(f"format number {number} is not one of the {len(self.formats)} formats listed")
         return self

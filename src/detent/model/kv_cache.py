@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detent.checkpoints.records import exported_format
+from detent.checkpoints.records import ATTENTION_SIDES, exported_format
 from detent.errors import DetentError
 from detent.formats import FloatScale, Scales
 from detent.nn import TensorQuantizer
@@ -30,15 +30,15 @@ def stored_scales(quantizer: TensorQuantizer) -> Scales:
     return scales.map(lambda tensor: tensor.detach().cpu())
 
 
-def kv_scales(model: nn.Module) -> dict[str, tuple[Scales, Scales]]:
-    """Calibrated (key, value) scales by attention module; none for dynamic formats."""
-    found = {}
+def kv_scales(model: nn.Module) -> dict[str, tuple[Scales, ...]]:
+    """Calibrated scales of keys and values, and of queries and probabilities where these are quantized, by attention
+    module; none for dynamic formats."""
+    found: dict[str, tuple[Scales, ...]] = {}
     for name, module in attention_modules(model):
-        key, value = getattr(module, "k_bmm_quantizer", None), getattr(module, "v_bmm_quantizer", None)
-        if not (isinstance(key, TensorQuantizer) and isinstance(value, TensorQuantizer) and key.is_enabled):
-            continue
-        if not exported_format(key.format).dynamic:
-            found[name] = (stored_scales(key), stored_scales(value))
+        quantizers = [getattr(module, f"{side}_bmm_quantizer", None) for side in ATTENTION_SIDES]
+        on = [q for q in quantizers if isinstance(q, TensorQuantizer) and q.is_enabled]
+        if on and not exported_format(on[0].format).dynamic:
+            found[name] = tuple(map(stored_scales, on))
     return found
 
 

@@ -92,7 +92,8 @@ class Plan:
         if any(step.needs_data for step in self.algorithms):
             return True
         sides = [fmt for layer in self.formats.layers.values() for fmt in (layer.input, layer.output)]
-        return any(fmt is not None and not fmt.dynamic for fmt in [*sides, self.formats.kv_cache])
+        attention = (self.formats.kv_cache, self.formats.attention)
+        return any(fmt is not None and not fmt.dynamic for fmt in [*sides, *attention])
 
     @property
     def groups_with_common_scale(self) -> list[list[str]]:
@@ -135,6 +136,7 @@ def make_plan(
     scheme: Scheme,
     *,
     kv_cache: Format | None = None,
+    attention: Format | None = None,
     exclude: list[str] | None = None,
     per_layer: Mapping[str, Scheme] | None = None,
     algorithms: list[QuantizeAlgorithmConfig] | None = None,
@@ -149,6 +151,7 @@ def make_plan(
         model: its model on the meta device; it is converted.
         scheme: what to do with linear layers.
         kv_cache: the format of keys and values, or None.
+        attention: that of queries and attention probabilities, or None; it needs one of keys and values.
         exclude: wildcards on names, in the model or the file, of what stays; None for the output embedding, routers and
             vision parts.
         per_layer: {wildcard on module names: the scheme for these}; later ones win, exclusions win over all.
@@ -182,6 +185,8 @@ def make_plan(
     if kv_cache is not None:
         elsewhere = check_attention(model, structure)
         quant_cfg.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"format": kv_cache}})
+        if attention is not None:
+            quant_cfg.append({"quantizer_name": "*[qp]_bmm_quantizer", "cfg": {"format": attention}})
         quant_cfg.extend({"quantizer_name": f"{name}.*", "enable": False} for name in elsewhere)
     # Exclusions are checked above, in the user's words: a warning about them here would say it twice.
     set_quantizer_by_cfg(model, quant_cfg)
@@ -192,6 +197,7 @@ def make_plan(
     formats = ModelFormats(
         layers=layers,
         kv_cache=None if kv_cache is None else exported_format(kv_cache),
+        attention=attention,
         ignored=ignored,
         aliases={file: name for name in layers if (file := names.layer(name) or name) != name},
         merges=merges,

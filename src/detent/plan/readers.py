@@ -36,8 +36,8 @@ def misread(model: nn.Module, formats: ModelFormats) -> dict[str, str]:
             " there, and this version leaves experts merged"
         )
     reasons += [
-        f"compressed-tensors does not hold {name} packed: {type(module).__name__.removeprefix('Quant')} has a forward of"
-        " its own, which finds no weight there; use a format of 8 bits"
+        f"compressed-tensors does not hold {name} packed: {type(module).__name__.removeprefix('Quant')} has a"
+        " forward of its own, which finds no weight there; use a format of 8 bits"
         for name, layer in formats.layers.items()
         if _is_packed(layer)
         and layer.kind == "Linear"

@@ -208,7 +208,7 @@ class Journaled:
             missing = min(formats.layers.keys() - self.formats.layers.keys())
             raise DetentError(f"{missing} was planned and not quantized; please report this")
         self.values: dict[str, Tensor] = {name: value for unit in units for name, value in unit.values.items()}
-        self.kv: dict[str, tuple[Scales, Scales]] = {name: pair for unit in units for name, pair in unit.kv.items()}
+        self.kv: dict[str, tuple[Scales, ...]] = {name: pair for unit in units for name, pair in unit.kv.items()}
 
     def layer(self, name: str, *, measured: bool = True) -> SimulatedLayer:
         return self._unit_of[name].layer(name)

@@ -123,7 +123,7 @@ class Journal:
         unit: str,
         layers: Iterable[SimulatedLayer],
         values: Mapping[str, Tensor],
-        kv: Mapping[str, tuple[Scales, Scales]],
+        kv: Mapping[str, tuple[Scales, ...]],
         kv_format: Format | None,
     ) -> None:
         """Keep what was made of a block.

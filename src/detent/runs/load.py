@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from detent.checkpoints import Activation, LayerCheckpoint, ModelFormats, Source, open_quantized
+from detent.checkpoints.records import ATTENTION_SIDES
 from detent.config import QuantizerAttributeConfig
 from detent.errors import DetentError
 from detent.formats import Scales, decode
@@ -91,7 +92,7 @@ class Stored:
 def simulated_model(
     stored: Stored,
     config: Any,
-    kv_scales: Callable[[], Mapping[str, tuple[Scales, Scales]]],
+    kv_scales: Callable[[], Mapping[str, tuple[Scales, ...]]],
     *,
     cut: bool = False,
     dtype: torch.dtype,
@@ -142,7 +143,7 @@ def _in_model(record: LayerCheckpoint, names: CheckpointNames, folder: Path) -> 
 def _attach(
     model: nn.Module,
     formats: ModelFormats,
-    kv_scales: Callable[[], Mapping[str, tuple[Scales, Scales]]],
+    kv_scales: Callable[[], Mapping[str, tuple[Scales, ...]]],
     names: CheckpointNames,
     records: list[LayerCheckpoint],
     where: Path,
@@ -164,9 +165,11 @@ def _attach(
                 if is_multimodal(model):
                     continue  # cross-attention, which stays: see `detent.plan.kept.check_attention`
                 raise DetentError(f"{where}: damaged: no scales of keys and values for {names.container(name)}")
-            for index, which in enumerate(("k_bmm_quantizer", "v_bmm_quantizer")):
-                calibrated = None if kv.dynamic or pair is None else pair[index]
-                _set_activation(model, f"{name}.{which}", Activation(kv, calibrated))
+            for index, side in enumerate(ATTENTION_SIDES):
+                fmt = kv if index < 2 else formats.attention
+                if fmt is not None:
+                    calibrated = None if fmt.dynamic or pair is None else pair[index]
+                    _set_activation(model, f"{name}.{side}_bmm_quantizer", Activation(fmt, calibrated))
     route_attention(model)
 
 

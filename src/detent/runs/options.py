@@ -87,6 +87,10 @@ class SchemeOptions:
         name: the scheme; None for the default one, where the model is the built-in one too.
         group_size: None where the user gave none.
         group_size_per_layer: (wildcard on module names, group size) pairs; the last match wins.
+        kv_cache: the type of keys and values: see `detent.config.kv_cache_format`. They are quantized as attention
+            multiplies them, keys after the rotary embedding, which is how engines cache them.
+        min_kv_scale: the least calibrated scale of keys and values.
+        fp8_attention: whether queries, keys, values and attention probabilities are quantized to FP8.
         exclude: wildcards on module names; None for the usual ones.
         overrides: a JSON file of what to use in place of what is found of the model's structure; see `find_structure`.
         export: ``hf_format`` for compressed-tensors where it holds the model and else Detent's own layout, or
@@ -106,6 +110,7 @@ class SchemeOptions:
     scale_calculation_mode: str = "even"
     kv_cache: str | None = None
     min_kv_scale: float = 0.0
+    fp8_attention: bool = False
     exclude: list[str] | None = None
     overrides: str | None = None
     export: str = "hf_format"

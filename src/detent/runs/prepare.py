@@ -13,6 +13,7 @@ from detent.checkpoints import Source
 from detent.checkpoints.source import holds_no_weights
 from detent.config import QuantizeAlgorithmConfig, Scheme, kv_cache_format, parse_scheme
 from detent.config.algorithm_names import named_algorithms
+from detent.config.base import shown
 from detent.data import load_texts
 from detent.data.batches import CalibrationBatches, check_vocabulary, token_batches
 from detent.errors import DetentError
@@ -116,16 +117,20 @@ def _formats(options: SchemeOptions, builtin: bool) -> tuple[Scheme, Format | No
             " skip_quantization to evaluate the float model"
         )
     scheme = parse_scheme(name, options.group_size, options.scale_format, options.scale_calculation_mode)
-    if options.kv_cache is None:
+    kv_name = "fp8" if options.kv_cache is None and options.fp8_attention else options.kv_cache
+    if options.fp8_attention and kv_name != "fp8":
+        raise DetentError(
+            f"fp8_attention_quant quantizes keys and values to fp8, so kv_cache_dtype can't be {shown(kv_name)}; leave"
+            " it out, or say fp8"
+        )
+    if kv_name is None:
         if options.min_kv_scale:
             raise DetentError("min_kv_scale is the floor of key/value cache scales; it needs kv_cache_dtype")
         kv_cache = None
     else:
         if not (math.isfinite(options.min_kv_scale) and options.min_kv_scale >= 0):
             raise DetentError(f"min_kv_scale is a number of at least 0, not {options.min_kv_scale}")
-        kv_cache = kv_cache_format(
-            options.kv_cache, options.group_size, options.scale_format, options.scale_calculation_mode
-        )
+        kv_cache = kv_cache_format(kv_name, options.group_size, options.scale_format, options.scale_calculation_mode)
         if options.min_kv_scale and kv_cache.dynamic:
             raise DetentError("min_kv_scale needs a static key/value cache type, such as fp8")
     if scheme.weight is None and scheme.input is None and kv_cache is None:
@@ -156,6 +161,7 @@ def _plan(
         model,
         scheme,
         kv_cache=kv_cache,
+        attention=kv_cache if options.fp8_attention else None,
         exclude=options.exclude,
         per_layer=groups,
         algorithms=algorithms,

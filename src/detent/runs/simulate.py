@@ -57,7 +57,7 @@ class Quantized(Protocol):
         ...
 
     @property
-    def kv(self) -> Mapping[str, tuple[Scales, Scales]]:
+    def kv(self) -> Mapping[str, tuple[Scales, ...]]:
         """The calibrated scales of keys and values, by attention module."""
         ...
 
@@ -78,7 +78,7 @@ class Simulation:
     layers: dict[str, SimulatedLayer]
     formats: ModelFormats
     values: Mapping[str, Tensor]
-    kv: Mapping[str, tuple[Scales, Scales]]
+    kv: Mapping[str, tuple[Scales, ...]]
     untied: bool
 
     def layer(self, name: str, *, measured: bool = True) -> SimulatedLayer:

@@ -32,7 +32,7 @@ class LayerStream:
 
     #: Nothing but the layers changes, and nothing is calibrated.
     values: Mapping[str, Tensor] = MappingProxyType({})
-    kv: Mapping[str, tuple[Scales, Scales]] = MappingProxyType({})
+    kv: Mapping[str, tuple[Scales, ...]] = MappingProxyType({})
     untied = False
 
     def __init__(self, source: Source, plan: Plan, dtype: torch.dtype, device: str = "cpu") -> None:

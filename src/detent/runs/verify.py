@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from detent.checkpoints import LayerCheckpoint, ModelFormats, QuantizedCheckpoint, Source, open_quantized
 from detent.checkpoints.folder import digest
+from detent.checkpoints.records import ATTENTION_SIDES
 from detent.errors import DetentError
 from detent.formats import Scales
 from detent.formats.qtensor import all_finite
@@ -50,7 +51,7 @@ class Expected:
     formats: ModelFormats
     examples: list[LayerCheckpoint]
     kept: dict[str, int]
-    kv: Mapping[str, tuple[Scales, Scales]]
+    kv: Mapping[str, tuple[Scales, ...]]
     digests: dict[str, int]
 
 
@@ -79,8 +80,8 @@ def verify(folder: Path, expected: Expected, source: Source) -> None:
         _check_layer(record.name, record, checkpoint.layer(record.name))
     read_kv = checkpoint.kv_scales()
     for module, pair in expected.kv.items():
-        for which, ours, theirs in zip(("key", "value"), pair, read_kv[module], strict=True):
-            _check_tensors(f"{module}: the scale of its {which}", vars(ours), vars(theirs))
+        for which, ours, theirs in zip(ATTENTION_SIDES[: len(pair)], pair, read_kv[module], strict=True):
+            _check_tensors(f"{module}.{which}: its scale", vars(ours), vars(theirs))
     checkpoint.source.close()
 
 

@@ -114,8 +114,8 @@ def written(
                 value = kept_tensor(tensor, kept[tensor], source)
                 writer.add_tensor(tensor, value)
                 same[tensor] = digest(value)
-        for module, (key, value_scales) in kv.items():
-            writer.add_kv(module, key, value_scales)
+        for module, (key, value_scales, *more) in kv.items():
+            writer.add_kv(module, key, value_scales, *more)
         folder = writer.close(_config(source, plan, quantized, dtype))
         expected = Expected(formats, list(examples.values()), same, kv, dict(writer.digests))
         yield Written(folder, layers, kept, expected, writer)

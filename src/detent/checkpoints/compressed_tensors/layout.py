@@ -63,6 +63,8 @@ class CompressedTensorsLayout:
                 _scheme(layer)
             except ct.NotHeld as reason:
                 return f"compressed-tensors does not hold {name}: {reason}"
+        if formats.attention is not None:
+            return "compressed-tensors does not hold quantized attention probabilities"
         if formats.keys_rotated:
             return "compressed-tensors does not hold keys that are rotated at run time"
         if formats.kv_cache is not None:
@@ -84,7 +86,7 @@ class CompressedTensorsLayout:
                 tensors |= _scale_tensors(side, activation.format, activation.scales)
         return {f"{layer.name}.{name}": tensor for name, tensor in tensors.items()}
 
-    def kv_tensors(self, module: str, key: Scales, value: Scales) -> dict[str, Tensor]:
+    def kv_tensors(self, module: str, key: Scales, value: Scales, *_: Scales) -> dict[str, Tensor]:
         """The scales of one attention module's keys and values."""
         return {f"{module}.k_scale": key.scale.reshape(1), f"{module}.v_scale": value.scale.reshape(1)}
 
@@ -285,7 +287,7 @@ class CompressedTensorsReader:
                     self._calibrated(name, side, fmt)
         self.kv_scales()
 
-    def kv_scales(self) -> dict[str, tuple[Scales, Scales]]:
+    def kv_scales(self) -> dict[str, tuple[Scales, ...]]:
         """(scales of keys, scales of values) by attention module; empty where none were calibrated."""
         kv_cache = self.formats.kv_cache
         if kv_cache is None or kv_cache.dynamic:
