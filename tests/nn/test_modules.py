@@ -215,27 +215,6 @@ def test_registered_subclass_and_back() -> None:
         detent.register(Doubled, Doubled)
 
 
-def test_multihead_attention_stays_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-            self.head = nn.Linear(8, 3)
-
-        def forward(self, x: torch.Tensor) -> Any:
-            return self.head(self.attention(x, x, x)[0])
-
-    model, x = Model().eval(), torch.randn(2, 5, 8)
-    attended = model.attention(x, x, x)[0]
-    detent.quantize(model, detent.INT8_DEFAULT_CFG, lambda m: m(x))
-    assert "attention stays unquantized: nn.MultiheadAttention" in caplog.text
-    assert torch.equal(model.attention(x, x, x)[0], attended)
-    with pytest.raises(DetentError, match="matches no quantizer"):
-        detent.quantize(Model(), {"quant_cfg": {"*attention*weight_quantizer": {"num_bits": 8}}})
-    with pytest.raises(DetentError, match="has no module that Detent can quantize"):
-        detent.quantize(nn.MultiheadAttention(8, 2), detent.INT8_WEIGHT_ONLY_CFG)
-
-
 @pytest.mark.filterwarnings("ignore:.*nested tensor.*:UserWarning")
 def test_encoder_layers_do_not_go_around_their_quantizers() -> None:
     """In eval mode PyTorch fuses the whole layer, unless it is told not to."""

@@ -63,7 +63,7 @@ def replace_quant_module(model: nn.Module, *, adapters: Collection[str] = ()) ->
     """Convert every registered module in place, with quantizers that are all off. What is converted already stays.
 
     Modules that look as if they should be converted and can't be (a subclass of a registered class with a forward of
-    its own, attention that goes around its linear layer, recurrent layers, experts in one tensor) are named in a
+    its own, recurrent layers, experts in one tensor) are named in a
     warning.
 
     Args:
@@ -121,12 +121,7 @@ def unconverted(model: nn.Module) -> Iterator[tuple[str, str]]:
     for name, module in model.named_modules():
         kind = type(module)
         base = QuantModuleRegistry.overridden(kind)
-        if isinstance(module, nn.MultiheadAttention):
-            yield (
-                name,
-                "nn.MultiheadAttention multiplies by its weights itself; quantize separate projections instead",
-            )
-        elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
             yield name, f"{kind.__name__} is not supported"
         elif base is not None and not _has_quantizers(module):
             yield name, f"{kind.__name__} is a {base.__name__} with its own forward; see detent.register()"

@@ -191,21 +191,15 @@ def _function(name: str, module: nn.Module) -> Callable[..., Any]:
 
 
 def _explicit(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
+    module: Any, *tensors: Any, scaling: float | None = None, dropout: float = 0.0, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
+    """Attention with quantized probabilities, called as the interface's functions are."""
     unknown = [k for k in ("softcap", "s_aux", "sinks") if kwargs.get(k) is not None]
     if unknown:
         raise DetentError(
             f"quantized attention probabilities do not support {', '.join(unknown)} of {type(module).__name__}"
         )
     causal = kwargs.get("is_causal", getattr(module, "is_causal", True))
-    quantizer: Any = module.p_bmm_quantizer
-    result, weights = written_out(query, key, value, mask, quantizer, scaling, dropout, causal)
+    more = {"dropout_p": dropout if module.training else 0.0, "is_causal": causal, "scale": scaling}
+    result, weights = written_out(module.p_bmm_quantizer, *tensors, **more)
     return result.transpose(1, 2).contiguous(), weights

@@ -29,6 +29,7 @@ from detent.nn.tensor_quantizer import TensorQuantizer
 QUANTIZERS = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer", "p_bmm_quantizer")
 TOKEN_AXIS = 2
 _FUSED = "scaled_dot_product_attention"
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 #: By function, its factors: as arguments, and by name.
 _FACTORS = {"matmul": (0, "input", "other"), "bmm": (0, "input", "mat2"), "baddbmm": (1, "batch1", "batch2")}
 _FACTORS["__matmul__"] = _FACTORS["matmul"]
@@ -119,7 +120,7 @@ class AttentionProducts(TorchFunctionMode):
         if name not in (_FUSED, "softmax", *_FACTORS) or not self._called_from_code():
             return func(*args, **kwargs)
         if name == _FUSED:
-            return self._fused(func, *args, **kwargs)
+            return self._fused(func, args, kwargs)
         if name == "softmax":
             self._next = "values" if self._next == "softmax" else self._next
             return func(*args, **kwargs)
@@ -157,24 +158,11 @@ class AttentionProducts(TorchFunctionMode):
             container[key] = value  # type: ignore[index]
         return func(*args, **kwargs)
 
-    def _fused(
-        self,
-        func: Callable[..., Tensor],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        query, key, value = self._through("q", query), self._through("k", key), self._through("v", value)
-        p_quantizer = self._quantizers.p_bmm_quantizer
-        if p_quantizer.is_enabled:
-            return written_out(query, key, value, attn_mask, p_quantizer, scale, dropout_p, is_causal)[0]
-        more = {"enable_gqa": True} if enable_gqa else {}
-        return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **more)
+    def _fused(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+        given |= {name: self._through(name[0], given[name]) for name in _ARGUMENTS[:3]}
+        quantizer = self._quantizers.p_bmm_quantizer
+        return written_out(quantizer, **given)[0] if quantizer.is_enabled else func(**given)
 
     def _through(self, which: str, x: Tensor) -> Tensor:
         quantizer = getattr(self._quantizers, f"{which}_bmm_quantizer")
@@ -186,34 +174,37 @@ class AttentionProducts(TorchFunctionMode):
 
 
 def written_out(
+    p_quantizer: Callable[[Tensor], Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
-    p_quantizer: Callable[[Tensor], Tensor],
-    scaling: float | None = None,
-    dropout: float = 0.0,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
     is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Attention in separate operations, for quantized probabilities: softmax(scaling QK' + mask), quantized, times V.
+    """Attention in separate operations, for quantized probabilities: softmax(scale QK' + mask), quantized, times V.
 
     Args:
+        p_quantizer: of probabilities.
         query, key, value: [batch, heads, tokens, channels], of keys and values as many heads or fewer.
-        mask: True for what is seen, or what is added to the scores.
+        attn_mask: True for what is seen, or what is added to the scores.
+        dropout_p, is_causal, scale, enable_gqa: as for PyTorch's `scaled_dot_product_attention`.
 
     Returns:
         The result, laid out as the query, and the probabilities before they are quantized.
     """
     repeat = query.shape[-3] // key.shape[-3]
     key, value = key.repeat_interleave(repeat, -3), value.repeat_interleave(repeat, -3)
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if mask is None and is_causal and query.shape[-2] > 1:
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if attn_mask is None and is_causal and query.shape[-2] > 1:
         rows, columns = scores.shape[-2:]
-        mask = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).tril(columns - rows)
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:
-        scores = scores + mask
+        attn_mask = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).tril(columns - rows)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, dropout, dropout > 0)
+    weights = nn.functional.dropout(weights, dropout_p, dropout_p > 0)
     return p_quantizer(weights) @ value, weights

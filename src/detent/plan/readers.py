@@ -43,6 +43,11 @@ def misread(model: nn.Module, formats: ModelFormats) -> dict[str, str]:
         and layer.kind == "Linear"
         and isinstance(module := model.get_submodule(name), QuantOwnLinear)
     ][:1]
+    reasons += [
+        f"compressed-tensors does not hold {name}: its reader would not reach a layer inside of nn.MultiheadAttention"
+        for name in formats.layers
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
+    ][:1]
     initialised = _initialised(model, formats)
     if initialised:
         reasons.append(
