@@ -24,7 +24,7 @@ COVERAGE := --cov --cov-report=term --cov-report=html
 SELECT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick fuzz coverage lowest lint types pytest format docs bench clean distclean
+.PHONY: help demo test quick fuzz coverage lowest lint types pytest format docs models bench clean distclean
 
 help:
 	@echo 'make demo       quantize the built-in sample model into exported_model/'
@@ -36,6 +36,7 @@ help:
 	@echo 'make verify-vllm what vLLM on the CPU takes of every format, in .venv-vllm'
 	@echo 'make format     rewrite the sources in the house style'
 	@echo 'make docs       build the documentation site into site/'
+	@echo 'make models     quantize a tiny model of every architecture by every method; rewrites docs/models.md'
 	@echo 'make bench      time fake quantization against a plain copy'
 	@echo 'make clean      remove what builds leave; make distclean removes the environments too'
 
@@ -79,6 +80,9 @@ format: $(DEV)
 
 docs: $(DOCS)
 	$(PY) -m zensical build --strict --clean
+
+models: $(DEV)
+	$(PY) tools/models_table.py --jobs $(WORKERS)
 
 bench: $(BASE)
 	$(PY) benchmarks/fake_quantize.py

@@ -89,9 +89,8 @@ def test_overlooked_share(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "mixture", config)
     plan = planned(folder)
     experts = 2 * 4 * 3 * 64 * 128
-    routers = 2 * 4 * 64
     attention = 2 * (2 * 64 * 64 + 2 * 64 * 32)
-    assert plan.overlooked_share == pytest.approx((experts + routers) / (experts + routers + attention))
+    assert plan.overlooked_share == pytest.approx(experts / (experts + attention))
 
 
 def test_scales_of_narrow_integers_are_in_the_models_dtype() -> None:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import nn
 
@@ -15,42 +14,25 @@ from detent.checkpoints import Source
 from detent.errors import DetentError
 from detent.nn import QuantWeightBase
 from detent.nn.attention import attention_modules
+from detent.plan.defaults import stays_by_default
 from detent.pretrained.facts import is_multimodal, outside_language
 from detent.pretrained.names import CheckpointNames
 from detent.structure import Structure
 
-#: Modules that stay in floating point unless the user says otherwise, besides the output embedding: routers choose
-#: experts by small differences, and the language models of the guides leave their vision parts alone.
-DEFAULT_EXCLUSIONS = (
-    "*.gate",
-    "*.router",
-    "*router.*",
-    "*.shared_expert_gate",
-    "*vision_tower*",
-    "*vision_model*",
-    "*visual*",
-    "*patch_embed*",
-    "*multi_modal_projector*",
-)
-
 
 def exclusions(
-    model: nn.Module, linears: list[str], exclude: list[str] | None, names: CheckpointNames
+    model: nn.Module,
+    linears: list[str],
+    exclude: list[str] | None,
+    names: CheckpointNames,
+    structure: Structure | None,
 ) -> tuple[list[str], dict[str, str]]:
-    """(patterns, {module name: reason}) of the linear layers that stay."""
+    """(names of the linear layers that stay, {module name: reason} of these and of others that stay)."""
     why: dict[str, str] = {}
     if exclude is None:
-        get_head: Any = getattr(model, "get_output_embeddings", None)
-        head = get_head() if callable(get_head) else None
-        outside = outside_language(model)
-        for name in linears:
-            if head is not None and model.get_submodule(name) is head:
-                why[name] = "output embedding, kept by default"
-            elif outside(name):
-                why[name] = "outside of the language model, kept by default"
-            elif any(fnmatchcase(name, pattern) for pattern in DEFAULT_EXCLUSIONS):
-                why[name] = "router or vision part, kept by default"
-        return list(why), why
+        reason = stays_by_default(model, structure)
+        why = {name: why for name, _ in model.named_modules() if (why := reason(name))}
+        return [name for name in linears if name in why], why
     in_file = {name: names.layer(name) or name for name in linears}
     others = _stay_anyway(model, linears, names)
     for pattern in exclude:

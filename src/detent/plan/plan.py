@@ -153,7 +153,7 @@ def make_plan(
         kv_cache: the format of keys and values, or None.
         attention: that of queries and attention probabilities, or None; it needs one of keys and values.
         exclude: wildcards on names, in the model or the file, of what stays; None for the output embedding, routers and
-            vision parts.
+            what is outside the language model.
         per_layer: {wildcard on module names: the scheme for these}; later ones win, exclusions win over all.
         algorithms: what runs on the weights, from `parse_algorithm`.
         overrides: a JSON file of what to use in place of the structure that is found: see `find_structure`.
@@ -169,12 +169,12 @@ def make_plan(
     names = CheckpointNames(model, source)
     replace_quant_module(model)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    patterns, why = exclusions(model, linears, exclude, names)
+    patterns, why = exclusions(model, linears, exclude, names, structure)
     more = without_a_name(names, linears)
     if structure is not None:
         learns = scheme.needs_data or any(step.needs_data for step in algorithms or [])
         more |= unreached(model, structure, linears, learns=learns) if learns or scheme.input or scheme.output else {}
-    patterns, why = [*patterns, *more], {**why, **more}
+    patterns, why = [*patterns, *more], {**more, **why}
     quant_cfg = quant_cfg_for(scheme)
     for pattern, special in (per_layer or {}).items():
         check_pattern("group_size_per_layer", pattern, linears)

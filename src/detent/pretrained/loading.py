@@ -103,7 +103,7 @@ def model_on_meta(config: Any, *, trust_remote_code: bool = False, dtype: torch.
     """The model of a configuration without memory for its weights.
 
     Raises:
-        DetentError: the architecture is neither a causal language model nor one that reads images too, or cannot be
+        DetentError: the architecture is no language model, of text alone or of text with images or sound, or cannot be
             built from its configuration.
     """
     kind = getattr(config, "model_type", "?")
@@ -117,17 +117,25 @@ def model_on_meta(config: Any, *, trust_remote_code: bool = False, dtype: torch.
     return model
 
 
+#: transformers' doors to models that give logits for the next token, in the order in which they are tried.
+_DOORS = {
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+}
+
+
 def auto_class(config: Any) -> Any:
-    """transformers' door to a language model, or to one that reads images too where config.json names its class or
-    the architecture has no other."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    """The door to the class that config.json names, or else the first that the architecture has."""
+    import transformers
     from transformers.models.auto import modeling_auto
 
-    kind = getattr(config, "model_type", "")
-    seeing = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
-    named = seeing in (getattr(config, "architectures", None) or ())
-    only = kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not hasattr(config, "auto_map")
-    return AutoModelForImageTextToText if seeing and (named or only) else AutoModelForCausalLM
+    kind, named = getattr(config, "model_type", ""), getattr(config, "architectures", None) or ()
+    own = getattr(config, "auto_map", None) or {}
+    known = {door: getattr(modeling_auto, names, {}).get(kind) for door, names in _DOORS.items()}
+    doors = [door for door in _DOORS if known[door] or door in own]
+    chosen = next((door for door in doors if known[door] in named), next(iter(doors), "AutoModelForCausalLM"))
+    return getattr(transformers, chosen)
 
 
 def model_dtype(data_type: str, config: Any, source: Source) -> torch.dtype:

@@ -145,7 +145,7 @@ class BlockStream(Host):
         if plan.formats.kv_cache is not None and name:
             floor_kv_scales(part, self._min_kv_scale)
             kv = {f"{name}.{module}": pair for module, pair in kv_scales(part).items()}
-        self._journal.write(self._unit(name), records, values, kv, plan.formats.kv_cache)
+        self._journal.write(self._unit(name), records, values, kv, plan.formats)
 
     def _quantized(self, name: str, outcomes: list[Outcome]) -> SimulatedLayer:
         module = self._model.get_submodule(name)

@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,7 +38,7 @@ from detent.external.files import check_as, parse_json, read_as, read_bytes
 from detent.external.model_folder import CONFIG_NAME
 from detent.external.output import Workspace, is_journal, journal_path, target_path
 from detent.external.schemas import FinishedBlock, JournalStart
-from detent.formats import Format, Scales
+from detent.formats import Scales
 from detent.plan.plan import Plan
 from detent.runs.simulate import SimulatedLayer
 
@@ -124,9 +124,9 @@ class Journal:
         layers: Iterable[SimulatedLayer],
         values: Mapping[str, Tensor],
         kv: Mapping[str, tuple[Scales, ...]],
-        kv_format: Format | None,
+        formats: ModelFormats,
     ) -> None:
-        """Keep what was made of a block.
+        """Keep what was made of a block; `formats` are those of the whole model.
 
         Raises:
             DetentError: the disk is full, or the folder can't be written.
@@ -137,9 +137,9 @@ class Journal:
             tensors |= layout.layer_tensors(layer.record)
         for module, pair in kv.items():
             tensors |= layout.kv_tensors(module, *pair)
-        formats = ModelFormats({layer.record.name: layer.record.formats for layer in layers}, kv_format)
+        mine = {layer.record.name: layer.record.formats for layer in layers}
         header = {
-            "description": describe(formats),
+            "description": describe(replace(formats, layers=mine, ignored=())),
             "errors": {layer.record.name: layer.relative_error for layer in layers},
             "outcomes": {layer.record.name: [asdict(o) for o in layer.outcomes] for layer in layers if layer.outcomes},
             "values": list(values),
