@@ -31,7 +31,7 @@ def exclusions(
     why: dict[str, str] = {}
     if exclude is None:
         reason = stays_by_default(model, structure)
-        why = {name: why for name, _ in model.named_modules() if (why := reason(name))}
+        why = {name: text for name, _ in model.named_modules() if (text := reason(name))}
         return [name for name in linears if name in why], why
     in_file = {name: names.layer(name) or name for name in linears}
     others = _stay_anyway(model, linears, names)
