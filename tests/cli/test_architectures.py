@@ -47,14 +47,12 @@ def test_read_back_the_same(model_type: str, place: Workplace, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)
-def test_merged_experts_stay_and_the_user_is_told(model_type: str, place: Workplace, tmp_path: Path) -> None:
+def test_experts_are_quantized_one_by_one(model_type: str, place: Workplace, tmp_path: Path) -> None:
     place = with_model(place, tmp_path, model_type, MIXTURES[model_type])
-    outcome = place.quantize()
-    assert "% of the parameters" in outcome.err
-    assert "experts" in outcome.err
-    assert place.report["notices"][0] in outcome.err
-    reasons = place.report["weights"]["kept_reasons"].items()
-    assert all("experts" in reason for name, reason in reasons if ".experts." in name)
+    outcome = place.quantize("--group_size", 32)
+    assert outcome.err == ""
+    assert place.report["weights"]["quantized"] == 2 * (4 + 4 * 3)
+    assert not any(".experts." in name for name in place.report["weights"]["kept_reasons"])
     assert place.evaluate()["perplexity"]["after"] == place.report["perplexity"]["after"]
 
 

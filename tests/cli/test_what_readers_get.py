@@ -23,6 +23,8 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 64, "head_dim": 16},
     "phimoe": {"num_local_experts": 4},
+}
+IN_ONE_TENSOR: dict[str, dict[str, Any]] = {
     "gpt_oss": {"num_local_experts": 4, "head_dim": 16},
     "granitemoe": {"num_local_experts": 4},
 }
@@ -63,41 +65,73 @@ def test_mixtures_with_scales_folded_into_what_experts_read(model_type: str, pla
     assert torch.equal(logits(in_transformers(place.out)), simulated)
 
 
-@pytest.mark.parametrize(
-    ("scheme", "dtype"), [("w_int8_per_channel_a_int8_per_tensor_sym", torch.float32), ("w_mxfp4", torch.bfloat16)]
-)
-def test_schemes_of_mixtures(scheme: str, dtype: torch.dtype, place: Workplace, tmp_path: Path) -> None:
-    place = replace(place, model=save_checkpoint(tmp_path / "m", small("mixtral", **EXPERTS), dtype))
-    place.quantize("--skip_evaluation", "--pre_quantization_optimization", "smoothquant", scheme=scheme)
-    from transformers import AutoModelForCausalLM
+@pytest.mark.parametrize("model_type", IN_ONE_TENSOR)
+def test_mixtures_that_transformers_reads_from_one_tensor_alone(
+    model_type: str, place: Workplace, tmp_path: Path
+) -> None:
+    place = of(place, tmp_path, model_type, {**EXPERTS, **IN_ONE_TENSOR[model_type]})
+    outcome = place.quantize("--group_size", 32, "--quant_algo", "awq", "--skip_evaluation")
+    assert "transformers looks for all experts in one tensor" in outcome.err
+    assert torch.isfinite(logits(load_quantized(place.out))).all()
 
-    read = AutoModelForCausalLM.from_pretrained(place.out, dtype=dtype)
-    assert torch.equal(logits(read.eval()), logits(load_quantized(place.out)))
+
+@pytest.mark.parametrize(
+    ("scheme", "said"),
+    [
+        ("w_int8_per_channel_a_int8_per_tensor_sym", "transformers can't put experts in int8"),
+        ("w_fp4_scale_fp8", "transformers can't put experts in e2m1"),
+        ("w_fp8_a_fp8", "transformers quantizes the weights of experts alone"),
+        ("w_mxfp4", ""),
+    ],
+)
+def test_schemes_of_mixtures(scheme: str, said: str, place: Workplace, tmp_path: Path) -> None:
+    place = replace(place, model=save_checkpoint(tmp_path / "m", small("mixtral", **EXPERTS), torch.bfloat16))
+    outcome = place.quantize("--skip_evaluation", "--pre_quantization_optimization", "smoothquant", scheme=scheme)
+    assert said in outcome.err
+    if not said:
+        from transformers import AutoModelForCausalLM
+
+        read = AutoModelForCausalLM.from_pretrained(place.out, experts_implementation="eager").eval()
+        assert torch.equal(logits(read), logits(load_quantized(place.out)))
 
 
 def test_what_stays_is_told_under_the_names_that_engines_ask_for(place: Workplace, tmp_path: Path) -> None:
     place = of(place, tmp_path, "mixtral", {**EXPERTS, **MIXTURES["mixtral"]})
-    place.quantize("--group_size", 32, "--skip_evaluation")
+    place.quantize("--group_size", 32, "--skip_evaluation", "--exclude_layers", "*.gate", "*experts*", "lm_head")
     moe = "model.layers.1.block_sparse_moe"
     assert all(ignores(place.out, f"{moe}.{n}") for n in ("gate", "experts.0.w1", "experts.3.w2", "experts.0.w3"))
     assert ignores(place.out, "lm_head")
     assert not ignores(place.out, "model.layers.1.self_attn.q_proj")
+    assert torch.equal(logits(in_transformers(place.out)), logits(load_quantized(place.out)))
     other = replace(place, out=tmp_path / "other")
-    other = of(other, tmp_path / "b", "gpt_oss", {**EXPERTS, **MIXTURES["gpt_oss"]})
-    other.quantize("--group_size", 32, "--skip_evaluation")
+    other = of(other, tmp_path / "b", "gpt_oss", {**EXPERTS, **IN_ONE_TENSOR["gpt_oss"]})
+    other.quantize("--group_size", 32, "--skip_evaluation", "--exclude_layers", "*.router", "*experts*", "lm_head")
     assert all(ignores(other.out, f"model.layers.0.mlp.{n}") for n in ("router", "experts.0.gate_proj"))
+    torch.testing.assert_close(logits(in_transformers(other.out)), logits(load_quantized(other.out)))
 
 
-def test_exclusions_of_what_stays_anyway(place: Workplace, tmp_path: Path) -> None:
+def test_exclusions_among_experts(place: Workplace, tmp_path: Path) -> None:
     """Routers and experts may be named among the exclusions, as in the model or in the file; a typing error may not."""
     place = of(place, tmp_path, "mixtral", {**EXPERTS, **MIXTURES["mixtral"]})
-    for number, pattern in enumerate(("*.gate", "*experts*", "*.block_sparse_moe.experts.3.w1")):
+    for number, (pattern, left) in enumerate((("*.gate", 0), ("*experts*", 24), ("*.experts.*.w1", 8))):
         one = replace(place, out=tmp_path / str(number))
-        one.quantize("--group_size", 32, "--skip_evaluation", "--exclude_layers", pattern, "lm_head")
-        assert one.report["weights"]["quantized"] == 8
+        more = ["--allow_unfused"] if left == 8 else []
+        one.quantize("--group_size", 32, "--skip_evaluation", "--exclude_layers", pattern, "lm_head", *more)
+        assert one.report["weights"]["quantized"] == 32 - left
+    outcome = place.quantize("--exclude_layers", "*.block_sparse_moe.experts.3.w1", run=detent)
+    assert outcome.code == 2
+    assert "treat them alike" in outcome.err
     outcome = place.quantize("--group_size", 32, "--exclude_layers", "*.gates", run=detent)
     assert outcome.code == 2
     assert "matches no linear layer" in outcome.err
+
+
+def test_a_part_of_the_experts_in_one_tensor_cannot_stay(place: Workplace, tmp_path: Path) -> None:
+    place = of(place, tmp_path, "gpt_oss", {**EXPERTS, **IN_ONE_TENSOR["gpt_oss"]})
+    options = ("--group_size", 32, "--exclude_layers", "*.router", "lm_head", "*.experts.3.up_proj", "--allow_unfused")
+    outcome = place.quantize(*options, run=detent)
+    assert outcome.code == 2
+    assert "but the checkpoint holds both in model.layers.0.mlp.experts.gate_up_proj" in outcome.err
 
 
 def test_a_tied_output_embedding_that_gptq_rounds(place: Workplace, tmp_path: Path) -> None:
@@ -127,12 +161,14 @@ def test_layers_that_the_model_class_leaves_out(place: Workplace, tmp_path: Path
 
 def test_experts_that_transformers_takes_apart(place: Workplace, tmp_path: Path) -> None:
     place = of(place, tmp_path, "llama4_text", {**EXPERTS, **LLAMA4})
-    outcome = place.quantize(
-        "--group_size", 32, "--skip_evaluation", "--model_export", "compressed-tensors", run=detent
-    )
+    place.quantize("--group_size", 32, "--skip_evaluation", "--model_export", "compressed-tensors")
+    assert torch.equal(logits(in_transformers(place.out)), logits(load_quantized(place.out)))
+    place = replace(place, out=tmp_path / "other")
+    options = ("--group_size", 32, "--skip_evaluation", "--exclude_layers", "*experts*", "*.router", "lm_head")
+    outcome = place.quantize(*options, "--model_export", "compressed-tensors", run=detent)
     assert outcome.code == 2
     assert "transformers expects each expert as separate layers" in outcome.err
-    outcome = place.quantize("--group_size", 32, "--skip_evaluation")
+    outcome = place.quantize(*options)
     assert "Detent's own layout" in outcome.err
 
 
@@ -257,8 +293,9 @@ def test_a_layer_whose_weight_another_module_uses(options: tuple[str, ...], plac
     more = ("--group_size", 32) if algorithm else ()
     place.quantize(*algorithm, *more, "--skip_evaluation", scheme=scheme)
     assert ignores(place.out, "model.layers.0.mamba.dt_proj")
+    if not algorithm:  # transformers leaves what experts are given unquantized
+        return
     read, simulated = logits(in_transformers(place.out)), logits(load_quantized(place.out))
-    # Another order of the same sums may round an activation to the next FP8 number.
     assert (read - simulated).norm() < 0.02 * simulated.norm()
 
 

@@ -28,6 +28,7 @@ from detent.nn import (
     quantizers_of,
 )
 from detent.nn.attention import add_attention_quantizers, route_attention
+from detent.nn.experts_layout import take_experts_apart
 from detent.nn.instance_forward import float_forward
 from detent.nn.quant_module import check_module
 from detent.nn.sequential import Quantizer, members_of
@@ -62,9 +63,9 @@ def is_quantized(model: nn.Module) -> bool:
 def replace_quant_module(model: nn.Module, *, adapters: Collection[str] = ()) -> None:
     """Convert every registered module in place, with quantizers that are all off. What is converted already stays.
 
-    Modules that look as if they should be converted and can't be (a subclass of a registered class with a forward of
-    its own, recurrent layers, experts in one tensor) are named in a
-    warning.
+    Experts whose weights a module holds in one tensor become linear layers first. Modules that look as if they should
+    be converted and can't be (a subclass of a registered class with a forward of its own, recurrent layers, experts in
+    one tensor that is used in an unknown way) are named in a warning.
 
     Args:
         model: any module.
@@ -82,6 +83,7 @@ def replace_quant_module(model: nn.Module, *, adapters: Collection[str] = ()) ->
     """
     with unchanged_on_failure(model):
         left = adapter_names(model) - set(adapters)
+        take_experts_apart(model)
         old = {id(quantizer) for quantizer in model.modules() if isinstance(quantizer, TensorQuantizer)}
         for name, module in list(model.named_modules()):
             if isinstance(module, TensorQuantizer) or type(module) not in QuantModuleRegistry or name in left:
@@ -128,7 +130,8 @@ def unconverted(model: nn.Module) -> Iterator[tuple[str, str]]:
         elif _holds_experts(module):
             yield (
                 name,
-                f"{kind.__name__} holds the weights of several experts in one tensor, which is not supported yet",
+                f"{kind.__name__} holds the weights of several experts in one tensor, and uses it in a way that Detent"
+                " doesn't know",
             )
 
 

@@ -13,6 +13,7 @@ from detent.checkpoints import Source
 from detent.errors import DetentError
 from detent.formats.qtensor import all_finite
 from detent.model import edit
+from detent.nn.experts_layout import take_experts_apart
 from detent.pretrained.loading import auto_class, quiet_transformers
 from detent.pretrained.names import CheckpointNames
 
@@ -32,6 +33,7 @@ def model_without_weights(
     with quiet_transformers(str(source.path), trust_remote_code), _parameters_on_meta():
         model: Any = auto_class(config).from_config(config, trust_remote_code=trust_remote_code, dtype=dtype, **options)
         model.tie_weights()
+    take_experts_apart(model)
     _set_dtypes(model, dtype)
     net: nn.Module = model.requires_grad_(False).eval()
     return net

@@ -91,12 +91,12 @@ class _Registry:
         if issubclass(original, QuantModule):
             return None
         if original in self._entries:
-            return self._combine(self._entries[original][1], original)
+            return self.combined(self._entries[original][1], original)
         base = next((base for base in original.__mro__[1:] if base in self._entries), None)
         if base is not None and original.forward is base.forward:
-            return self._combine(self._entries[base][1], original)
+            return self.combined(self._entries[base][1], original)
         quantized = next((quantized for applies, quantized in self._rules if applies(original)), None)
-        return None if quantized is None else self._combine(quantized, original)
+        return None if quantized is None else self.combined(quantized, original)
 
     def overridden(self, kind: type[nn.Module]) -> type[nn.Module] | None:
         """The registered class that `kind` derives from with its own forward, so that it isn't converted."""
@@ -136,7 +136,7 @@ class _Registry:
                 child.train(module.training)
         return module
 
-    def _combine(self, quantized: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
+    def combined(self, quantized: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
         """`quantized` if it derives from `original` already, else a class of both."""
         if issubclass(quantized, original):
             return quantized
@@ -151,7 +151,7 @@ class _Registry:
 
     def instance(self, quantized: type[nn.Module], original: type[nn.Module]) -> nn.Module:
         """An empty module of the class of both, whose state is to come."""
-        kind = self._combine(quantized, original)
+        kind = self.combined(quantized, original)
         return kind.__new__(kind)
 
 

@@ -156,8 +156,11 @@ def left_in_float(
     quantized = layers | {names.layer(name) or name for name in layers}
     embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    found = dict.fromkeys(name for name in linears if name not in layers)
+    found = dict.fromkeys(name for name in linears if name not in layers and name not in names.experts)
     many: dict[str, list[str]] = {}
+    for name in linears:
+        if name in names.experts and name not in layers:
+            many.setdefault(_tail(name) + "$", []).append(name)
     merges = False
     for tensor in source.tensors:
         group, modules = names.of_tensor(tensor), _modules(names, tensor)
@@ -166,8 +169,8 @@ def left_in_float(
             continue
         if modules and modules <= embeddings:
             continue
-        merges |= group.converter is not None and tensor.endswith(".weight")
-        for module in modules if group.converter or len(source.info(tensor).shape) > 2 else ():
+        merges |= (group.converter is not None or group.merged) and tensor.endswith(".weight")
+        for module in modules if group.converter or group.pieces or len(source.info(tensor).shape) > 2 else ():
             many.setdefault(_tail(module) + r"\..*", []).append(module)
         key = _tail(name) + "$"
         if key.count(r"\d+") > 1:

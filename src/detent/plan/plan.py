@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from detent.algorithms.registry import handler_of, refusals
 from detent.checkpoints import LayerFormats, ModelFormats, Source, choose
@@ -22,6 +22,7 @@ from detent.errors import DetentError
 from detent.formats import Format, Integer
 from detent.model.conversion import replace_quant_module, set_quantizer_by_cfg
 from detent.nn import QuantWeightBase, TensorQuantizer
+from detent.nn.experts_layout import take_experts_apart
 from detent.nn.own_linear import kind_of
 from detent.plan.kept import (
     check_attention,
@@ -34,7 +35,7 @@ from detent.plan.kept import (
     why_nothing,
     without_a_name,
 )
-from detent.plan.readers import misread
+from detent.plan.readers import experts_apart, misread
 from detent.plan.unlike import check_fused
 from detent.pretrained.names import CheckpointNames
 from detent.structure import Structure, find_structure
@@ -103,14 +104,13 @@ class Plan:
         chosen = [[n for n in group if (fmt := formats.get(n)) is not None and fmt.has_outer_scale] for group in groups]
         return [group for group in chosen if len(group) > 1]
 
-    def tensor_of(self, layer: str) -> str:
-        """The tensor of the file that is the weight of a layer: its own, or that of the layer it is tied to."""
+    def weight(self, layer: str, source: Source) -> Tensor:
+        """The weight of a layer as the file has it: a tensor, a piece of one, or that of the layer it is tied to."""
         parameter = f"{layer}.weight"
-        tied: Any = getattr(self.skeleton, "all_tied_weights_keys", None) or {}
-        group = self.names.of_parameter(parameter) or self.names.of_parameter(tied.get(parameter, parameter))
-        if group is None or len(group.tensors) != 1:
-            raise DetentError(f"{layer}: its weight is not one tensor of the checkpoint")
-        return group.tensors[0]
+        if self.names.of_parameter(parameter) is None:
+            tied: Any = getattr(self.skeleton, "all_tied_weights_keys", None) or {}
+            parameter = tied.get(parameter, parameter)
+        return self.names.to_model(parameter, source.tensor)[parameter]
 
     @property
     def streams(self) -> bool:
@@ -165,8 +165,9 @@ def make_plan(
             the checkpoint; a group size that leaves no format to store it in; layers that engines fuse would differ; an
             algorithm can't serve a format; an algorithm needs the structure of a model in which none can be found.
     """
+    take_experts_apart(model)
     structure, notes = _structure(model, bool(algorithms or overrides), overrides)
-    names = CheckpointNames(model, source)
+    names = CheckpointNames(model, source.tensors)
     replace_quant_module(model)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     patterns, why = exclusions(model, linears, exclude, names, structure)
@@ -199,7 +200,9 @@ def make_plan(
         kv_cache=None if kv_cache is None else exported_format(kv_cache),
         attention=attention,
         ignored=ignored,
-        aliases={file: name for name in layers if (file := names.layer(name) or name) != name},
+        aliases={
+            file: name for name in layers if (file := names.layer(name) or name) != name and name not in names.experts
+        },
         merges=merges,
     )
     weights = _weight_tensors(source, model, names, formats)
@@ -209,6 +212,7 @@ def make_plan(
     if messages := refusals(algorithms or [], layers):
         raise DetentError("; ".join(messages))
     layout, layout_notes = choose(formats, only=only_layout, refused=misread(model, formats))
+    notes += experts_apart(model, names, formats) if layout.name == "compressed-tensors" else []
     return Plan(
         scheme=scheme,
         quant_cfg=quant_cfg,
@@ -272,24 +276,41 @@ def _layer_formats(module: QuantWeightBase) -> LayerFormats:
 
 def _weight_tensors(source: Source, model: nn.Module, names: CheckpointNames, formats: ModelFormats) -> dict[str, int]:
     """{name: elements} of the tensors that hold quantized weights."""
-    found = {}
+    found: dict[str, int] = {}
     for layer, described in formats.layers.items():
         if described.weight is None:
             continue
-        name = f"{names.layer(layer)}.weight"
+        piece = names.piece(f"{layer}.weight")
+        name = f"{names.layer(layer)}.weight" if piece is None else piece.tensor
         if name in source.tensors:
-            shape = tuple(model.get_parameter(f"{layer}.weight").shape)
-            if source.info(name).shape != shape:
+            shape = source.info(name).shape
+            if piece is not None:
+                _check_whole(layer, piece.tensor, names, formats)
+                shape = tuple(piece.select(torch.empty(shape, device="meta")).shape)
+            own = tuple(model.get_parameter(f"{layer}.weight").shape)
+            if shape != own:
                 raise DetentError(
-                    f"{source.path}: {name} has shape {source.info(name).shape}, but config.json calls for {shape}"
+                    f"{source.path}: {name} has shape {source.info(name).shape}, but config.json calls for"
+                    f" {own}{'' if piece is None else ' of each expert'}"
                 )
-            found[name] = math.prod(described.shape)
+            found[name] = found.get(name, 0) + math.prod(described.shape)
         elif not _is_tied(model, layer):
             raise DetentError(
                 f"{source.path}: no tensor of the checkpoint is {layer}.weight of {type(model).__name__}, which its"
                 f" config.json calls for; the first tensor there is {next(iter(source.tensors))}"
             )
     return found
+
+
+def _check_whole(layer: str, tensor: str, names: CheckpointNames, formats: ModelFormats) -> None:
+    """Of experts that are pieces of one tensor in the file, either all are quantized or none."""
+    for parameter in names.of_tensor(tensor).parameters:
+        other = formats.layers.get(parameter.removesuffix(".weight"))
+        if other is None or other.weight is None:
+            raise DetentError(
+                f"{parameter.removesuffix('.weight')} would stay in floating point and {layer} be quantized, but the"
+                f" checkpoint holds both in {tensor}; treat them alike"
+            )
 
 
 def _is_tied(model: nn.Module, layer: str) -> bool:

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from detent.checkpoints import LayerFormats, ModelFormats
+from detent.checkpoints.compressed_tensors import schemes
 from detent.formats import Integer
 from detent.nn import TensorQuantizer
 from detent.nn.attention import attention_modules, interface_modules
 from detent.nn.own_linear import QuantOwnLinear
 from detent.pretrained.facts import outside_language
+from detent.pretrained.names import CheckpointNames
 
 #: compressed-tensors quantizes the cache of modules that have one of these, whose class is called an attention, and
 #: whose forward takes the cache.
@@ -29,11 +31,11 @@ def misread(model: nn.Module, formats: ModelFormats) -> dict[str, str]:
     """
     reasons = []
     outside = outside_language(model)
-    taken_apart = _taken_apart(model)
-    if taken_apart:
+    merged = [name for name in _taken_apart(model) if not any(n.startswith(f"{name}.") for n in formats.layers)]
+    if merged:
         reasons.append(
-            f"compressed-tensors does not hold {taken_apart}: transformers expects each expert as separate layers"
-            " there, and this version leaves experts merged"
+            f"compressed-tensors does not hold {merged[0]} in floating point: transformers expects each expert as"
+            " separate layers there, and the checkpoint holds all in one tensor"
         )
     reasons += [
         f"compressed-tensors does not hold {name} packed: {type(module).__name__.removeprefix('Quant')} has a"
@@ -76,15 +78,48 @@ def misread(model: nn.Module, formats: ModelFormats) -> dict[str, str]:
     return {"compressed-tensors": reasons[0]} if reasons else {}
 
 
-def _taken_apart(model: nn.Module) -> str:
-    """The first module that transformers replaces by one with other parameters where a model is quantized."""
+def experts_apart(model: nn.Module, names: CheckpointNames, formats: ModelFormats) -> list[str]:
+    """What a user should know of experts that transformers holds in one tensor and that are written one by one, where
+    transformers doesn't make the simulated model of them. Other engines look for them one by one."""
+    name = next((n for n in formats.layers if n in names.experts), None)
+    group = None if name is None else names.of_parameter(f"{name}.weight")
+    if name is None or group is None or _taken_apart(model):
+        return []
+    layer = formats.layers[name]
+    if group.pieces or not group.merged:
+        what = "looks for all experts in one tensor, and would leave those of the checkpoint out"
+    elif not _is_merged(layer):
+        what = f"can't put experts in {layer.weight} together"
+    elif layer.input is not None or layer.output is not None:
+        what = "quantizes the weights of experts alone, and not what they are given"
+    else:
+        return []
+    return [
+        f"transformers {what}: load the result with Detent, or with an engine that takes the experts of a"
+        f" {type(model).__name__} one by one, such as vLLM"
+    ]
+
+
+def _is_merged(layer: LayerFormats) -> bool:
+    """Whether transformers decodes experts of this format while it merges them."""
+    weight = layer.weight
+    if weight is None or not weight.symmetric:
+        return False
+    layout = schemes.layout_of(weight, layer.input, layer.output)
+    return layout in (schemes.PACK, schemes.MXFP4) or (
+        layout == schemes.FLOAT and weight.granularity.kind in ("per_tensor", "per_channel")
+    )
+
+
+def _taken_apart(model: nn.Module) -> list[str]:
+    """The modules that transformers replaces by ones with other parameters where a model is quantized."""
     from transformers.quantizers import base
 
     replaced = getattr(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})
     kinds = {
         name for name, entry in replaced.items() if "compressed-tensors" in map(_value, entry["quantization_methods"])
     }
-    return next((name for name, module in model.named_modules() if type(module).__name__ in kinds), "")
+    return [name for name, module in model.named_modules() if kinds & {kind.__name__ for kind in type(module).__mro__}]
 
 
 class _WeightWasRead(Exception):

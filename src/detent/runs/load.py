@@ -113,10 +113,11 @@ def simulated_model(
     """
     where = stored.source.path
     everything = dict.fromkeys([*stored.kept, *(f"{name}.weight" for name in stored.formats.layers)])
+    names = CheckpointNames(
+        model_on_meta(config, trust_remote_code=options.get("trust_remote_code", False)), list(everything)
+    )
     if cut:
-        skeleton = model_on_meta(config, trust_remote_code=options.get("trust_remote_code", False))
-        place = CheckpointNames(skeleton, everything)
-        everything = {name: None for name in everything if place.of_tensor(name).parameters}
+        everything = {name: None for name in everything if names.of_tensor(name).parameters}
     state = read_weights(stored.source, [n for n in stored.kept if n in everything], tensor=stored.tensor)
     records = []
     layers = [name for name in stored.formats.layers if f"{name}.weight" in everything]
@@ -126,8 +127,7 @@ def simulated_model(
             weight = decode(record.weight, dtype)
             state[f"{name}.weight"] = weight.t().contiguous() if record.kind == TRANSPOSED else weight
         records.append(record)
-    model = load_model(stored.source, config, dtype=dtype, state_dict=state, **options)
-    names = CheckpointNames(model, everything)
+    model = load_model(stored.source, config, dtype=dtype, state_dict=names.joined(state), **options)
     _attach(model, stored.formats, kv_scales, names, [_in_model(record, names, where) for record in records], where)
     return model
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from detent.checkpoints import Source
 from detent.errors import DetentError
+from detent.nn.experts_layout import take_experts_apart
 from detent.plan.plan import Plan
 from detent.pretrained.loading import load_config, model_on_meta
 from detent.runs.load import Stored, load_quantized, simulated_model
@@ -46,6 +47,7 @@ def with_few_blocks(config: Any, model: nn.Module, *, trust_remote_code: bool = 
         return None
     try:
         small = model_on_meta(few, trust_remote_code=trust_remote_code)
+        take_experts_apart(small)
     except DetentError:  # a configuration in which other fields depend on the number of blocks
         return None
     shapes = {name: p.shape for name, p in model.state_dict().items()}

@@ -70,5 +70,5 @@ class LayerStream:
 
     def _weight(self, name: str) -> Tensor:
         module: Any = self._plan.skeleton.get_submodule(name)
-        weight = self._source.tensor(self._plan.tensor_of(name)).to(self._device, self._dtype)
+        weight = self._plan.weight(name, self._source).to(self._device, self._dtype)
         return module.to_output_first(weight, module).contiguous()  # type: ignore[no-any-return]

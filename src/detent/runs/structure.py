@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from detent.external.mistakes import as_detent_error, first_line
+from detent.nn.experts_layout import take_experts_apart
 from detent.pretrained.loading import load_config, model_on_meta, resolve_folder
 from detent.structure import Structure, find_structure
 
@@ -30,6 +31,7 @@ def structure_of_folder(
     path = resolve_folder(folder)
     config = load_config(path, trust_remote_code=trust_remote_code)
     model = _model(config, trust_remote_code)
+    take_experts_apart(model)
     return type(model).__name__, find_structure(model, overrides=overrides)
 
 

@@ -44,6 +44,7 @@ class Expected:
         formats: of all layers.
         examples: the contents of a layer of each form, which are read back and compared bit for bit.
         kept: checksums of the tensors that stay, as they should be.
+        parts: tensors of the source that are written as layers of other names: they hold several.
         kv: scales of keys and values, by attention module.
         digests: checksums of all tensors, as they were passed to the file system.
     """
@@ -53,6 +54,7 @@ class Expected:
     kept: dict[str, int]
     kv: Mapping[str, tuple[Scales, ...]]
     digests: dict[str, int]
+    parts: frozenset[str] = frozenset()
 
 
 def verify(folder: Path, expected: Expected, source: Source) -> None:
@@ -138,7 +140,7 @@ def _check_names(checkpoint: QuantizedCheckpoint, expected: Expected, source: So
     layers, kept, there = expected.formats.layers, expected.kept.keys(), set(checkpoint.kept)
     weights = {f"{name}.weight" for name, formats in layers.items() if formats.weight is not None}
     problems = [
-        ("is neither quantized nor kept", source.tensors.keys() - weights - kept),
+        ("is neither quantized nor kept", source.tensors.keys() - weights - kept - expected.parts),
         ("is both quantized and kept", weights & kept),
         ("was kept but is missing", kept - there),
         ("was written but not planned", there - kept),

@@ -117,7 +117,8 @@ def written(
         for module, (key, value_scales, *more) in kv.items():
             writer.add_kv(module, key, value_scales, *more)
         folder = writer.close(_config(source, plan, quantized, dtype))
-        expected = Expected(formats, list(examples.values()), same, kv, dict(writer.digests))
+        parts = frozenset(plan.parameters.keys() - module_of.keys())
+        expected = Expected(formats, list(examples.values()), same, kv, dict(writer.digests), parts)
         yield Written(folder, layers, kept, expected, writer)
 
 

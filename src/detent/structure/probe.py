@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from detent.nn import TensorQuantizer
+from detent.nn.experts import StandIn
 from detent.structure.attention import plain_attention
 from detent.structure.norms import Scaling, describe, may_scale
 from detent.structure.operations import (
@@ -88,6 +89,10 @@ class Probe(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        stand_in = next((arg for arg in args if isinstance(arg, StandIn)), None)
+        if stand_in is not None:  # calls the layers of an expert, whose operations are to be seen
+            with self:
+                return stand_in.__torch_function__(func, types, args, kwargs)
         cut = self._cut(func, name, args, kwargs)
         if cut is not None:
             return cut

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from detent.nn.experts import QuantExperts
 from detent.structure.site import Mixture, Site
 from detent.structure.trace import Reading, Trace
 
@@ -54,8 +55,9 @@ class Roles:
             before = found.setdefault(module, Mixture(module, router, count, "joined" if joined else "stacked"))
             found[module] = replace(before, weights=(*before.weights, name))
         for name, module in self._model.named_modules():
-            if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len({type(m) for m in module.children()}) == 1:
-                members = tuple(f"{name}.{key}".lstrip(".") for key, _ in module.named_children())
+            children = alike_children(module)
+            if children:
+                members = tuple(f"{name}.{key}".lstrip(".") for key in children)
                 router = self._chooser(name, len(members)) if len(members) > 1 else None
                 inside = tuple(f"{member}." for member in members)
                 if router and not set(members) & set(self._blocks) and any(n.startswith(inside) for n in self._seen):
@@ -161,6 +163,15 @@ class Roles:
             return set()
         makers = {leaf.producer for leaf in reading.leaves if leaf.kind == "rows"}
         return makers.union(*(through.get(leaf.producer, set()) for leaf in reading.leaves if leaf.kind == "norm"))
+
+
+def alike_children(module: nn.Module) -> list[str]:
+    """The names of the children of a list of modules of one class, or of a module's experts; else none."""
+    if isinstance(module, QuantExperts):
+        return module.experts()
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len({type(m) for m in module.children()}) == 1:
+        return list(module._modules)
+    return []
 
 
 def _closure(name: str, consumers: dict[str, set[str]]) -> set[str]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from detent.nn import TensorQuantizer
 from detent.structure.operations import tensors_in
-from detent.structure.weights import memory
+from detent.structure.weights import place_of
 
 _MODULE = set(vars(nn.Module())) | {"forward", "config"}
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype)
@@ -221,9 +221,9 @@ def _kinds(model: nn.Module, key: str, members: list[str], tied: list[list[str]]
 
 def _tied(model: nn.Module) -> list[list[str]]:
     """Names of parameters that share memory."""
-    places: dict[int, list[str]] = {}
+    places: dict[tuple[int, int], list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        places.setdefault(memory(parameter), []).append(name)
+        places.setdefault(place_of(parameter), []).append(name)
     return [names for names in places.values() if len(names) > 1]
 
 

@@ -19,6 +19,12 @@ def memory(tensor: Tensor) -> int:
     return address
 
 
+def place_of(parameter: Tensor) -> tuple[int, int]:
+    """What tied parameters have in common, and those next to each other in one piece of memory have not: where each
+    begins."""
+    return memory(parameter), int(parameter.storage_offset())
+
+
 class DrawnWeights:
     """A model's parameters by the memory they share, and its weight matrices by name.
 
@@ -73,7 +79,7 @@ class DrawnWeights:
     def tied(self, name: str) -> Any:
         """What the names of one tied weight have in common."""
         parameter = self.parameters.get(name)
-        return name if parameter is None else memory(parameter)
+        return name if parameter is None else place_of(parameter)
 
     def parts(self, name: str, view: Tensor) -> int:
         """Of how many equal parts of a matrix, cut along axis 0, `view` is one; 0 if it isn't such a part."""

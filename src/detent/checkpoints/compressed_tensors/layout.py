@@ -117,12 +117,14 @@ class CompressedTensorsLayout:
         layouts = {group["format"] for group in groups.values()} - {ct.DENSE}
         if formats.merges and not _is_fp8(next(iter(groups.values()), {}).get("weights")):
             groups[""] = _PLAIN_EXPERTS
+        # transformers decodes all experts by the first group.
+        order = sorted(groups.values(), key=lambda group: not any(".experts." in name for name in group["targets"]))
         config = {
             "quant_method": self.name,
             "version": VERSION,
             "quantization_status": "compressed",
             "format": layouts.pop() if len(layouts) == 1 else ct.MIXED if layouts else ct.DENSE,
-            "config_groups": {f"group_{n}": group for n, group in enumerate(groups.values())},
+            "config_groups": {f"group_{n}": group for n, group in enumerate(order)},
             "ignore": list(formats.ignored),
             "kv_cache_scheme": None,
         }
