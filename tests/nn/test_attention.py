@@ -122,3 +122,33 @@ def test_failure_restores_the_attention_function() -> None:
         detent.quantize(model, detent.FP8_KV_CFG, lambda m: None)
     assert model.config._attn_implementation == before
     assert not hasattr(model.model.layers[0].self_attn, "k_bmm_quantizer")
+
+
+KV_PRESETS = ("FP8_KV_CFG", "FP8_AFFINE_KV_CFG", "NVFP4_KV_CFG", "NVFP4_AFFINE_KV_CFG", "NVFP4_KV_ROTATE_CFG")
+
+
+@pytest.mark.parametrize("preset", KV_PRESETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_preset_alone_quantizes_keys_and_values_alone(preset: str, dtype: torch.dtype) -> None:
+    model = make_model().to(dtype)
+    before = model(IDS).logits
+    detent.quantize(model, getattr(detent, preset), lambda m: m(IDS))
+    names = [name for name, q in detent.model.conversion.named_quantizers(model) if q.is_enabled]
+    assert sorted(names) == sorted(
+        f"model.layers.{n}.self_attn.{side}_bmm_quantizer" for n in range(2) for side in "kv"
+    )
+    after = model(IDS).logits
+    assert after.dtype == dtype
+    assert 0 < (after - before).norm() < before.norm()
+
+
+def test_fp8_attention_beside_nvfp4_weights() -> None:
+    model = detent.quantize(make_model(), detent.NVFP4_FP8_MHA_CONFIG, lambda m: m(IDS))
+    attention = model.model.layers[0].self_attn
+    for side in "qkvp":
+        quantizer = getattr(attention, f"{side}_bmm_quantizer")
+        assert quantizer.is_enabled
+        assert quantizer.num_bits == (4, 3)
+        assert float(quantizer.amax) > 0
+    assert float(attention.p_bmm_quantizer.amax) == pytest.approx(1.0)  # the first token sees itself alone
+    assert attention.q_proj.weight_quantizer.is_enabled

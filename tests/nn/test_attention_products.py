@@ -242,3 +242,31 @@ def test_generation_with_a_cache(name: str) -> None:
     with_cache = model.generate(IDS, use_cache=True, **settings)
     assert with_cache.shape[1] > IDS.shape[1]
     assert torch.equal(with_cache, model.generate(IDS, use_cache=False, **settings))
+
+
+def test_latents_are_not_rotated() -> None:
+    """Queries meet keys, not the latents that these are made of."""
+    with pytest.raises(DetentError, match="self_attn.k_bmm_quantizer: rotates what DeepseekV3Attention caches"):
+        detent.quantize(random_model("deepseek_v3"), detent.NVFP4_KV_ROTATE_CFG, lambda m: m(IDS))
+
+
+@pytest.mark.parametrize("name", ["gptj", "bloom"])
+def test_rotated_keys_meet_rotated_queries(name: str) -> None:
+    model = random_model(name)
+    with torch.no_grad():
+        before = model(IDS).logits
+        detent.quantize(model, detent.NVFP4_KV_ROTATE_CFG, lambda m: m(IDS))
+        for module in (module for _, module in attention_modules(model)):
+            module.k_bmm_quantizer.format = module.v_bmm_quantizer.format = detent.TensorQuantizer().format
+        detent.model.conversion.settle(model)
+        after = model(IDS).logits
+    assert 0 < (after - before).norm() < 0.1 * before.norm()
+
+
+@pytest.mark.slow
+def test_compiled_it_computes_the_same() -> None:
+    x = torch.randn(1, 3, 32)
+    for fused in (True, False):
+        model = detent.quantize(OwnAttention(fused), detent.FP8_KV_CFG, lambda m: m(x))
+        with torch.no_grad():
+            torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x), rtol=1e-5, atol=1e-6)

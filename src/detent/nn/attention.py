@@ -30,7 +30,7 @@ from detent.nn.attention_products import (
     written_out,
 )
 from detent.nn.registry import QuantModuleRegistry, once_a_class
-from detent.nn.sequential import SequentialQuantizer
+from detent.nn.sequential import SequentialQuantizer, members_of
 from detent.nn.tensor_quantizer import TensorQuantizer
 
 _REGISTRY_NAME = "ALL_ATTENTION_FUNCTIONS"
@@ -103,6 +103,12 @@ class _Latents:
 
     def update(self, first: Tensor, second: Tensor, *more: Any, **options: Any) -> Any:
         """Quantize both, and hand them to the cache that there is."""
+        for quantizer in map(members_of, (self._module.k_bmm_quantizer, self._module.v_bmm_quantizer)):
+            if quantizer[0].rotation is not None:
+                raise DetentError(
+                    f"{quantizer[0].name}: rotates what {type(self._module).__name__} caches, which are latents and not"
+                    " keys, so queries can't be turned alike; leave the rotation out"
+                )
         first, second = self._module.k_bmm_quantizer(first), self._module.v_bmm_quantizer(second)
         return self._cache.update(first, second, *more, **options) if self._keeps else (first, second)
 

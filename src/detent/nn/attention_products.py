@@ -83,6 +83,10 @@ class QuantAttention(QuantModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not any(quantizer.is_enabled for quantizer in quantizers_in(self)):
             return super().forward(*args, **kwargs)
+        return self._looked_into(*args, **kwargs)
+
+    @torch.compiler.disable  # a compiler can't follow who calls a product
+    def _looked_into(self, *args: Any, **kwargs: Any) -> Any:
         hidden = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         with AttentionProducts(self, own_code(type(self)), 1 if hidden is None else len(hidden)) as products:
             result = super().forward(*args, **kwargs)

@@ -18,7 +18,7 @@ from detent.config.transforms import RotationConfig
 from detent.errors import DetentError
 from detent.model.edit import WeightEdits, configs_of
 from detent.nn import TensorQuantizer
-from detent.nn.attention import attention_modules, route_attention
+from detent.nn.attention import attention_modules, caches_latents, route_attention
 from detent.nn.hadamard import rotation_block
 from detent.nn.sequential import members_of
 from detent.structure.site import Norm, Site, Structure
@@ -187,6 +187,7 @@ class Rotator:
         chosen = [
             (name, module)
             for name, module in attention_modules(self.model)
+            if not caches_latents(type(module))
             if (quantizer := _key_quantizer(module)) is not None and (asked or quantizer.is_enabled)
         ]
         if not chosen:
