@@ -85,7 +85,7 @@ class QuantAttention(QuantModule):
             return super().forward(*args, **kwargs)
         return self._looked_into(*args, **kwargs)
 
-    @torch.compiler.disable  # a compiler can't follow who calls a product
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiler can't follow who calls a product
     def _looked_into(self, *args: Any, **kwargs: Any) -> Any:
         hidden = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         with AttentionProducts(self, own_code(type(self)), 1 if hidden is None else len(hidden)) as products:

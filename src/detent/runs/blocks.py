@@ -151,7 +151,8 @@ class BlockStream(Host):
         module = self._model.get_submodule(name)
         assert isinstance(module, QuantWeightBase)
         quantizes = self._plan.formats.layers[name].weight is not None
-        return layer_as_quantized(name, module, self._plan, module.weight.detach() if quantizes else None, outcomes)
+        weight = module.to_output_first(module.weight.detach(), module).contiguous() if quantizes else None
+        return layer_as_quantized(name, module, self._plan, weight, outcomes)
 
     def _within(self, name: str) -> Callable[[str], bool]:
         if name:
