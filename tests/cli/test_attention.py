@@ -98,3 +98,38 @@ def test_fp8_attention_with_another_cache(kv_cache: str, place: Workplace) -> No
     assert (
         f"fp8_attention_quant quantizes keys and values to fp8, so kv_cache_dtype can't be '{kv_cache}'" in outcome.err
     )
+
+
+CAPPED = {"head_dim": 16, "attn_logit_softcapping": 2.0}
+SINKS = {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}
+
+
+@pytest.mark.parametrize(("model_type", "values"), [("gemma2", CAPPED), ("gpt_oss", SINKS)])
+def test_fp8_probabilities_of_other_attention(
+    model_type: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Caps and sinks take part: the model's own function, its softmax followed by rounding, gives the same."""
+    import importlib
+
+    from transformers import AutoModelForCausalLM
+
+    import detent as library
+
+    torch.manual_seed(0)
+    config = small(model_type, **values)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    exact = logits(model, ROWS)
+    source = importlib.import_module(type(model).__module__)
+    softmax, eager, scale = torch.nn.functional.softmax, source.eager_attention_forward, torch.tensor(1 / 448)
+
+    def rounded(*inputs: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.functional, "softmax", lambda *a, **k: fp8(softmax(*a, **k), scale))
+            return eager(*inputs, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "eager_attention_forward", rounded)
+        expected = logits(model, ROWS)
+    library.quantize(model, {"quant_cfg": {"*p_bmm_quantizer": {"num_bits": (4, 3), "constant_amax": 1.0}}})
+    torch.testing.assert_close(logits(model, ROWS), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - exact).norm() > 1e-3 * exact.norm()

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from detent.errors import DetentError
 from detent.nn.attention_products import (
     QUANTIZERS,
+    AttentionProducts,
     QuantAttention,
     add_quantizers,
     multiplies,
-    written_out,
 )
 from detent.nn.registry import QuantModuleRegistry, once_a_class
 from detent.nn.sequential import SequentialQuantizer, members_of
@@ -49,19 +49,17 @@ def fetches_its_function(kind: type[nn.Module]) -> bool:
 QuantModuleRegistry.add_rule(lambda kind: multiplies(kind) and not fetches_its_function(kind), QuantAttention)
 
 
-def interface_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of every module whose forward looks its attention function up by name."""
-    for name, module in model.named_modules():
-        if fetches_its_function(type(module)) and hasattr(module, "config"):
-            yield name, module
-
-
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of every module whose queries, keys and values can be quantized."""
     for name, module in model.named_modules():
         kind = type(module)
         if isinstance(module, QuantAttention) or (fetches_its_function(kind) and hasattr(module, "config")):
             yield name, module
+
+
+def interface_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Those of `attention_modules` whose forward looks its attention function up by name."""
+    return ((name, module) for name, module in attention_modules(model) if not isinstance(module, QuantAttention))
 
 
 @once_a_class
@@ -173,9 +171,13 @@ def _quantized(original: str) -> Callable[..., Any]:
             query = quantizers.q_bmm_quantizer(query)
             if not caches_latents(type(module)):
                 key, value = quantizers.k_bmm_quantizer(key), quantizers.v_bmm_quantizer(value)
-            if quantizers.p_bmm_quantizer.is_enabled:
-                return _explicit(module, query, key, value, attention_mask, **kwargs)
-        return _function(original, module)(module, query, key, value, attention_mask, **kwargs)
+        function = _function(original, module)
+        if not hasattr(module, "p_bmm_quantizer") or not quantizers.p_bmm_quantizer.is_enabled:
+            return function(module, query, key, value, attention_mask, **kwargs)
+        with AttentionProducts(module, frozenset({inspect.unwrap(function).__code__}), len(query), "p") as products:
+            result = function(module, query, key, value, attention_mask, **kwargs)
+        products.check()
+        return result
 
     return attention
 
@@ -194,18 +196,3 @@ def _function(name: str, module: nn.Module) -> Callable[..., Any]:
             found = source.eager_attention_forward
             return found
     raise DetentError(f"{type(module).__name__} has no eager attention; load the model with attn_implementation='sdpa'")
-
-
-def _explicit(
-    module: Any, *tensors: Any, scaling: float | None = None, dropout: float = 0.0, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    """Attention with quantized probabilities, called as the interface's functions are."""
-    unknown = [k for k in ("softcap", "s_aux", "sinks") if kwargs.get(k) is not None]
-    if unknown:
-        raise DetentError(
-            f"quantized attention probabilities do not support {', '.join(unknown)} of {type(module).__name__}"
-        )
-    causal = kwargs.get("is_causal", getattr(module, "is_causal", True))
-    more = {"dropout_p": dropout if module.training else 0.0, "is_causal": causal, "scale": scaling}
-    result, weights = written_out(module.p_bmm_quantizer, *tensors, **more)
-    return result.transpose(1, 2).contiguous(), weights

@@ -106,14 +106,16 @@ class AttentionProducts(TorchFunctionMode):
         module: with the quantizers.
         code: whose calls count.
         batch: the number of sequences, to take apart what is laid out as [batch * heads, tokens, channels].
+        sides: which of queries, keys, values and probabilities are quantized here.
 
     Raises:
         DetentError: products that aren't those of attention, so that keys and values can't be told.
     """
 
-    def __init__(self, module: nn.Module, code: frozenset[CodeType], batch: int) -> None:
+    def __init__(self, module: nn.Module, code: frozenset[CodeType], batch: int, sides: str = "qkvp") -> None:
         super().__init__()
         self._quantizers: Any = module
+        self._sides = sides
         self._code, self._batch, self._kind = code, batch, type(module).__name__.removeprefix("Quant")
         #: What comes next: the product of queries and keys, their softmax, or the product with values.
         self._next = "scores"
@@ -169,6 +171,8 @@ class AttentionProducts(TorchFunctionMode):
         return written_out(quantizer, **given)[0] if quantizer.is_enabled else func(**given)
 
     def _through(self, which: str, x: Tensor) -> Tensor:
+        if which not in self._sides:
+            return x
         quantizer = getattr(self._quantizers, f"{which}_bmm_quantizer")
         if x.dim() == 3 and x.shape[0] % self._batch == 0:
             split: Tensor = quantizer(x.unflatten(0, (self._batch, -1)))
