@@ -99,7 +99,7 @@ def _pieces(kind: str = "LlamaTokenizer") -> Callable[[Path], None]:
     return lambda folder: save_pieces(folder, kind)
 
 
-def _mtp(layer: str, *, experts: int) -> dict[str, tuple[int, ...]]:
+def _mtp(layer: str, *, experts: int, attention: bool = False) -> dict[str, tuple[int, ...]]:
     """A layer that predicts several tokens, behind the last block, as DeepSeek-V3 and GLM-4.5 have it."""
     shapes: dict[str, tuple[int, ...]] = {
         "eh_proj.weight": (64, 128),
@@ -110,6 +110,8 @@ def _mtp(layer: str, *, experts: int) -> dict[str, tuple[int, ...]]:
         "embed_tokens.weight": (VOCABULARY, 64),
         "input_layernorm.weight": (64,),
         "self_attn.o_proj.weight": (64, 64),
+        **(dict.fromkeys((f"self_attn.{name}_proj.weight" for name in "kv"), (32, 64)) if attention else {}),
+        **({"self_attn.q_proj.weight": (64, 64)} if attention else {}),
         "mlp.gate.weight": (experts, 64),
     }
     for expert in range(experts):
@@ -341,7 +343,7 @@ _QWEN3_NEXT_MTP: dict[str, tuple[int, ...]] = {
     "mtp.fc.weight": (64, 128),
     "mtp.norm.weight": (64,),
     "mtp.pre_fc_norm_hidden.weight": (64,),
-    "mtp.layers.0.self_attn.o_proj.weight": (64, 64),
+    "mtp.layers.0.self_attn.o_proj.weight": (64, 128),
     "mtp.layers.0.mlp.gate.weight": (4, 64),
     "mtp.layers.0.mlp.experts.0.down_proj.weight": (64, 32),
     "mtp.layers.0.mlp.shared_expert_gate.weight": (1, 64),
@@ -490,7 +492,7 @@ TODAY: list[Row] = [
         },
         _RTN,
         ("mlp.gate.e_score_correction_bias", "model.layers.2.eh_proj.weight"),
-        extra=_mtp("model.layers.2", experts=4),
+        extra=_mtp("model.layers.2", experts=4, attention=True),
         dense=False,
     ),
     Row("allenai/OLMo-2-*", "olmo2", {}, _DENSE, ("post_feedforward_layernorm.weight",)),

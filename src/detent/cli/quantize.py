@@ -99,6 +99,9 @@ def quantize(
     allow_unfused: Annotated[
         bool, _of_quantizing("allow_unfused", "Let layers that engines run as one (q, k, v) have different formats.")
     ] = False,
+    quantize_mtp: Annotated[
+        bool, _of_quantizing("quantize_mtp", "Quantize multi-token-prediction layers too, without data.")
+    ] = False,
     model_export: Annotated[
         list[str] | None,
         _of_quantizing(
@@ -255,6 +258,7 @@ def asked_for(context: typer.Context) -> Asked:
             flags.structure_overrides,
             (flags.model_export or ["hf_format"])[0],
             flags.allow_unfused,
+            flags.quantize_mtp,
         ),
         AlgorithmOptions(
             tuple(prepare),

@@ -24,6 +24,7 @@ from detent.model.conversion import replace_quant_module, set_quantizer_by_cfg
 from detent.nn import QuantWeightBase, TensorQuantizer
 from detent.nn.experts_layout import take_experts_apart
 from detent.nn.own_linear import kind_of
+from detent.plan.carried import Carried, beside_the_model, carried_layers, note_on, without_r1
 from detent.plan.kept import (
     check_attention,
     check_pattern,
@@ -61,6 +62,7 @@ class Plan:
             embedding, no output embedding, not excluded by the user. Their modules are of kinds that aren't quantized.
         unties: whether the output embedding is quantized, and so no longer the same as the input embedding.
         algorithms: what runs on the weights, in order; round-to-nearest where there is none.
+        carried: what is quantized beside the model.
         names: which tensors of the file make which parameters of the model. `formats` and
             `quant_cfg` name modules of the model; `kept` and `parameters` name tensors of the file.
     """
@@ -79,6 +81,7 @@ class Plan:
     overlooked: dict[str, int] = field(default_factory=dict)
     unties: bool = False
     algorithms: list[QuantizeAlgorithmConfig] = field(default_factory=list)
+    carried: Carried = field(default_factory=Carried)
 
     @property
     def overlooked_share(self) -> float:
@@ -143,6 +146,7 @@ def make_plan(
     overrides: str | Path | None = None,
     only_layout: str | None = None,
     allow_unfused: bool = False,
+    quantize_mtp: bool = False,
 ) -> Plan:
     """Plan the quantization of a checkpoint.
 
@@ -159,6 +163,7 @@ def make_plan(
         overrides: a JSON file of what to use in place of the structure that is found: see `find_structure`.
         only_layout: the name of the on-disk format that has to hold it; None for the first that does.
         allow_unfused: whether layers that engines fuse may have different formats.
+        quantize_mtp: whether linear layers that the checkpoint has beside the model are quantized like those in it.
 
     Raises:
         DetentError: a pattern of `exclude` matches nothing; nothing is left to quantize; a weight of the model isn't in
@@ -194,7 +199,11 @@ def make_plan(
     layers = {name: _layer_formats(module) for name, module in _quantized(model)}
     if not layers and (scheme.weight or scheme.input) and not (kv_cache and exclude and linears):
         raise DetentError(why_nothing(model, linears, exclude))
-    ignored, merges = left_in_float(source, model, names, layers)
+    beside = beside_the_model(source, names)
+    algorithms, more_notes = without_r1(algorithms or [], beside, source, structure)
+    carried = carried_layers(model, beside, source, names, layers, structure) if quantize_mtp else Carried()
+    notes += [*more_notes, *([note_on(beside, carried, model)] if beside else [])]
+    ignored, merges = left_in_float(source, model, names, [*layers, *carried.formats])
     formats = ModelFormats(
         layers=layers,
         kv_cache=None if kv_cache is None else exported_format(kv_cache),
@@ -206,10 +215,11 @@ def make_plan(
         merges=merges,
     )
     weights = _weight_tensors(source, model, names, formats)
+    weights |= {f"{name}.weight": math.prod(layer.shape) for name, layer in carried.formats.items()}
     kept = {name: reason_kept(name, model, names, why) for name in source.tensors if name not in weights}
     if structure is not None and not allow_unfused:
         check_fused(structure, layers, linears)
-    if messages := refusals(algorithms or [], layers):
+    if messages := refusals(algorithms, layers):
         raise DetentError("; ".join(messages))
     layout, layout_notes = choose(formats, only=only_layout, refused=misread(model, formats))
     notes += experts_apart(model, names, formats) if layout.name == "compressed-tensors" else []
@@ -227,7 +237,8 @@ def make_plan(
         notes=notes,
         overlooked={} if scheme.weight is None else overlooked(source, model, names, kept, why),
         unties=any(_is_tied(model, name) for name, layer in layers.items() if layer.weight is not None),
-        algorithms=list(algorithms or []),
+        algorithms=algorithms,
+        carried=carried,
     )
 
 

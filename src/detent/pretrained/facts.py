@@ -60,6 +60,20 @@ def outside_language(model: nn.Module) -> Callable[[str], bool]:
     return lambda name: bool(inside) and not name.startswith(f"{inside}.")
 
 
+def is_beside(model: nn.Module, name: str) -> bool:
+    """Whether a name in a checkpoint lies in a part that the model's class doesn't have: beside its own parts, or
+    behind its last block, where layers that predict several tokens at once are."""
+    module = model
+    for part in name.split("."):
+        child = module._modules.get(part)
+        if child is None:
+            return module is model or (
+                isinstance(module, nn.ModuleList) and part.isdigit() and int(part) >= len(module)
+            )
+        module = child
+    return False
+
+
 def _text_configs(config: Any) -> list[Any]:
     """The configuration and, for a model of several modalities, that of its language model first."""
     text = getattr(config, "text_config", None)

@@ -21,7 +21,7 @@ from detent.model.conversion import replace_quant_module
 from detent.nn import TensorQuantizer
 from detent.nn.attention import attention_modules, route_attention
 from detent.nn.own_linear import TRANSPOSED
-from detent.pretrained.facts import is_multimodal, outside_language
+from detent.pretrained.facts import is_beside, is_multimodal, outside_language
 from detent.pretrained.loading import load_config, load_model, model_dtype, model_on_meta, read_weights
 from detent.pretrained.names import CheckpointNames
 from detent.progress import track
@@ -128,7 +128,12 @@ def simulated_model(
             state[f"{name}.weight"] = weight.t().contiguous() if record.kind == TRANSPOSED else weight
         records.append(record)
     model = load_model(stored.source, config, dtype=dtype, state_dict=names.joined(state), **options)
-    _attach(model, stored.formats, kv_scales, names, [_in_model(record, names, where) for record in records], where)
+    mine = [
+        record
+        for record in records
+        if names.of_tensor(f"{record.name}.weight").parameters or not is_beside(model, record.name)
+    ]
+    _attach(model, stored.formats, kv_scales, names, [_in_model(record, names, where) for record in mine], where)
     return model
 
 

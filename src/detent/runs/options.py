@@ -96,6 +96,8 @@ class SchemeOptions:
         export: ``hf_format`` for compressed-tensors where it holds the model and else Detent's own layout, or
             ``compressed-tensors`` for that or an error.
         allow_unfused: whether layers that engines run as one may have different formats.
+        quantize_mtp: whether the linear layers that a checkpoint has beside its model, such as those that predict
+            several tokens at once, are quantized too, without data.
 
     Example:
         >>> import detent
@@ -115,6 +117,7 @@ class SchemeOptions:
     overrides: str | None = None
     export: str = "hf_format"
     allow_unfused: bool = False
+    quantize_mtp: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from detent.runs.write import LayerResult
 def planned_weights(source: Source, plan: Plan) -> Weights:
     """What happens to every tensor of a checkpoint that is quantized by `plan`."""
     kept = {name: math.prod(source.info(name).shape) for name in plan.kept}
-    shapes = [f.shape for f in plan.formats.layers.values() if f.weight is not None]
+    layers = (*plan.formats.layers.values(), *plan.carried.formats.values())
+    shapes = [f.shape for f in layers if f.weight is not None]
     return Weights(
         quantized=len(shapes),
         kept=len(kept),

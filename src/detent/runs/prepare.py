@@ -168,6 +168,7 @@ def _plan(
         overrides=options.overrides,
         only_layout=None if options.export == "hf_format" else options.export,
         allow_unfused=options.allow_unfused,
+        quantize_mtp=options.quantize_mtp,
     )
 
 

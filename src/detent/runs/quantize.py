@@ -21,6 +21,7 @@ from detent.pretrained.loading import load_model, load_tokenizer
 from detent.report.resources import available_memory_bytes
 from detent.report.run_report import REPORT_NAME, BeforeAfterBytes, Perplexity, RunReport
 from detent.runs.blocks import quantize_by_blocks
+from detent.runs.carried import with_carried
 from detent.runs.evaluate import Measure
 from detent.runs.journal import Journal, check_no_journal, made_of
 from detent.runs.load import load_quantized
@@ -115,7 +116,7 @@ def quantize_checkpoint(
     with run.memory, collected_notices() as notices, ExitStack() as open_until_written:
         model = None
         if not evaluation.skip or not (streams or by_blocks):
-            model = load_model(source, config, dtype=dtype, notify=run.notify, **loading)
+            model = load_model(source, config, dtype=dtype, **loading)
             before = measure(model)
         if streams:
             quantized = LayerStream(source, plan, dtype, model_options.device)
@@ -130,7 +131,7 @@ def quantize_checkpoint(
             except CannotStream as error:
                 run.notify(f"the model was calibrated in memory as a whole, not block by block: {error}")
         if quantized is None:
-            model = model or load_model(source, config, dtype=dtype, notify=run.notify, **loading)
+            model = model or load_model(source, config, dtype=dtype, **loading)
             if plan.formats.kv_cache is not None:
                 check_cache(model)
             loop = None if batches is None else (lambda m: run_batches(m, batches))
@@ -142,7 +143,8 @@ def quantize_checkpoint(
             held = {}
 
         # The folder: written under a temporary name, proved, reported on, and only then put in its place.
-        with written(output, source, plan, quantized, dtype=dtype, held=held, overwrite=overwrite) as out:
+        everything = with_carried(quantized, source, plan, dtype, model_options.device)
+        with written(output, source, plan, everything, dtype=dtype, held=held, overwrite=overwrite) as out:
             with out.examined():
                 verify(out.folder, out.expected, source)
                 if expected is None:
