@@ -732,7 +732,7 @@ def _as_published(row: Row, folder: Path, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def _randomize(model: Any) -> None:
-    """Norms, biases and gates that do something."""
+    """Norms, biases and gates that do something, and the outliers that language models have."""
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             continue
@@ -740,5 +740,13 @@ def _randomize(model: Any) -> None:
             if name.endswith(("A_log", "dt_bias")):
                 continue
             parameter.add_(torch.randn_like(parameter) * 0.2)
+            if "norm" in name or "ln_" in name:
+                parameter[5::32] += 3
         elif float(parameter.std()) < 0.1 or not bool(torch.isfinite(parameter).all()):
             parameter.copy_(torch.randn_like(parameter) * (0.15 if parameter.dim() == 2 else 0.1))
+        if parameter.dim() == 2 and name.endswith(_OUTLIERS):
+            parameter[3::32] *= 6
+
+
+#: Weights whose outputs are what output projections and last projections read.
+_OUTLIERS = ("v_proj.weight", "up_proj.weight", "fc1.weight", "fc_in.weight", "w1.weight", "dense_h_to_4h.weight")

@@ -48,10 +48,10 @@ class _WithCarried:
         return self.inner.untied
 
     @torch.no_grad()
-    def layer(self, name: str) -> SimulatedLayer:
+    def layer(self, name: str, *, measured: bool = True) -> SimulatedLayer:
         carried = self.plan.carried
         if name not in carried.formats:
-            return self.inner.layer(name)
+            return self.inner.layer(name, measured=measured)
         module, weight = carried.modules[name], self._weight(name)
         quantizer = module.weight_quantizer
         calibrate_weight(f"{name}.weight", quantizer, weight, None)
@@ -59,7 +59,7 @@ class _WithCarried:
         if len(group) > 1 and isinstance(quantizer, TensorQuantizer) and quantizer.global_amax is not None:
             quantizer.global_amax = torch.stack([self._weight(n).abs().amax().float() for n in group]).amax()
         plan = replace(self.plan, formats=replace(self.plan.formats, layers=carried.formats))
-        return layer_as_quantized(name, module, plan, weight)
+        return layer_as_quantized(name, module, plan, weight, measured=measured)
 
     def _weight(self, name: str) -> Tensor:
         return self.source.tensor(f"{name}.weight").to(self.device, self.dtype)

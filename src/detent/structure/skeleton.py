@@ -96,9 +96,12 @@ class Skeleton:
         return found
 
     def _runs(self, members: list[str]) -> list[list[str]]:
-        """Members one after the other of which each reads what the one before gave and gives the shape that it read."""
+        """Members one after the other of which each reads what the one before gave and gives the shape that it read.
+
+        A member that isn't called, such as cross-attention with an image that isn't there, doesn't interrupt a chain.
+        """
         runs: list[list[str]] = [[]]
-        for name in members:
+        for name in (member for member in members if self._calls[member]):
             output = self._outputs.get(name)
             if self._calls[name] != 1 or output is None or all(x.shape != output.shape for x in self._inputs[name]):
                 runs.append([])
@@ -119,10 +122,10 @@ class Skeleton:
         self._watched = set(keys)
         try:
             for key in keys:
-                for before, name in zip([None, *self._lists[key]], self._lists[key], strict=False):
+                for name in self._lists[key]:
                     module = self._model.get_submodule(name)
                     replaced.append((module, module.__dict__.get("forward")))
-                    module.forward = self._forward(key, name, before, module.forward)
+                    module.forward = self._forward(key, name, module.forward)
             yield
         finally:
             for module, forward in replaced:
@@ -137,14 +140,16 @@ class Skeleton:
         same = [m for m in members if self._kinds.get(m) == kind]
         return same[-1] if kind is not None and name not in (same[0], same[-1]) else None
 
-    def _forward(self, key: str, name: str, before: str | None, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _forward(self, key: str, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         kind, stand_in = self._kinds.get(name), self._stand_in(self._lists[key], name)
+        earlier = self._lists[key][: self._lists[key].index(name)]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             self._calls[name] += 1
             self._order.append(name)
             given = [x for x in tensors_in((args, kwargs)) if _is_activation(x)]
             how = _described((args, kwargs))
+            before = next((member for member in reversed(earlier) if self._calls[member]), None)
             if before is not None and key not in self._whole:
                 previous = self._outputs.get(before)
                 passed_on = next((x for x in given if _equal(previous, x)), None)

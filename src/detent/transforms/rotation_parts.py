@@ -68,6 +68,11 @@ class Rotator:
         if stream is None or not stream.rotatable:
             reason = "no single residual stream was found" if stream is None else stream.reason
             raise CannotRotate(f"R1: the residual stream can't be rotated: {reason}")
+        if self.structure.unread:  # a tower of images or sounds, cross-attention with them
+            raise CannotRotate(
+                f"R1: {self.structure.unread[0]} isn't reached by text alone, so nothing tells whether it reads the"
+                " residual stream or adds to it"
+            )
         rotation = make_rotation(
             stream.width,
             block_size=self.config.rotation_size,
