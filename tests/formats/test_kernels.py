@@ -117,6 +117,29 @@ def test_every_short_number_under_scales_beside_ratios(fmt: Format, dtype: str) 
     assert df.same_bits(codes, exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        df.integer(4, df.per_group(128)),
+        df.fp8(),
+        df.mx("e2m1"),
+        df.nvfp4(),
+        df.integer(4, df.per_group(64), signed=False),
+    ],
+    ids=str,
+)
+def test_one_number_that_is_not_finite_is_found_in_a_large_tensor(fmt: Format, dtype: str) -> None:
+    for bad in (torch.nan, -torch.nan, torch.inf, -torch.inf):
+        x = random_tensor((64, 256), dtype).abs() + 0.5
+        scales = df.encode(x, fmt).scales
+        x[37, 201] = bad
+        for given in (None, scales):
+            for function in (df.encode, df.fake_quantize):
+                with pytest.raises(DetentError, match="1 of 16384 values are NaN or infinite"):
+                    function(x, fmt, given)
+
+
 def test_packed_codes_need_no_micro_exponents() -> None:
     with pytest.raises(DetentError, match="proj: packed codes leave out the micro-exponents"):
         df.encode_packed(torch.ones(2, 16), df.micro_exponent(6), name="proj")

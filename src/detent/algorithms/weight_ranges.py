@@ -11,7 +11,7 @@ from detent.algorithms.registry import handler_of
 from detent.config import QuantizeAlgorithmConfig
 from detent.errors import DetentError
 from detent.formats import FloatScale
-from detent.formats.qtensor import all_finite
+from detent.formats.checks import all_finite
 from detent.nn import QuantWeightBase, TensorQuantizer, quantizers_of
 from detent.nn.sequential import Quantizer, members_of
 from detent.notices import notify

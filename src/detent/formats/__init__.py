@@ -1,5 +1,6 @@
 """Number formats: plain functions on tensors. No module, no model, no configuration."""
 
+from detent.formats.checks import all_finite
 from detent.formats.elements import E2M1, E2M3, E3M2, E4M3, E5M2, NF4, UE5M3, Float, Integer, Table
 from detent.formats.format import (
     Format,
@@ -17,7 +18,6 @@ from detent.formats.granularity import Granularity, per_block, per_channel, per_
 from detent.formats.qtensor import (
     QTensor,
     Scales,
-    all_finite,
     decode,
     encode,
     encode_packed,

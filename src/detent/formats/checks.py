@@ -18,14 +18,19 @@ def check_input(x: Tensor, name: str) -> None:
         raise DetentError(f"{name}: can quantize float32, bfloat16 and float16, not {x.dtype}; convert it first")
 
 
+def all_finite(x: Tensor) -> bool:
+    """Whether a float tensor holds neither NaN nor infinity: the extremes of one with NaN are NaN, and unlike isfinite
+    they need no second tensor."""
+    return not x.numel() or bool(torch.isfinite(torch.stack(x.detach().aminmax())).all())
+
+
 def check_values(x: Tensor, fmt: Format, name: str) -> None:
     """Refuse what no format can hold; `x` may be empty."""
     if x.numel() == 0:
         return
-    low, high = torch.aminmax(x.detach())
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+    if not all_finite(x):
         raise not_finite(name, x)
-    if needs_nonnegative(fmt) and bool(low < 0):
+    if needs_nonnegative(fmt) and float(low := x.detach().amin()) < 0:
         raise DetentError(
             f"{name}: negative values (down to {float(low):.4g}) in an unsigned format without zero point;"
             " use a signed or asymmetric format"

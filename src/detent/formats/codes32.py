@@ -13,8 +13,8 @@ there already. Why the bits agree:
   returns gives each bfloat16 or float16 number the code of the exact quotient. It costs nothing per element.
 * For float32 numbers under a long scale neither holds: `float32.off_false_ties` looks at each quotient.
 
-Codes of floats without a conversion in PyTorch come from the piecewise linear function that gives each grid value its
-code: the j-th binade contributes ``a 2^(M - e_j) + j 2^M``, and the least of them is the code of a, halves at ties.
+Codes of floats without a conversion in PyTorch are the upper bits of float16 numbers, whose bits are then rounded like
+integers. float16 has few bits among its subnormals, so longer quotients are cut before, with a bit that says so.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
+from detent.formats import float32
 from detent.formats import tiles as tl
 from detent.formats.elements import Element, Float, Integer, power_of_two
-from detent.formats.float32 import off_false_ties
 from detent.formats.format import Format
+from detent.formats.memory import in_parts
 from detent.formats.scales import PowerOfTwoScale
 from detent.formats.tiles import TileScale
 
@@ -43,7 +44,7 @@ class Divisor(NamedTuple):
     """What a piece is divided by, float32 [tiles, 1] each.
 
     Attributes:
-        value: the divisor, or for power-of-two scales the factor; for small floats in steps of the first binade.
+        value: the divisor, or for power-of-two scales the factor; for small floats in units of float16.
         zero_point: what is added to rounded quotients, or None.
         regular: bool: whether float32 arithmetic is safe for the tile (its scale is neither tiny nor huge).
         check: whether quotients can be false ties.
@@ -64,6 +65,17 @@ class Divisor(NamedTuple):
         return Divisor(value, zero_point, regular, self.check, self.cut)
 
 
+def supports(fmt: Format) -> bool:
+    """Whether `codes` can stand in for the definition."""
+    element = fmt.element
+    return float32.supports(fmt) and not (isinstance(element, Float) and element.mantissa_bits > 3)
+
+
+def _is_small(element: Element) -> TypeGuard[Float]:
+    """Whether PyTorch has no conversion to the element."""
+    return isinstance(element, Float) and not element.storage_dtype.is_floating_point
+
+
 class Scratch:
     """Memory for one piece after the other: fresh memory costs more than the arithmetic."""
 
@@ -71,19 +83,19 @@ class Scratch:
         self.floats = torch.empty(count, dtype=torch.float32, device="cpu")
         self.more = torch.empty(2 * count, dtype=torch.float32, device="cpu")
         self.codes = torch.empty(count, dtype=torch.int8, device="cpu")
-        self.signs = torch.empty(count, dtype=torch.int8, device="cpu")
 
 
 def divisor_of(fmt: Format, scale: TileScale, dtype: torch.dtype, length: int) -> Divisor:
     """What tiles of `length` numbers of type `dtype` are divided by under `scale`."""
     element = fmt.element
-    fold = 2.0 ** (element.min_exponent - element.mantissa_bits) if _has_linear_codes(element) else 1.0
-    wide = dtype == torch.float32
+    fold = 1.0 / _unit(element) if _is_small(element) else 1.0
     if isinstance(fmt.scale, PowerOfTwoScale):
-        exponent = scale.value + fmt.scale.unit_exponent(element)
-        factor = power_of_two(-exponent) / fold
-        regular = (exponent >= -100) & (exponent <= 100)
-        return Divisor(factor.to(torch.float32), None, regular, False, wide)
+        one = fmt.scale.unit_exponent(element)
+        cut = _is_small(element) and _BITS[dtype] > 10 - element.mantissa_bits
+        factor, regular = in_parts(
+            lambda e: ((power_of_two(-one - e) / fold).float(), (e + one).abs() <= 100), scale.value
+        )
+        return Divisor(factor, None, regular, False, cut)
     unit = tl.multiplier(fmt, scale)
     regular = (unit >= 2.0**-60) & (unit <= 2.0**60)
     tie_bits = _tie_bits(fmt)
@@ -98,12 +110,38 @@ def divisor_of(fmt: Format, scale: TileScale, dtype: torch.dtype, length: int) -
             unit = _apart(unit, tie_bits, together)
         else:  # more ties to look at than numbers
             check = True
-    return Divisor(unit * fold, scale.zero_point, regular, check, wide or check)
+    return Divisor(unit * fold, scale.zero_point, regular, check, True)
 
 
 def codes(x: Tensor, fmt: Format, divisor: Divisor, room: Scratch, out: Tensor) -> None:
     """Write the codes of `x` [tiles, n], finite, into `out`: contiguous, of the element's storage dtype."""
-    element = fmt.element
+    element, v = fmt.element, _quotients(x, fmt, divisor, room)
+    if isinstance(element, Integer):
+        _integer_codes(v, element, divisor.zero_point, out)
+    elif _is_small(element):
+        _small_float_codes(v, element, divisor.cut, room, out)
+    else:
+        out.copy_(v.clamp_(element.minimum, element.maximum))
+
+
+def values(x: Tensor, fmt: Format, divisor: Divisor, room: Scratch) -> Tensor:
+    """What the codes of `x` stand for before scaling, zero points included: float32, in the memory of `room`."""
+    element, v = fmt.element, _quotients(x, fmt, divisor, room)
+    if isinstance(element, Integer):
+        # Adding the zero point, or 0, makes -0 a +0.
+        zero_point = divisor.zero_point
+        return v.round_().add_(0.0 if zero_point is None else zero_point).clamp_(element.minimum, element.maximum)
+    if _is_small(element):
+        bits, _ = _rounded_bits(v, element, divisor.cut, room)
+        bits.bitwise_and_(-1 << 10 - element.mantissa_bits)
+        return v.copy_(bits.view(torch.float16)).mul_(1 / _unit(element))
+    stored = room.codes[: x.numel()].view(x.shape).view(element.storage_dtype)
+    small_float_values(stored.copy_(v.clamp_(element.minimum, element.maximum)), element, room, v)  # type: ignore[arg-type]
+    return v
+
+
+def _quotients(x: Tensor, fmt: Format, divisor: Divisor, room: Scratch) -> Tensor:
+    """`x` over its scales, on no other side of a tie than the exact quotients."""
     v = room.floats[: x.numel()].view(x.shape)
     v.copy_(x)
     if isinstance(fmt.scale, PowerOfTwoScale):
@@ -112,12 +150,7 @@ def codes(x: Tensor, fmt: Format, divisor: Divisor, room: Scratch, out: Tensor) 
         v.div_(divisor.value)
     if divisor.check:
         _without_false_ties(v, x, divisor.value, _tie_bits(fmt), room)
-    if isinstance(element, Integer):
-        _integer_codes(v, element, divisor.zero_point, out)
-    elif _has_linear_codes(element):
-        _small_float_codes(v, element, divisor.cut, room, out)
-    else:
-        out.copy_(v.clamp_(element.minimum, element.maximum))
+    return v
 
 
 def _integer_codes(v: Tensor, element: Integer, zero_point: Tensor | None, out: Tensor) -> None:
@@ -133,27 +166,35 @@ def _integer_codes(v: Tensor, element: Integer, zero_point: Tensor | None, out: 
     out.bitwise_xor_(0x80)
 
 
-def _has_linear_codes(element: Element) -> TypeGuard[Float]:
-    return isinstance(element, Float) and not element.storage_dtype.is_floating_point
+def _unit(element: Float) -> float:
+    """The float16 number whose bits, moved down, are the code of 1 in a small float."""
+    return 2.0 ** (element.bias - 15)
 
 
 def _small_float_codes(v: Tensor, element: Float, cut: bool, room: Scratch, out: Tensor) -> None:
-    """`v` counts steps of the first binade, in which it is the code itself."""
-    count, magnitude_bits = v.numel(), element.bits - 1
+    magnitude_bits = element.bits - 1
+    bits, other = _rounded_bits(v, element, cut, room)
+    torch.bitwise_right_shift(bits, 15 - magnitude_bits, out=other).bitwise_and_(1 << magnitude_bits)  # the sign
+    bits.bitwise_right_shift_(10 - element.mantissa_bits).bitwise_and_((1 << magnitude_bits) - 1)
+    out.view(torch.int8).copy_(bits.bitwise_or_(other))
+
+
+def _rounded_bits(v: Tensor, element: Float, cut: bool, room: Scratch) -> tuple[Tensor, Tensor]:
+    """(bits of float16 numbers of which the upper ones are codes, memory of the same form that was that of `v`).
+
+    `v` is in units in which float16's subnormals are those of the element. Bits of floats are rounded like integers,
+    carries into the exponent included: half a step is added, less one where the step below is even, and what lies under
+    a step is then of no more use.
+    """
+    count, down = v.numel(), 10 - element.mantissa_bits
     if cut:
-        _round_to_odd(v, room)
-    least, other = (room.more[i * count : (i + 1) * count].view(v.shape) for i in (0, 1))
-    shifted = torch.bitwise_right_shift(v.view(torch.int32), 31 - magnitude_bits, out=other.view(torch.int32))
-    sign = room.signs[:count].view(v.shape).copy_(shifted)  # the sign's bit, among others
-    torch.abs(v, out=least)
-    v.abs_()
-    for j in range(1, element.max_exponent - element.min_exponent + 1):
-        torch.add(v.new_tensor(j * 2.0**element.mantissa_bits), v, alpha=2.0**-j, out=other)
-        torch.minimum(least, other, out=least)
-    steps = element.max_exponent - element.min_exponent + element.maximum * 2.0**-element.max_exponent
-    top = steps * 2.0**element.mantissa_bits  # the code of the largest number
-    code = out.view(torch.int8).copy_(least.clamp_max_(top).round_())
-    code.bitwise_or_(sign.bitwise_and_((1 << magnitude_bits ^ 0x80) - 0x80))
+        _round_to_odd(v, 10 - element.mantissa_bits, room)
+    top = element.maximum * _unit(element)
+    bits = room.more.view(torch.int16)[:count].view(v.shape)
+    bits.view(torch.float16).copy_(v.clamp_(-top, top))
+    other = room.floats.view(torch.int16)[:count].view(v.shape)
+    torch.bitwise_right_shift(bits, down, out=other).bitwise_and_(1).add_((1 << down - 1) - 1)
+    return bits.add_(other), other
 
 
 def small_float_values(codes: Tensor, element: Float, room: Scratch, out: Tensor) -> bool:
@@ -165,7 +206,8 @@ def small_float_values(codes: Tensor, element: Float, room: Scratch, out: Tensor
     The bits of a code, moved to where float16 has exponent and mantissa, are the number times a power of two: both have
     subnormals, and float16 has at least as many exponents.
     """
-    bits = room.more[: codes.numel()].view(torch.int16)[: codes.numel()].view(codes.shape)
+    halves = room.more.view(torch.int16)
+    bits, other = (halves[i * codes.numel() : (i + 1) * codes.numel()].view(codes.shape) for i in (0, 1))
     up, magnitude_bits = 10 - element.mantissa_bits, element.bits - element.signed
     if element.bits == 8 and element.signed:  # widening repeats the sign: it is in its place, and above the exponent
         bits.copy_(codes.view(torch.int8)).bitwise_left_shift_(up)
@@ -173,21 +215,23 @@ def small_float_values(codes: Tensor, element: Float, room: Scratch, out: Tensor
             bits.bitwise_and_(-1 << 15 | (1 << magnitude_bits + up) - 1)
     else:
         bits.copy_(codes.view(torch.uint8))
-        sign = room.more.view(torch.int16)[codes.numel() : 2 * codes.numel()].view(codes.shape)
-        torch.bitwise_right_shift(bits, magnitude_bits, out=sign)
+        torch.bitwise_right_shift(bits, magnitude_bits, out=other)
         bits.bitwise_and_((1 << magnitude_bits) - 1).bitwise_left_shift_(up)
-        bits.bitwise_or_(sign.bitwise_left_shift_(15))
-    out.copy_(bits.view(torch.float16)).mul_(2.0 ** (15 - element.bias))
+        bits.bitwise_or_(other.bitwise_left_shift_(15))
+    out.copy_(bits.view(torch.float16)).mul_(1 / _unit(element))
     largest = element.reserved_maximum
-    return largest is None or bool((torch.stack(torch.aminmax(out)).abs() <= largest).all())
+    if largest is None:
+        return True
+    top = torch.tensor(largest * _unit(element), dtype=torch.float16).view(torch.int16)
+    return int(torch.bitwise_and(bits, 0x7FFF, out=other).amax()) <= int(top)
 
 
-def _round_to_odd(v: Tensor, room: Scratch) -> None:
-    """Keep 12 significant bits, the last one set where anything was lost: on no other side of a tie than before."""
-    bits = v.view(torch.int32)
+def _round_to_odd(v: Tensor, keep: int, room: Scratch) -> None:
+    """Keep some significant bits, the last one set where anything was lost: on no other side of a tie than before."""
+    bits, low = v.view(torch.int32), (1 << 24 - keep) - 1
     lost = room.more[: v.numel()].view(v.shape).view(torch.int32)
-    torch.bitwise_and(bits, 0xFFF, out=lost)
-    bits.bitwise_or_(lost.add_(0xFFF)).bitwise_and_(~0xFFF)
+    torch.bitwise_and(bits, low, out=lost)
+    bits.bitwise_or_(lost.add_(low)).bitwise_and_(~low)
 
 
 def _without_false_ties(v: Tensor, x: Tensor, divisor: Tensor, tie_bits: int, room: Scratch) -> None:
@@ -196,7 +240,7 @@ def _without_false_ties(v: Tensor, x: Tensor, divisor: Tensor, tie_bits: int, ro
     if int(low.amin()) == 0:  # numbers with as few bits as a tie are rare, but for the largest of a tile
         rows, columns = (low == 0).nonzero(as_tuple=True)
         own = divisor.view(-1)[rows if len(divisor) > 1 else torch.zeros_like(rows)]
-        v[rows, columns] = off_false_ties(v[rows, columns], x[rows, columns].to(torch.float32), own)
+        v[rows, columns] = float32.off_false_ties(v[rows, columns], x[rows, columns].to(torch.float32), own)
 
 
 def _tie_bits(fmt: Format) -> int:

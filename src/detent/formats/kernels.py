@@ -13,23 +13,23 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from detent.formats import codes32, compiled, float32
+from detent.formats import codes32, compiled
 from detent.formats import tiles as tl
 from detent.formats.elements import Float, Integer
 from detent.formats.format import Format
-from detent.formats.memory import new_tensor
+from detent.formats.memory import in_parts, new_tensor
 from detent.formats.packing import pack
 from detent.formats.tiles import TileScale
 
-#: Most elements of a piece: its float32 buffers stay in a core's L2 cache, and an operation on fewer than 2^15 elements
-#: runs in the thread that asked for it, so that threads share pieces, not each operation. A multiple of 8, for `pack`.
-_PIECE = (1 << 15) - 8
+#: Most elements of a piece: its float32 buffers stay in a core's L2 cache. A multiple of 8, for `pack`.
+_PIECE = 1 << 16
+#: The same where there are several threads: an operation on fewer than 2^15 elements runs in the thread that asked for
+#: it, so that threads share pieces, not each operation.
+_SHARED_PIECE = (1 << 15) - 8
 #: Tensors of fewer elements take the definition: their time is that of calling operations, and it calls fewer.
 _SMALL = 1 << 12
-#: Scales made at once, for the same reason.
-_SCALES = 1 << 14
-#: Tiles from this length on have their extremes found in their own dtype: two passes take less than widening them.
-_LONG = 512
+#: Tiles from this length on have their largest magnitude found among integers, where they have 16 bits.
+_LONG = 64
 #: Elements that are worth a thread.
 _PER_THREAD = 1 << 18
 
@@ -42,15 +42,12 @@ def own_scale(tiles: Tensor, fmt: Format, outer: Tensor | None = None) -> tuple[
     `outer` is the scale of the scales, for formats that have one; by default the one that the largest value asks for.
     """
     low, high = ranges(tiles, fmt)
-    largest = torch.maximum(-low, high).amax()
+    largest = torch.maximum(-low.amin(), high.amax())
     if outer is None:
         outer = tl.outer_scale_of(fmt, largest)
     if not fmt.scale.four_over_six:
-        parts = [
-            tl.scale_from_range(fmt, *bounds, outer)
-            for bounds in zip(low.split(_SCALES), high.split(_SCALES), strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else _joined(parts), largest
+        stored = in_parts(lambda *bounds: _present(tl.scale_from_range(fmt, *bounds, outer)[:2]), low, high)
+        return TileScale(stored[0], stored[1] if len(stored) > 1 else None, outer), largest
     value = torch.empty_like(high)
 
     def work(pieces: list[Piece]) -> None:
@@ -61,9 +58,8 @@ def own_scale(tiles: Tensor, fmt: Format, outer: Tensor | None = None) -> tuple[
     return TileScale(value, None, outer), largest
 
 
-def _joined(parts: list[TileScale]) -> TileScale:
-    zero_point = None if parts[0].zero_point is None else torch.cat([p.zero_point for p in parts])  # type: ignore[misc]
-    return TileScale(torch.cat([p.value for p in parts]), zero_point, parts[0].outer)
+def _present(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    return tuple(t for t in tensors if t is not None)
 
 
 def ranges(tiles: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
@@ -75,34 +71,38 @@ def ranges(tiles: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
         found = [tl.tile_range(row, fmt) for row in tiles.split(1)]
         low, high = (torch.cat(bounds) for bounds in zip(*found, strict=True))
         return low, high
-    if length >= _LONG:
-        low, high = (bound.to(torch.float32) for bound in (tiles.amin(1, keepdim=True), tiles.amax(1, keepdim=True)))
-        if tl.needs_sign(fmt):
-            return low, high
-        largest = torch.maximum(low.abs(), high)
-        return -largest, largest
     low, high = (torch.empty(count, 1, dtype=torch.float32, device=tiles.device) for _ in range(2))
 
     def work(pieces: list[Piece]) -> None:
         room = torch.empty(_PIECE, dtype=torch.float32, device=tiles.device)
         for rows, _ in pieces:
             piece = tiles[rows]
-            wide = room[: piece.numel()].view(piece.shape).copy_(piece)
             if tl.needs_sign(fmt):
+                wide = room[: piece.numel()].view(piece.shape).copy_(piece)
                 low[rows], high[rows] = wide.amin(1, keepdim=True), wide.amax(1, keepdim=True)
             else:
-                high[rows] = _largest(wide.abs_())
-                torch.neg(high[rows], out=low[rows])
+                high[rows] = largest_magnitudes(piece, room)
 
     _share(_pieces(tiles), work)
-    return low, high
+    return (low, high) if tl.needs_sign(fmt) else (torch.neg(high, out=low), high)
 
 
-def _largest(v: Tensor) -> Tensor:
-    length = v.shape[1]
+def largest_magnitudes(piece: Tensor, room: Tensor) -> Tensor:
+    """[rows, 1]: the largest magnitude of each row of a piece; `room`: float32 memory for as many elements.
+
+    The bits of positive floats are in the order of the floats, and those of NaN come after infinity.
+    """
+    length = piece.shape[1]
+    if piece.dtype.itemsize == 2 and length >= _LONG:
+        magnitudes = room.view(torch.int16)[: piece.numel()].view(piece.shape)
+        torch.bitwise_and(piece.view(torch.int16), 0x7FFF, out=magnitudes)
+        return magnitudes.amax(1, keepdim=True).view(piece.dtype)
+    wide = room[: piece.numel()].view(piece.shape).copy_(piece).abs_()
     if length >= 32:
-        return v.amax(1, keepdim=True)
-    return torch.nn.functional.max_pool1d(v.view(1, 1, -1), length, length).view(-1, 1)  # for short rows, twice as fast
+        return wide.amax(1, keepdim=True)
+    return torch.nn.functional.max_pool1d(wide.view(1, 1, -1), length, length).view(
+        -1, 1
+    )  # of short rows, twice as fast
 
 
 def encode_tiles(tiles: Tensor, fmt: Format, scale: TileScale) -> tuple[Tensor, Tensor | None]:
@@ -119,7 +119,7 @@ def encode_tiles(tiles: Tensor, fmt: Format, scale: TileScale) -> tuple[Tensor, 
     def work(pieces: list[Piece]) -> None:
         room = codes32.Scratch(_PIECE)
         for rows, columns in pieces:
-            exponents = encode(rows, columns, room, out[rows, columns])
+            exponents = encode(rows, columns, room, part_of(out, rows, columns))
             if micro is not None and exponents is not None:
                 micro[rows] = exponents
 
@@ -152,7 +152,7 @@ def decode_tiles(codes: Tensor, fmt: Format, scale: TileScale, dtype: torch.dtyp
     def work(pieces: list[Piece]) -> None:
         room = codes32.Scratch(_PIECE)
         for rows, columns in pieces:
-            decode(codes[rows, columns], rows, room, out[rows, columns])
+            decode(part_of(codes, rows, columns), rows, room, part_of(out, rows, columns))
 
     _share(_pieces(codes), work)
     return out
@@ -180,19 +180,17 @@ def _simulate(tiles: Tensor, fmt: Format, scale: TileScale) -> Tensor:
         simulate = compiled.simulate_static if compiled.pays(tiles, fmt) else tl.simulate
         return simulate(tiles, fmt, scale)
     out = new_tensor(tiles.shape, tiles.dtype, tiles.device)
-    known = float32.supports(fmt)
     encode, decode = _Encoder(tiles, fmt, scale), _Decoder(fmt, scale, tiles.dtype)
 
     def work(pieces: list[Piece]) -> None:
         room = codes32.Scratch(_PIECE)
         for rows, columns in pieces:
-            part, piece = out[rows, columns], tiles[rows, columns]
-            if known:
-                codes = room.codes[: piece.numel()].view(piece.shape).view(fmt.element.storage_dtype)
-                encode(rows, columns, room, codes)
-                decode(codes, rows, room, part)
-            else:
+            part, piece = part_of(out, rows, columns), part_of(tiles, rows, columns)
+            divisor = encode.divisor(rows)
+            if divisor is None:
                 part.copy_(tl.simulate(piece, fmt, rows_of(scale, rows)))
+            else:
+                decode.finish(codes32.values(piece, fmt, divisor, room), rows, part)
 
     _share(_pieces(tiles, by_columns=not fmt.scale.micro), work)
     return out
@@ -203,14 +201,19 @@ class _Encoder:
 
     def __init__(self, tiles: Tensor, fmt: Format, scale: TileScale) -> None:
         self._tiles, self._fmt, self._scale = tiles, fmt, scale
-        self._divisor = codes32.divisor_of(fmt, scale, tiles.dtype, tiles.shape[1]) if float32.supports(fmt) else None
+        self._divisor = codes32.divisor_of(fmt, scale, tiles.dtype, tiles.shape[1]) if codes32.supports(fmt) else None
         self._regular = self._divisor is not None and bool(self._divisor.regular.all())
+
+    def divisor(self, rows: slice) -> codes32.Divisor | None:
+        """What these tiles are divided by in float32; None where the definition is needed."""
+        divisor = None if self._divisor is None else self._divisor.rows(rows)
+        return divisor if divisor is not None and (self._regular or bool(divisor.regular.all())) else None
 
     def __call__(self, rows: slice, columns: slice, room: codes32.Scratch, out: Tensor) -> Tensor | None:
         """Write codes into `out`; returns micro-exponents."""
-        piece, divisor = self._tiles[rows, columns], self._divisor
-        if divisor is not None and (self._regular or bool(divisor.rows(rows).regular.all())):
-            codes32.codes(piece, self._fmt, divisor.rows(rows), room, out)
+        piece, divisor = part_of(self._tiles, rows, columns), self.divisor(rows)
+        if divisor is not None:
+            codes32.codes(piece, self._fmt, divisor, room, out)
             return None
         grid, _, micro = tl.round_tiles(piece, self._fmt, rows_of(self._scale, rows))
         out.copy_(self._fmt.element.encode(grid))
@@ -221,13 +224,18 @@ class _Decoder:
     """Values of pieces of codes: `tiles.rebuild` and `tiles.narrow` in memory that is already allocated."""
 
     def __init__(self, fmt: Format, scale: TileScale, dtype: torch.dtype) -> None:
-        unit = tl.multiplier(fmt, scale)
         #: A power of two below float32's range makes a product that is rounded once in either type.
-        self._exact, self._scale = unit.to(torch.float32), scale
+        (unit,) = in_parts(
+            lambda value: (tl.multiplier(fmt, scale._replace(value=value)).to(torch.float32),), scale.value
+        )
+        self._exact, self._scale = unit, scale
         self._element = fmt.element
         self._small = isinstance(fmt.element, Float) and fmt.element.exponent_bits <= 5
         self._table = None if isinstance(fmt.element, Integer) else fmt.element.table(unit.device)
         self._largest = torch.finfo(dtype).max
+        #: No code is further from a zero point than 2^bits, or the largest value of a float.
+        reach = max(2.0**fmt.element.bits, fmt.element.maximum) * float(self._exact.abs().amax())
+        self._clamps = fmt.zero_point == "float" or not reach < self._largest
 
     def __call__(self, codes: Tensor, rows: slice, room: codes32.Scratch, out: Tensor) -> None:
         values = room.floats[: codes.numel()].view(codes.shape)
@@ -238,11 +246,15 @@ class _Decoder:
         else:
             index = room.more[: codes.numel()].view(torch.int32).view(codes.shape).copy_(codes.view(torch.uint8))
             torch.index_select(self._table, 0, index.view(-1), out=values.view(-1))
+        self.finish(values, rows, out)
+
+    def finish(self, values: Tensor, rows: slice, out: Tensor) -> None:
+        """Scale values, in place, and write them into `out`."""
         zero_point, unit = self._scale.zero_point, self._exact
         if zero_point is not None:
             values.sub_(zero_point if len(zero_point) == 1 else zero_point[rows])
         values.mul_(unit if len(unit) == 1 else unit[rows])
-        out.copy_(values.clamp_(-self._largest, self._largest))
+        out.copy_(values.clamp_(-self._largest, self._largest) if self._clamps else values)
 
 
 # --- pieces ---
@@ -255,12 +267,18 @@ def _takes_pieces(tiles: Tensor) -> bool:
 def _pieces(tiles: Tensor, by_columns: bool = True) -> list[Piece]:
     """Whole tiles, or parts of one tile where it fills a piece and `by_columns`."""
     count, length = tiles.shape
-    rows, columns = max(1, _PIECE // length), min(length, _PIECE) if by_columns else length
+    most = _PIECE if torch.get_num_threads() == 1 else min(_PIECE, _SHARED_PIECE)
+    rows, columns = max(1, most // length), min(length, most) if by_columns else length
     return [
         (slice(top, min(top + rows, count)), slice(left, min(left + columns, length)))
         for top in range(0, count, rows)
         for left in range(0, length, columns)
     ]
+
+
+def part_of(x: Tensor, rows: slice, columns: slice) -> Tensor:
+    """``x[rows, columns]``, at half the cost where that is whole rows."""
+    return x[rows] if columns.start == 0 and columns.stop == x.shape[1] else x[rows, columns]
 
 
 def rows_of(scale: TileScale, rows: slice) -> TileScale:

@@ -29,7 +29,7 @@ from detent.formats.kernels import (
     simulate_dynamic,
     simulate_static,
 )
-from detent.formats.memory import new_tensor
+from detent.formats.memory import in_parts, new_tensor
 from detent.formats.packing import pack
 from detent.formats.scales import PowerOfTwoScale
 from detent.formats.tiles import TileScale
@@ -146,12 +146,6 @@ def _bits(x: Tensor) -> Tensor:
     if x.numel() % 8 == 0 and x.is_contiguous() and x.storage_offset() % 8 == 0:
         return x.reshape(-1).view(torch.int64)  # eight bytes at a time
     return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
-
-
-def all_finite(x: Tensor) -> bool:
-    """Whether a float tensor holds neither NaN nor infinity: the extremes of one with NaN are NaN, and unlike isfinite
-    they need no second tensor."""
-    return not x.numel() or bool(torch.isfinite(torch.stack(x.detach().aminmax())).all())
 
 
 def scales_from_range(fmt: Format, low: Tensor, high: Tensor, *, amax_tensor: Tensor | None = None) -> Scales:
@@ -392,7 +386,8 @@ def _stored(fmt: Format, scale: TileScale, shape: tuple[int, ...]) -> Scales:
     if scale.zero_point is not None and fmt.zero_point != "midpoint":
         dtype = torch.int32 if fmt.zero_point == "int" else torch.float32
         zero_point = scale.zero_point.to(dtype).reshape(shape)
-    return Scales(fmt.scale.store(scale.value).reshape(shape), zero_point, scale.outer)
+    (stored,) = in_parts(lambda value: (fmt.scale.store(value),), scale.value)
+    return Scales(stored.reshape(shape), zero_point, scale.outer)
 
 
 def tile_scale(fmt: Format, scales: Scales) -> TileScale:

@@ -15,16 +15,18 @@ import torch
 from torch import Tensor
 
 from detent.errors import DetentError, NothingObserved
-from detent.formats import FloatScale, Format, Integer, encode, fake_quantize, scales_from_range
+from detent.formats import FloatScale, Format, Integer, all_finite, encode, fake_quantize, scales_from_range
 from detent.formats.granularity import to_tiles
 from detent.formats.kernels import ranges
+
+NOT_FINITE = "NaN or infinity in the data seen during calibration"
 
 
 class Observer(Protocol):
     """What every observer offers."""
 
     def observe(self, x: Tensor) -> None:
-        """Take in one tensor of finite values."""
+        """Take in one tensor of finite values; `MinMaxObserver` refuses others itself."""
 
     def range(self, fmt: Format) -> tuple[Tensor, Tensor]:
         """(low, high), float32 of the grid's shape; NothingObserved without data."""
@@ -44,6 +46,8 @@ class MinMaxObserver:
         x = x.detach()
         granularity = self._fmt.granularity
         low, high = ranges(to_tiles(x, granularity, repeat_edge=True), self._fmt)
+        if not (all_finite(low) and all_finite(high)):
+            raise DetentError(NOT_FINITE)
         shape = granularity.grid(tuple(x.shape))
         low, high = low.reshape(shape), high.reshape(shape)
         if self._low is not None and self._high is not None:

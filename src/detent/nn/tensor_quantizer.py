@@ -14,12 +14,12 @@ from torch import Tensor
 
 from detent.config.attributes import QuantizerAttributeConfig, RotateConfig, merged
 from detent.errors import DetentError
-from detent.formats import FloatScale, Format, QTensor, encode, fake_quantize, per_tensor
+from detent.formats import FloatScale, Format, QTensor, all_finite, encode, fake_quantize, per_tensor
 from detent.nn.backends import run_backend
 from detent.nn.bias import BiasObserver, bias_of, is_static
 from detent.nn.calibrated_state import CalibratedState, is_plain, kind_of
 from detent.nn.hadamard import hadamard_transform
-from detent.nn.observers import MinMaxObserver, Observer, make_observer
+from detent.nn.observers import NOT_FINITE, MinMaxObserver, Observer, make_observer
 from detent.padding import drop_padding
 
 
@@ -289,9 +289,8 @@ class TensorQuantizer(CalibratedState):
             )
         if seen.numel() == 0 or (self._observer is None and self._bias_observer is None):
             return
-        low, high = torch.aminmax(seen)
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            raise DetentError(f"{self.name}: NaN or infinity in the data seen during calibration")
+        if (self._bias_observer or type(self._observer) is not MinMaxObserver) and not all_finite(seen):
+            raise DetentError(f"{self.name}: {NOT_FINITE}")
         try:
             if self._bias_observer is not None:
                 self._bias_observer.observe(seen)

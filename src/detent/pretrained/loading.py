@@ -17,7 +17,7 @@ from detent.external.files import is_file, read_as
 from detent.external.mistakes import as_detent_error, first_line
 from detent.external.model_folder import CONFIG_NAME, check_folder, local_folder, read_config
 from detent.external.schemas import TokenizerConfig, hub_kernels
-from detent.formats.qtensor import all_finite
+from detent.formats.checks import all_finite
 from detent.progress import track
 
 _log = logging.getLogger(__name__)

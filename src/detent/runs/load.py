@@ -15,7 +15,7 @@ from detent.checkpoints import Activation, LayerCheckpoint, ModelFormats, Source
 from detent.checkpoints.records import ATTENTION_SIDES
 from detent.config import QuantizerAttributeConfig
 from detent.errors import DetentError
-from detent.formats import Scales, decode
+from detent.formats import QTensor, Scales, decode
 from detent.model.attributes import set_quantizer_attribute
 from detent.model.conversion import replace_quant_module
 from detent.nn import TensorQuantizer
@@ -40,6 +40,7 @@ def load_quantized(
     trust_remote_code: bool = False,
     notify: Callable[[str], None] = _log.warning,
     config: Any = None,
+    decoded: Callable[[str, QTensor, torch.dtype], Tensor] | None = None,
 ) -> nn.Module:
     """The simulated model of a quantized checkpoint: weights decoded, activations and cache quantized as calibrated.
 
@@ -49,6 +50,7 @@ def load_quantized(
         dtype: the same, where it is known.
         device, attention, trust_remote_code, notify: as for `load_model`.
         config: a transformers configuration in place of the folder's: of a model with fewer blocks.
+        decoded: gives the decoded weight of a layer, by its name in the file; `decode` by default.
 
     Raises:
         DetentError: the checkpoint isn't readable or doesn't fit its model.
@@ -56,7 +58,9 @@ def load_quantized(
     checkpoint = open_quantized(folder)
     cut = config is not None
     config = config or load_config(folder, trust_remote_code=trust_remote_code)
-    stored = Stored(checkpoint.source, checkpoint.formats, checkpoint.kept, checkpoint.layer, checkpoint.tensor)
+    stored = Stored(
+        checkpoint.source, checkpoint.formats, checkpoint.kept, checkpoint.layer, checkpoint.tensor, decoded
+    )
     return simulated_model(
         stored,
         config,
@@ -80,6 +84,7 @@ class Stored:
         kept: the tensors that aren't quantized.
         layer: gives the contents of a layer.
         tensor: gives a tensor that isn't quantized.
+        decoded: see `load_quantized`.
     """
 
     source: Source
@@ -87,6 +92,7 @@ class Stored:
     kept: Sequence[str]
     layer: Callable[[str], LayerCheckpoint]
     tensor: Callable[[str], Tensor]
+    decoded: Callable[[str, QTensor, torch.dtype], Tensor] | None = None
 
 
 def simulated_model(
@@ -124,7 +130,8 @@ def simulated_model(
     for name in track(layers, "Decoding weights", len(layers)):
         record = stored.layer(name)
         if record.weight is not None:
-            weight = decode(record.weight, dtype)
+            codes = record.weight
+            weight = stored.decoded(name, codes, dtype) if stored.decoded else decode(codes, dtype)
             state[f"{name}.weight"] = weight.t().contiguous() if record.kind == TRANSPOSED else weight
         records.append(record)
     model = load_model(stored.source, config, dtype=dtype, state_dict=names.joined(state), **options)

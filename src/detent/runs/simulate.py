@@ -25,7 +25,7 @@ from detent.progress import track
 from detent.runs.online import with_online, with_online_formats
 
 #: Elements of a weight whose error is measured at once, and in all: its sampling error is then below a percent of it.
-PIECE, MEASURED = 1 << 18, 1 << 20
+PIECE, MEASURED = 1 << 15, 1 << 18
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from detent.checkpoints.folder import digest
 from detent.checkpoints.records import ATTENTION_SIDES
 from detent.errors import DetentError
 from detent.formats import Scales
-from detent.formats.qtensor import all_finite
+from detent.formats.checks import all_finite
 from detent.model.usage import quantizer_usage
 from detent.pretrained.facts import input_device, vocabulary_size
 from detent.progress import track

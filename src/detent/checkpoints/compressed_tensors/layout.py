@@ -184,15 +184,14 @@ def _weight_tensors(q: QTensor, layout: str) -> dict[str, Tensor]:
     tensors = _scale_tensors("weight", q.format, q.scales)
     if layout == ct.PACK:
         bits = q.format.element.bits
-        half = 2 ** (bits - 1) - _offset(q.format)
-        tensors["weight_packed"] = pack_int32((q.codes.to(torch.int16) + half).to(torch.uint8), bits)
+        tensors["weight_packed"] = pack_int32(q.codes, bits, flip=not _offset(q.format))
         tensors["weight_shape"] = torch.tensor(q.shape, dtype=torch.int64)
         if "weight_zero_point" in tensors and q.scale.dim() == 2:
             # Packed along the output axis, so that a shard of output rows holds whole words.
             unsigned = (tensors["weight_zero_point"].to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
             tensors["weight_zero_point"] = pack_int32(unsigned.t().contiguous(), bits).t().contiguous()
     elif layout == ct.INT:
-        tensors["weight"] = (q.codes.to(torch.int16) - _offset(q.format)).to(torch.int8)
+        tensors["weight"] = q.codes if q.codes.dtype == torch.int8 else (q.codes ^ _offset(q.format)).view(torch.int8)
     elif layout in (ct.NVFP4, ct.MXFP4, ct.MXFP6):
         tensors["weight_packed"] = pack(q.codes, q.format.element.bits)
     else:
