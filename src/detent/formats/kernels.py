@@ -46,7 +46,7 @@ def own_scale(tiles: Tensor, fmt: Format, outer: Tensor | None = None) -> tuple[
     if outer is None:
         outer = tl.outer_scale_of(fmt, largest)
     if not fmt.scale.four_over_six:
-        stored = in_parts(lambda *bounds: _present(tl.scale_from_range(fmt, *bounds, outer)[:2]), low, high)
+        stored = in_parts(lambda low, high: _present(tl.scale_from_range(fmt, low, high, outer)[:2]), low, high)
         return TileScale(stored[0], stored[1] if len(stored) > 1 else None, outer), largest
     value = torch.empty_like(high)
 
