@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from detent.checkpoints import Source
 from detent.errors import DetentError
-from detent.formats.qtensor import all_finite
+from detent.formats.checks import all_finite
 from detent.model import edit
 from detent.nn.experts_layout import take_experts_apart
 from detent.pretrained.loading import auto_class, quiet_transformers
@@ -21,7 +21,8 @@ from detent.pretrained.names import CheckpointNames
 def model_without_weights(
     source: Source, config: Any, *, dtype: torch.dtype, attention: str | None = None, trust_remote_code: bool = False
 ) -> nn.Module:
-    """The model of a checkpoint in eval mode: parameters on the meta device, buffers with the values of its class.
+    """The model of a checkpoint in eval mode: parameters on the meta device, buffers with the values of its class,
+    experts one by one.
 
     Args:
         source, config, dtype, attention, trust_remote_code: as for `load_model`.
@@ -148,7 +149,8 @@ class StreamedWeights:
             module._buffers[attribute] = self._fitting(name, made[name], module._buffers[attribute])
 
     def free(self, parameters: Iterable[str]) -> None:
-        """Take parameters out again."""
+        """Take parameters out again, and let go of the files that they were read from."""
+        self._source.close()
         for name in self.stored(parameters):
             module, attribute = self._places[name][0]
             parameter = module._parameters[attribute]

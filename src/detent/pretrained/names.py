@@ -170,8 +170,8 @@ class CheckpointNames:
         """
         group = self._by_parameter[parameter]
         if group.pieces:
-            tensor = read(group.tensors[0])
-            return {name: piece.select(tensor) for name, piece in group.pieces.items()}
+            whole = read(group.tensors[0])
+            return {name: piece.select(whole) for name, piece in group.pieces.items()}
         if group.is_one:
             return {parameter: read(group.tensors[0])}
         converter = deepcopy(group.converter)
