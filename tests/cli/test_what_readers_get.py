@@ -260,7 +260,7 @@ class TestKeysAndValues:
         """What is cached is quantized, as compressed-tensors does it, under one scale: engines have no second one."""
         from safetensors.torch import load_file
 
-        outcome = self.quantize(place, tmp_path, "deepseek_v3", MLA)
+        outcome = self.quantize(place, tmp_path, "deepseek_v3", {**MLA, "first_k_dense_replace": 2})
         assert outcome.code == 0, outcome.err
         assert place.report["notices"] == [] or "layout" not in " ".join(place.report["notices"])
         simulated = load_quantized(place.out)
