@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from cli.runner import Workplace, contents, detent, save_checkpoint, save_text, small
 from detent.runs.blocks import BlockStream
+from detent.runs.stream import LayerStream
 
 GPTQ = ("--group_size", 32, "--quant_algo", "gptq", "--skip_evaluation")
 RESULT = ("model.safetensors", "config.json")
@@ -70,7 +72,7 @@ def test_says_what_it_found(deep: Workplace, monkeypatch: pytest.MonkeyPatch) ->
     before = contents(journal(deep))
     again = deep.quantize(*GPTQ, run=detent)
     assert again.code == 2
-    assert f"{journal(deep)} holds an interrupted run that finished 2 blocks; pass resume" in again.err.replace(
+    assert f"{journal(deep)} holds an interrupted run of which 2 blocks are finished; pass resume" in again.err.replace(
         "\n", " "
     )
     assert contents(journal(deep)) == before
@@ -132,6 +134,44 @@ def test_nothing_to_resume_starts_from_the_beginning(deep: Workplace) -> None:
     outcome = deep.quantize(*GPTQ, "--resume")
     assert deep.out.is_dir()
     assert "nothing to resume" in outcome.err
+
+
+@pytest.mark.parametrize(
+    "scheme", ["w_mxfp4", "w_int4_per_group_sym", "w_fp8_per_channel_static_a_fp8_per_token_dynamic"]
+)
+@pytest.mark.parametrize("after", [9, 20])
+def test_without_data_it_goes_on_file_by_file(
+    after: int, scheme: str, deep: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("detent.runs.write.SHARD_SIZE", 20_000)
+    flags = ("--skip_evaluation",)
+    deep.quantize(*flags, scheme=scheme)
+    wanted = {name: digest for name, digest in contents(deep.out).items() if name != "detent_report.json"}
+    report = deep.report
+    shutil.rmtree(deep.out)
+    real, done = LayerStream.layer, []
+
+    def layer(self: LayerStream, name: str, **more: Any) -> Any:
+        if len(done) == after:
+            raise KeyboardInterrupt
+        done.append(name)
+        return real(self, name, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerStream, "layer", layer)
+        assert deep.quantize(*flags, scheme=scheme, run=detent).code == 130
+    assert not deep.out.exists()
+    assert "files are finished; pass resume" in deep.quantize(*flags, scheme=scheme, run=detent).err
+    again: list[str] = []
+    monkeypatch.setattr(LayerStream, "layer", lambda self, name, **m: (again.append(name), real(self, name, **m))[1])
+    deep.quantize(*flags, "--resume", scheme=scheme)
+    found = {name: digest for name, digest in contents(deep.out).items() if name != "detent_report.json"}
+    found.pop("detent_manifest.json"), wanted.pop("detent_manifest.json")
+    assert found == wanted
+    assert deep.report["layers"] == report["layers"]
+    assert deep.report["weights"] == report["weights"]
+    assert len(set(again)) < len(report["layers"])
+    assert not journal(deep).exists()
 
 
 def test_nothing_is_kept_before_a_block_is_finished(deep: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:

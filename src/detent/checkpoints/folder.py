@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from detent.checkpoints.source import INDEX_NAME, PICKLE_SUFFIXES, SINGLE_NAME, Source
 from detent.errors import DetentError
-from detent.external.files import unreadable
+from detent.external.files import placed, read_as, to_disk, unreadable
 from detent.external.interrupts import shielded
 from detent.external.model_folder import CONFIG_NAME
 from detent.external.output import (
@@ -41,6 +41,7 @@ from detent.external.output import (
     target_path,
     write_manifest,
 )
+from detent.external.schemas import FinishedShards
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +59,10 @@ _STALE_NAMES = (
     "quantization_config.json",
     "hf_quant_config.json",
 )
+
+
+#: What a folder that is kept for a later run says of its files.
+PROGRESS_NAME = "shards.json"
 
 
 class CheckpointWriter:
@@ -78,6 +83,8 @@ class CheckpointWriter:
             None copies nothing.
         overwrite: replace an existing folder, if Detent wrote everything in it.
         max_shard_size: bytes above which a further safetensors file is begun.
+        progress: a folder to write into until the end, which stays if the run ends before: another writer then has the
+            files that were finished there. None: a temporary one.
 
     Raises:
         DetentError: the folder exists and isn't empty (or, with `overwrite`, holds something that isn't as Detent wrote
@@ -92,6 +99,7 @@ class CheckpointWriter:
         source: Source | None = None,
         overwrite: bool = False,
         max_shard_size: int = MAX_SHARD_SIZE,
+        progress: Path | None = None,
     ) -> None:
         self.out_dir = target_path(out_dir)
         self.max_shard_size = max_shard_size
@@ -107,11 +115,32 @@ class CheckpointWriter:
         for notice in clear_leftovers(self.out_dir):
             _log.warning(notice)
         check_replaceable(self.out_dir, overwrite=overwrite)
-        self._made_parents = _missing_parents(self.out_dir)
+        self._made_parents = missing_parents(self.out_dir)
         with clear_errors(self.out_dir):
             self.out_dir.parent.mkdir(parents=True, exist_ok=True)
-            self._workspace = Workspace(self.out_dir, "writing")
-        self._temporary = self._workspace.path
+            self._workspace = Workspace(self.out_dir, "writing") if progress is None else None
+        self._temporary = self._resumed(progress) if self._workspace is None else self._workspace.path
+
+    def _resumed(self, folder: Path | None) -> Path:
+        """The folder of an unfinished run, with the shards that it finished and nothing else."""
+        assert folder is not None
+        log = folder / PROGRESS_NAME
+        shards = read_as(FinishedShards, log).shards if log.exists() else []
+        for index, shard in enumerate(shards):
+            if not (folder / f"shard-{index}.safetensors").exists():
+                break
+            self._shards.append(shard.sizes)
+            self.digests |= shard.digests
+        with clear_errors(self.out_dir):
+            for path in folder.iterdir() if folder.exists() else ():
+                if path.name not in {PROGRESS_NAME, *(f"shard-{n}.safetensors" for n in range(len(self._shards)))}:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            folder.mkdir(exist_ok=True)
+        return folder
+
+    def has(self, names: Iterable[str]) -> bool:
+        """Whether tensors are in files that are finished."""
+        return all(any(name in shard for shard in self._shards) for name in names)
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -121,14 +150,14 @@ class CheckpointWriter:
     ) -> None:
         """Remove whatever `finish` didn't make final."""
         self._pending.clear()
-        self._workspace.remove()
-        if not self.out_dir.exists():
-            for parent in self._made_parents:
-                if parent.exists() and not any(parent.iterdir()):
-                    parent.rmdir()
+        if self._workspace is not None:
+            self._workspace.remove()
+            remove_empty(self._made_parents)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write `tensor`, from any device, under `name`; it is held, not copied, until its shard is written."""
+        if self._workspace is None and self.has([name]):
+            return  # by the run that this one goes on with
         if name in self._pending or any(name in shard for shard in self._shards):
             raise DetentError(f"tensor {name!r} was added to the checkpoint twice")
         size = tensor.numel() * tensor.element_size()
@@ -176,6 +205,7 @@ class CheckpointWriter:
             for name, text in (files or {}).items():
                 (self._temporary / name).write_text(text, encoding="utf-8")
             _write_json(self._temporary / CONFIG_NAME, config)
+            (self._temporary / PROGRESS_NAME).unlink(missing_ok=True)
             write_manifest(self._temporary)
             self._set_permissions()
         return self._temporary
@@ -205,6 +235,11 @@ class CheckpointWriter:
             _sort_metadata(path)
         self._shards.append({name: t.numel() * t.element_size() for name, t in self._pending.items()})
         self._pending, self._pending_bytes = {}, 0
+        if self._workspace is None and not metadata:
+            shards = [{"sizes": sizes, "digests": {n: self.digests[n] for n in sizes}} for sizes in self._shards]
+            with clear_errors(self.out_dir):
+                to_disk(path)
+                placed(self._temporary / PROGRESS_NAME, lambda file: file.write_text(json.dumps({"shards": shards})))
 
     def _name_shards(self) -> None:
         count = len(self._shards)
@@ -239,8 +274,9 @@ class CheckpointWriter:
                     if aside is not None:
                         (aside.path / "old").rename(self.out_dir)
                     raise
-                (self.out_dir / MARKER_NAME).unlink()
-                self._workspace.close()
+                if self._workspace is not None:
+                    (self.out_dir / MARKER_NAME).unlink()
+                    self._workspace.close()
         finally:
             if aside is not None and self.out_dir.exists():
                 aside.remove()
@@ -272,9 +308,16 @@ def digest(tensor: Tensor) -> int:
     return zlib.crc32(flat.view(torch.uint8).numpy()) if flat.numel() else 0  # type: ignore[arg-type]
 
 
-def _missing_parents(path: Path) -> list[Path]:
+def missing_parents(path: Path) -> list[Path]:
     """The parents of `path` that don't exist, the innermost first."""
     return [parent for parent in path.parents if not parent.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of some folders, the innermost first, that hold nothing."""
+    for folder in folders:
+        if folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -94,7 +94,7 @@ class QuantizedWriter:
             writer.finish()
 
     Args:
-        out_dir, overwrite, max_shard_size: as for `CheckpointWriter`.
+        out_dir, overwrite, max_shard_size, progress: as for `CheckpointWriter`.
         source: the original checkpoint: its config and other files go along.
         formats: what will be written; layers must match it.
         layout: the on-disk format; by default what `choose` says.
@@ -112,6 +112,7 @@ class QuantizedWriter:
         layout: Layout | None = None,
         overwrite: bool = False,
         max_shard_size: int = MAX_SHARD_SIZE,
+        progress: Path | None = None,
     ) -> None:
         self.layout = layout or choose(formats)[0]
         reason = self.layout.can_hold(formats)
@@ -121,7 +122,9 @@ class QuantizedWriter:
         self.source = source
         self._missing = set(formats.layers)
         self._exact: dict[str, dict[str, str]] = {}
-        self._folder = CheckpointWriter(out_dir, source=source, overwrite=overwrite, max_shard_size=max_shard_size)
+        self._folder = CheckpointWriter(
+            out_dir, source=source, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress
+        )
 
     def __enter__(self) -> QuantizedWriter:
         return self
@@ -131,8 +134,11 @@ class QuantizedWriter:
     ) -> None:
         self._folder.__exit__(kind, error, traceback)
 
-    def add_layer(self, layer: LayerCheckpoint) -> None:
+    def add_layer(self, layer: LayerCheckpoint) -> tuple[list[str], dict[str, str]]:
         """Write a layer's codes and scales. Its bias, if any, is a tensor like others.
+
+        Returns:
+            The names of its tensors, and what `Layout.exact` says of it: what `skip_layer` takes.
 
         Raises:
             DetentError: the layer isn't what `formats` announced.
@@ -140,11 +146,30 @@ class QuantizedWriter:
         if self.formats.layers.get(layer.name) != layer.formats or layer.name not in self._missing:
             raise DetentError(f"layer {layer.name}: not announced with these formats, or written twice")
         self._missing.remove(layer.name)
-        for name, tensor in self.layout.layer_tensors(layer).items():
+        tensors = self.layout.layer_tensors(layer)
+        for name, tensor in tensors.items():
             self._folder.add(name, tensor)
         exact = self.layout.exact(layer)
         if exact:
             self._exact[layer.name] = exact
+        return list(tensors), exact
+
+    def skip_layer(self, name: str, names: Sequence[str], exact: dict[str, str]) -> bool:
+        """Leave out a layer whose tensors, `names`, are in files that an earlier run finished; False if they aren't.
+
+        Args:
+            name: of the layer. exact: what `Layout.exact` said of it.
+        """
+        if not self._folder.has(names):
+            return False
+        self._missing.remove(name)
+        if exact:
+            self._exact[name] = exact
+        return True
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor is in a file that is finished."""
+        return self._folder.has([name])
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """Write a tensor that isn't quantized, unchanged."""

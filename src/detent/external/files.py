@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -226,3 +227,21 @@ def shown(value: object) -> str:
     """A value from a file as a message quotes it: its first 80 characters at most."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or the list of a folder, is on the disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def placed(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file that is whole and on the disk before it has its name. Raises OSError."""
+    fresh = path.with_name(f"unfinished-{path.name}")
+    write(fresh)
+    to_disk(fresh)
+    fresh.replace(path)
+    to_disk(path.parent)

@@ -319,3 +319,32 @@ class FinishedBlock(Description):
     errors: dict[str, float | None]
     outcomes: dict[str, list[dict[str, Any]]]
     values: list[str]
+
+
+class FinishedShard(Description):
+    """One file of a checkpoint that is being written: sizes in bytes and checksums of its tensors."""
+
+    sizes: dict[str, int]
+    digests: dict[str, int]
+
+
+class FinishedShards(Description):
+    """The files that an unfinished run has finished."""
+
+    shards: list[FinishedShard]
+
+
+class WrittenTensor(Description):
+    """What an unfinished run knows of a tensor of the source that it has written.
+
+    Attributes:
+        names: of the tensors that it became.
+        digest: of one that stayed; None for a layer's weight.
+        error, exact: of a layer.
+    """
+
+    tensor: str
+    names: list[str]
+    digest: int | None = None
+    error: float | None = None
+    exact: dict[str, str] = Field(default_factory=dict)

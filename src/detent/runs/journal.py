@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -29,20 +28,20 @@ from detent._version import __version__
 from detent.algorithms.outcome import Outcome
 from detent.checkpoints import ModelFormats, Source
 from detent.checkpoints.detent_layout import DetentLayout, DetentReader
-from detent.checkpoints.folder import clear_errors, unshared
+from detent.checkpoints.folder import PROGRESS_NAME, clear_errors, missing_parents, remove_empty, unshared
 from detent.checkpoints.records import describe
 from detent.data.batches import CalibrationBatches
 from detent.engine.store import TensorStore
 from detent.errors import DetentError
-from detent.external.files import check_as, parse_json, read_as, read_bytes
+from detent.external.files import check_as, parse_json, placed, read_as, read_bytes, to_disk
 from detent.external.model_folder import CONFIG_NAME
-from detent.external.output import Workspace, is_journal, journal_path, target_path
-from detent.external.schemas import FinishedBlock, JournalStart
+from detent.external.output import MARKER_NAME, Workspace, is_journal, journal_path, target_path
+from detent.external.schemas import FinishedBlock, FinishedShards, JournalStart, WrittenTensor
 from detent.formats import Scales
 from detent.plan.plan import Plan
 from detent.runs.simulate import SimulatedLayer
 
-START_NAME, STATES, HEADER = "journal.json", "states", "detent"
+START_NAME, STATES, HEADER, WRITTEN_NAME = "journal.json", "states", "detent", "written.jsonl"
 #: Hidden states are kept again once the work since then has taken so many times as long as keeping them does.
 WORTH = 5.0
 
@@ -91,19 +90,23 @@ class Journal:
         self._tell = tell
         self._target = target_path(target)
         path = journal_path(self._target)
-        self.found = is_journal(path) and (path / START_NAME).exists()
         check_no_journal(self._target, resume=resume)
+        self.found = resume and is_journal(path) and (path / START_NAME).exists() and bool(_finished(path))
         if resume and not self.found:
             tell(f"nothing to resume was found next to {self._target}, so the run starts from the beginning")
         if self.found:
             self._check_same(path / START_NAME, made_of)
         with clear_errors(self._target):
+            self._made_parents = missing_parents(self._target)
             self._target.parent.mkdir(parents=True, exist_ok=True)
             self._workspace = Workspace(self._target, "journal")
             self.path = self._workspace.path
             if not self.found:
+                for left in self.path.iterdir():  # of a run that finished nothing
+                    if left.name != MARKER_NAME:
+                        shutil.rmtree(left) if left.is_dir() else left.unlink()
                 content = {"written_by": "detent", "made_of": dict(made_of)}
-                self._placed(START_NAME, lambda file: file.write_text(json.dumps(content, indent=1)))
+                placed(self.path / START_NAME, lambda file: file.write_text(json.dumps(content, indent=1)))
         self._kept_at, self._kept_in = time.monotonic(), 0.0
 
     def _check_same(self, path: Path, made_of: Mapping[str, str]) -> None:
@@ -144,8 +147,9 @@ class Journal:
             "outcomes": {layer.record.name: [asdict(o) for o in layer.outcomes] for layer in layers if layer.outcomes},
             "values": list(values),
         }
+        metadata = {HEADER: json.dumps(header)}
         with clear_errors(self._target):
-            self._placed(_file_of(unit), lambda file: save_file(unshared(tensors), file, {HEADER: json.dumps(header)}))
+            placed(self.path / _file_of(unit), lambda file: save_file(unshared(tensors), file, metadata))
 
     def has(self, unit: str) -> bool:
         return (self.path / _file_of(unit)).exists()
@@ -153,6 +157,32 @@ class Journal:
     def unit(self, unit: str) -> FinishedUnit:
         """What was written for a block. Raises DetentError where it is damaged."""
         return FinishedUnit(self.path / _file_of(unit))
+
+    # ---- tensors that are written one by one ------------------------------------------------------------------------
+
+    @property
+    def output(self) -> Path:
+        """Where files of the result are kept until it is whole."""
+        return self.path / "output"
+
+    def written(self) -> dict[str, WrittenTensor]:
+        """What is known of the tensors that were written before, by name."""
+        lines = (self.path / WRITTEN_NAME).read_text("utf-8").splitlines() if self.has_written else []
+        found = {}
+        for line in lines:
+            with suppress(DetentError):  # the last line of a run that was killed
+                one = check_as(WrittenTensor, parse_json(line, WRITTEN_NAME), WRITTEN_NAME)
+                found[one.tensor] = one
+        return found
+
+    @property
+    def has_written(self) -> bool:
+        return (self.path / WRITTEN_NAME).exists()
+
+    def note(self, tensor: WrittenTensor) -> None:
+        """Remember what is known of a tensor that was written."""
+        with clear_errors(self._target), (self.path / WRITTEN_NAME).open("a", encoding="utf-8") as file:
+            file.write(tensor.model_dump_json() + "\n")
 
     # ---- hidden states ----------------------------------------------------------------------------------------------
 
@@ -169,9 +199,9 @@ class Journal:
             if references is not None:
                 references.saved(fresh / "references")
             for file in fresh.rglob("*"):
-                _to_disk(file)
+                to_disk(file)
             fresh.rename(self.path / f"{STATES}-{index}")
-            _to_disk(self.path)
+            to_disk(self.path)
         for number in self._kept():
             if number != index:
                 shutil.rmtree(self.path / f"{STATES}-{number}", ignore_errors=True)
@@ -205,36 +235,29 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Let go of it. After an error it stays, unless no block is finished."""
-        blocks = self.finished
-        if kind is None or not blocks:
+        done = self.finished
+        if kind is None or not done:
             self.remove()
             return
         self._workspace.close()
-        self._tell(f"{blocks} finished blocks are kept in {self.path}: the same run with resume goes on from there")
+        self._tell(f"{done} are kept in {self.path}: the same run with resume goes on from there")
 
     @property
-    def finished(self) -> int:
-        """How many blocks are finished."""
-        return sum(1 for _ in self.path.glob("block-*.safetensors"))
+    def finished(self) -> str:
+        """What is finished, in words; "" for nothing."""
+        return _finished(self.path)
 
     def remove(self) -> None:
         """Remove it."""
         self._workspace.remove()
-
-    def _placed(self, name: str, write: Any) -> None:
-        fresh = self.path / f"unfinished-{name}"
-        write(fresh)
-        _to_disk(fresh)
-        fresh.replace(self.path / name)
-        _to_disk(self.path)
+        remove_empty(self._made_parents)
 
 
 def made_of(
-    source: Source, plan: Plan, batches: CalibrationBatches, dtype: torch.dtype, min_kv_scale: float
+    source: Source, plan: Plan, batches: CalibrationBatches | None, dtype: torch.dtype, min_kv_scale: float
 ) -> dict[str, str]:
     """Everything that decides what a run gives, by what a user would call it: for `Journal`."""
     config, steps = source.path / CONFIG_NAME, plan.algorithms
-    tokens = hashlib.sha256(b"".join(sample.numpy().tobytes() for sample in batches.samples)).hexdigest()[:16]
     recipe = hashlib.sha256(json.dumps(describe(plan.formats), sort_keys=True).encode()).hexdigest()[:16]
     files = {info.file for info in source.tensors.values()}
     return {
@@ -245,10 +268,17 @@ def made_of(
         "list of algorithms": json.dumps([step.model_dump(mode="json", exclude_unset=True) for step in steps]),
         "data type": str(dtype).removeprefix("torch."),
         "min_kv_scale": str(min_kv_scale),
-        "calibration data": f"{len(batches.samples)} samples, {batches.tokens} tokens, digest {tokens}",
-        "batch size": str(batches.batch_size),
+        **({} if batches is None else _data(batches)),
         "config.json": hashlib.sha256(read_bytes(config)).hexdigest()[:16],
         **{f"file {name}": _stamp(source.path / name) for name in sorted(files)},
+    }
+
+
+def _data(batches: CalibrationBatches) -> dict[str, str]:
+    tokens = hashlib.sha256(b"".join(sample.numpy().tobytes() for sample in batches.samples)).hexdigest()[:16]
+    return {
+        "calibration data": f"{len(batches.samples)} samples, {batches.tokens} tokens, digest {tokens}",
+        "batch size": str(batches.batch_size),
     }
 
 
@@ -265,23 +295,18 @@ def check_no_journal(target: str | Path, *, resume: bool) -> None:
         DetentError: there is a journal.
     """
     path = journal_path(target_path(target))
-    if resume or not is_journal(path):
-        return
-    blocks = sum(1 for _ in path.glob("block-*.safetensors"))
-    raise DetentError(
-        f"{path} holds an interrupted run that finished {blocks} blocks; pass resume to go on from there, or remove"
-        " that folder to start from the beginning"
-    )
+    if not resume and is_journal(path) and (done := _finished(path)):
+        raise DetentError(
+            f"{path} holds an interrupted run of which {done} are finished; pass resume to go on from there, or remove"
+            " that folder to start from the beginning"
+        )
+
+
+def _finished(path: Path) -> str:
+    blocks, log = sum(1 for _ in path.glob("block-*.safetensors")), path / "output" / PROGRESS_NAME
+    files = len(read_as(FinishedShards, log).shards) if log.exists() else 0
+    return f"{files} files" if files else f"{blocks} blocks" if blocks else ""
 
 
 def _file_of(unit: str) -> str:
     return f"block-{unit}.safetensors"
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file, or the list of a folder, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -118,12 +118,14 @@ def quantize_checkpoint(
         if not evaluation.skip or not (streams or by_blocks):
             model = load_model(source, config, dtype=dtype, **loading)
             before = measure(model)
-        if streams:
-            quantized = LayerStream(source, plan, dtype, model_options.device)
-        elif batches is not None and by_blocks:
+        kept_by = None
+        if streams or by_blocks:
             model = None
             parts = made_of(source, plan, batches, dtype, prepared.min_kv_scale)
             journal = open_until_written.enter_context(Journal(output, parts, resume=resume, tell=run.notify))
+        if streams:
+            quantized, kept_by = LayerStream(source, plan, dtype, model_options.device), journal
+        elif batches is not None and by_blocks:
             try:
                 quantized, held = quantize_by_blocks(
                     source, plan, config, batches, journal, dtype, prepared.min_kv_scale, spill=spill, **loading
@@ -144,7 +146,9 @@ def quantize_checkpoint(
 
         # The folder: written under a temporary name, proved, reported on, and only then put in its place.
         everything = with_carried(quantized, source, plan, dtype, model_options.device)
-        with written(output, source, plan, everything, dtype=dtype, held=held, overwrite=overwrite) as out:
+        with written(
+            output, source, plan, everything, dtype=dtype, held=held, overwrite=overwrite, journal=kept_by
+        ) as out:
             with out.examined():
                 verify(out.folder, out.expected, source)
                 if expected is None:

@@ -14,9 +14,11 @@ from torch import Tensor
 from detent.algorithms.outcome import Outcome
 from detent.checkpoints import LayerCheckpoint, LayerFormats, ModelFormats, QuantizedWriter, Source, layouts
 from detent.checkpoints.folder import digest
+from detent.external.schemas import WrittenTensor
 from detent.plan.plan import Plan
 from detent.pretrained.names import CheckpointNames
 from detent.progress import track
+from detent.runs.journal import Journal
 from detent.runs.simulate import Quantized
 from detent.runs.verify import Expected, Kept, kept_tensor
 
@@ -74,6 +76,7 @@ def written(
     dtype: torch.dtype,
     held: Mapping[str, torch.dtype],
     overwrite: bool = False,
+    journal: Journal | None = None,
 ) -> Iterator[Written]:
     """Write what was quantized. The folder appears with `Written.commit`; without it, nothing is left.
 
@@ -85,6 +88,7 @@ def written(
         dtype: that config.json then names.
         held: {parameter: dtype} of those that are written in another dtype than that of the source.
         overwrite: replace a folder that Detent wrote.
+        journal: where files that are finished are kept if the run ends before, and were kept by the run before this.
 
     Raises:
         DetentError: the folder can't be written; a value that stays is not finite, or not in its new dtype.
@@ -97,23 +101,40 @@ def written(
     place = {tensor: index for index, tensor in enumerate(source.tensors)}
     order = sorted(module_of.keys() | kept.keys(), key=lambda tensor: (place.get(tensor, len(place)), tensor))
     layout = layouts[plan.layout] if layouts[plan.layout].can_hold(formats) is None else None
+    done = {} if journal is None else journal.written()
     with QuantizedWriter(
-        out_dir, source=source, formats=formats, layout=layout, overwrite=overwrite, max_shard_size=SHARD_SIZE
+        out_dir,
+        source=source,
+        formats=formats,
+        layout=layout,
+        overwrite=overwrite,
+        max_shard_size=SHARD_SIZE,
+        progress=None if journal is None else journal.output,
     ) as writer:
         same: dict[str, int] = {}
+        note = (lambda tensor: None) if journal is None else journal.note
         for tensor in track(order, "Writing", len(order)):
+            before, layer = done.get(tensor), tensor.removesuffix(".weight")
             if tensor in module_of:
+                shown = formats.layers[layer] in examples
+                if before and shown and writer.skip_layer(layer, before.names, before.exact):
+                    layers[module_of[tensor]] = LayerResult(formats.layers[layer], before.error)
+                    continue
                 simulated = quantized.layer(module_of[tensor])
-                record = replace(simulated.record, name=tensor.removesuffix(".weight"))
-                writer.add_layer(record)
-                layers[module_of[tensor]] = LayerResult(
-                    record.formats, simulated.relative_error, list(simulated.outcomes)
-                )
+                record = replace(simulated.record, name=layer)
+                tensors, exact = writer.add_layer(record)
+                error = simulated.relative_error
+                note(WrittenTensor(tensor=tensor, names=tensors, error=error, exact=exact))
+                layers[module_of[tensor]] = LayerResult(record.formats, error, list(simulated.outcomes))
                 examples.setdefault(record.formats, record)
             if tensor in kept:
+                if before and before.digest is not None and writer.has(tensor):
+                    same[tensor] = before.digest
+                    continue
                 value = kept_tensor(tensor, kept[tensor], source)
                 writer.add_tensor(tensor, value)
                 same[tensor] = digest(value)
+                note(WrittenTensor(tensor=tensor, names=[tensor], digest=same[tensor]))
         for module, (key, value_scales, *more) in kv.items():
             writer.add_kv(module, key, value_scales, *more)
         folder = writer.close(_config(source, plan, quantized, dtype))
