@@ -7,15 +7,18 @@ from contextlib import contextmanager
 
 from detent.errors import DetentError
 
-#: Whatever a library that reads odd values may raise. Its bugs can't be distinguished from faults of the values.
+#: Whatever a library that reads odd values may raise, or Python code that comes with a checkpoint. Bugs can't be
+#: distinguished from faults of the values.
 MISTAKES = (
     ArithmeticError,
     AssertionError,
     AttributeError,
     ImportError,
     LookupError,
+    NameError,
     OSError,
     RuntimeError,
+    SyntaxError,
     TypeError,
     ValueError,
 )

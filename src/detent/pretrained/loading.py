@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,8 @@ def quiet_transformers(start: str, trusted: bool = False) -> Iterator[None]:
     hf_logging.disable_progress_bar()
     try:
         with as_detent_error(
-            lambda error: f"{start}: {_told(error, trusted)}",
-            more=() if kind is None else (kind,),
+            lambda error: f"{start}: {_kind(error)}{_told(error, trusted)}",
+            more=(*([kind] if kind else []), *([SystemExit] if trusted else [])),  # code of its own may exit
             but=(torch.OutOfMemoryError,),
         ):
             yield
@@ -93,7 +93,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
             f"{folder / CONFIG_NAME}: {place} is {value!r}, code on the hub that transformers would download and run;"
             " pass trust_remote_code if you trust it, or take the entry out"
         )
-    with quiet_transformers(str(folder / CONFIG_NAME), trust_remote_code):
+    with quiet_transformers(f"{folder / CONFIG_NAME}{_own_code(content, trust_remote_code)}", trust_remote_code):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     vars(config).pop("quantization_config", None)  # weights are decoded by Detent, not by transformers
     return config
@@ -106,15 +106,19 @@ def model_on_meta(config: Any, *, trust_remote_code: bool = False, dtype: torch.
         DetentError: the architecture is no language model, of text alone or of text with images or sound, or cannot be
             built from its configuration.
     """
-    kind = getattr(config, "model_type", "?")
-    with (
-        torch.device("meta"),
-        quiet_transformers(f"cannot build a {kind} language model from its config.json", trust_remote_code),
-    ):
+    own = _own_code(vars(config), trust_remote_code)
+    start = f"cannot build a {getattr(config, 'model_type', '?')} language model from its config.json{own}"
+    with torch.device("meta"), quiet_transformers(start, trust_remote_code):
         model: nn.Module = auto_class(config).from_config(
             config, trust_remote_code=trust_remote_code, dtype=dtype or torch.float32
         )
     return model
+
+
+def _own_code(config: Mapping[str, Any], trusted: bool) -> str:
+    """Where the Python code of a checkpoint is, for the start of a message; "" where none runs."""
+    own = config.get("auto_map") if trusted else None
+    return f" (with the code of its own that auto_map names: {', '.join(map(str, own.values()))})" if own else ""
 
 
 #: transformers' doors to models that give logits for the next token, in the order in which they are tried.
@@ -126,7 +130,11 @@ _DOORS = {
 
 
 def auto_class(config: Any) -> Any:
-    """The door to the class that config.json names, or else the first that the architecture has."""
+    """The door to the class that config.json names, or else the first that the architecture has.
+
+    Raises:
+        DetentError: there is none.
+    """
     import transformers
     from transformers.models.auto import modeling_auto
 
@@ -134,8 +142,12 @@ def auto_class(config: Any) -> Any:
     own = getattr(config, "auto_map", None) or {}
     known = {door: getattr(modeling_auto, names, {}).get(kind) for door, names in _DOORS.items()}
     doors = [door for door in _DOORS if known[door] or door in own]
-    chosen = next((door for door in doors if known[door] in named), next(iter(doors), "AutoModelForCausalLM"))
-    return getattr(transformers, chosen)
+    if not doors:
+        raise DetentError(
+            f"transformers has no language model of type {kind!r}, and config.json names no code of its own for one"
+            " (auto_map); give the folder of a language model"
+        )
+    return getattr(transformers, next((door for door in doors if known[door] in named), doors[0]))
 
 
 def model_dtype(data_type: str, config: Any, source: Source) -> torch.dtype:
@@ -293,11 +305,22 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
 
 
+def _kind(error: BaseException) -> str:
+    """The class of an error whose text alone says little."""
+    plain = isinstance(error, (ImportError, NameError, SyntaxError, SystemExit))
+    return f"{type(error).__name__}: " if plain else ""
+
+
 def _told(error: BaseException, trusted: bool) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines()]
     text = " ".join(lines[:2])[:400] if lines and lines[0].endswith(":") else first_line(error)
     if isinstance(error, KeyError):
         text = f"unknown value or missing key {text}"
+    if "does not recognize this architecture" in text:
+        text = (
+            f"{text.partition(' This could')[0]} Update transformers, or get the checkpoint with the code of its own"
+            " that config.json names (auto_map)"
+        )
     if "trust_remote_code" in str(error) and not trusted:
         return "this model comes with Python code of its own; pass trust_remote_code if you trust it to run here"
     return text

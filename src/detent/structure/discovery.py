@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from detent.errors import DetentError
+from detent.external.mistakes import MISTAKES
 from detent.structure.folds import (
     Group,
     Matcher,
@@ -34,7 +35,6 @@ from detent.structure.values import factors, positive, spread
 from detent.structure.weights import DrawnWeights
 
 #: What running a model on inputs that it isn't made for may raise.
-_MISTAKES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
 #: Runs spent at most on telling apart the producers of one activation.
 _MOST_WAVES = 5
 
@@ -118,7 +118,7 @@ class _Discovery:
             try:
                 with self._skeleton.watching():
                     trace = Probe(self.model, positive, look=matcher.look).run(self._short)
-            except _MISTAKES as error:
+            except MISTAKES as error:
                 if isinstance(error, (DetentError, torch.OutOfMemoryError)):
                     raise
                 if self._skeleton.skipped:  # leaving blocks out may be what it fails on
