@@ -155,6 +155,26 @@ def test_activations_come_back(layout, tmp_path: Path) -> None:
         assert_same_layer(found.layer(layer.name), layer)
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_unsigned_codes_beside_activations_are_stored_signed(bits: int, tmp_path: Path) -> None:
+    """A byte each, the middle of the range at zero, whatever the width."""
+    weights, inputs = (f.integer(bits, g, signed=False, symmetric=False) for g in (f.per_channel(0), f.per_token()))
+    formats = weights, inputs.as_dynamic()
+    layer = quantized_layer("m", weight((32, 64)), (*formats, None))
+    write(
+        tmp_path / "out",
+        Source(toy_source(tmp_path / "src")),
+        [layer],
+        layout=layouts["compressed-tensors"],
+        ignored=(),
+    )
+    assert layer.weight is not None
+    stored = load_file(tmp_path / "out" / "model.safetensors")["m.weight"]
+    assert stored.dtype == torch.int8
+    assert torch.equal(stored.long(), layer.weight.codes.long() - 2 ** (bits - 1))
+    assert_same_layer(open_quantized(tmp_path / "out").layer("m"), layer)
+
+
 def test_activation_scales_per_channel_come_back(tmp_path: Path) -> None:
     fmt = f.integer(8, f.per_channel(-1))
     low = -torch.rand(1, 64) - 0.1

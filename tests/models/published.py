@@ -742,7 +742,7 @@ def _randomize(model: Any) -> None:
             parameter.add_(torch.randn_like(parameter) * 0.2)
             if "norm" in name or "ln_" in name:
                 parameter[5::32] += 3
-        elif float(parameter.std()) < 0.1 or not bool(torch.isfinite(parameter).all()):
+        elif not 0.1 <= float(parameter.std()) <= 1:  # too small to matter, or never initialised
             parameter.copy_(torch.randn_like(parameter) * (0.15 if parameter.dim() == 2 else 0.1))
         if parameter.dim() == 2 and name.endswith(_OUTLIERS):
             parameter[3::32] *= 6

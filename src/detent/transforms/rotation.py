@@ -134,10 +134,11 @@ class _Proof:
             parts.append(self._optional("R1", self.rotator.stream))
         if config.r2:
             parts.append(self._optional("R2", self.rotator.heads))
-        if config.r3 is not False:
-            parts.append(self._proved(self.rotator.keys, "set r3=False"))
-        if config.r4 is not False:
-            parts.append(self._proved(self.rotator.inputs, "set r4=False"))
+        for asked, name, rotate in ((config.r3, "R3", self.rotator.keys), (config.r4, "R4", self.rotator.inputs)):
+            if asked:
+                parts.append(self._proved(rotate, f"set {name.lower()}=False"))
+            elif asked is None:
+                parts.append(self._optional(name, rotate))
         if not any(part.where for part in parts):
             raise DetentError("rotation: nothing was rotated: " + "; ".join(f"{p.name}: {p.reason}" for p in parts))
         for module in self.model.modules():

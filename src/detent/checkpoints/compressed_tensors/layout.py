@@ -191,7 +191,8 @@ def _weight_tensors(q: QTensor, layout: str) -> dict[str, Tensor]:
             unsigned = (tensors["weight_zero_point"].to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
             tensors["weight_zero_point"] = pack_int32(unsigned.t().contiguous(), bits).t().contiguous()
     elif layout == ct.INT:
-        tensors["weight"] = q.codes if q.codes.dtype == torch.int8 else (q.codes ^ _offset(q.format)).view(torch.int8)
+        # Bytes wrap around: 3 - 8 is 251, which as a signed byte is -5.
+        tensors["weight"] = (q.codes - _offset(q.format)).view(torch.int8)
     elif layout in (ct.NVFP4, ct.MXFP4, ct.MXFP6):
         tensors["weight_packed"] = pack(q.codes, q.format.element.bits)
     else:
