@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from detent.checkpoints.decoded import DecodedSource, open_source
 from detent.checkpoints.folder import MAX_SHARD_SIZE, CheckpointWriter
 from detent.checkpoints.quantized import (
     Layout,
@@ -18,6 +19,7 @@ __all__ = [
     "MAX_SHARD_SIZE",
     "Activation",
     "CheckpointWriter",
+    "DecodedSource",
     "LayerCheckpoint",
     "LayerFormats",
     "Layout",
@@ -29,5 +31,6 @@ __all__ = [
     "choose",
     "layouts",
     "open_quantized",
+    "open_source",
     "quant_method",
 ]

@@ -6,7 +6,7 @@ read: pickled weights run code when loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ _CODED = (
     ".qzeros",
 )
 
+#: Where older versions of ModelOpt say that weights are quantized, in place of config.json.
+_MODELOPT_NAME = "hf_quant_config.json"
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -44,6 +47,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -67,7 +71,7 @@ class TensorInfo:
 
 
 class Source:
-    """An opened checkpoint folder.
+    """An opened checkpoint folder. `open_source` opens a quantized one as the float model that it stands for.
 
     Args:
         path: the folder.
@@ -79,17 +83,23 @@ class Source:
         config: the parsed config.json.
         tensors: `TensorInfo` by tensor name, in the order of the files.
         metadata: the string metadata of all file headers, merged.
+        notes: what the user should know about it.
 
     Raises:
         DetentError: the folder or config.json is missing, empty, unreadable or of another kind; weights are missing,
             pickled, truncated or corrupt; shards and their index disagree; the model is quantized already.
     """
 
+    notes: Sequence[str] = ()
+
     def __init__(self, path: str | Path, *, quantized: bool = False) -> None:
         self.path = user_path(path)
         check_folder(self.path)
         self.config = read_config(self.path)
         method = quant_method(self.config)
+        if method is None and is_file(self.path / _MODELOPT_NAME):
+            method = "modelopt"
+            self.config |= {"quantization_config": {"quant_method": method}}
         if method is not None and not quantized:
             raise DetentError(
                 f"{self.path} is quantized already ({method}); quantize the original checkpoint instead."

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from detent.checkpoints import Source
+from detent.checkpoints import Source, open_source
 from detent.checkpoints.source import holds_no_weights
 from detent.config import QuantizeAlgorithmConfig, Scheme, kv_cache_format, parse_scheme
 from detent.config.algorithm_names import named_algorithms
@@ -70,7 +70,9 @@ def prepare(
     steps = _algorithms(algorithms or AlgorithmOptions(), run)
     config = load_config(folder, trust_remote_code=model.trust_remote_code)
     bare = without_weights and holds_no_weights(folder)
-    source = _imagined(folder, config, model, run) if bare else Source(folder)
+    source = _imagined(folder, config, model, run) if bare else open_source(folder)
+    for note in source.notes:
+        run.notify(note)
     dtype = model_dtype(model.data_type, config, source)
     plan = _plan(source, config, model, scheme, with_scale_dtype(chosen, dtype), kv_cache, dtype, steps)
     _tell_about(plan, run, dtype)

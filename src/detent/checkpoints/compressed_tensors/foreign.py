@@ -39,7 +39,7 @@ def infer_formats(source: Source) -> ModelFormats:
     return ModelFormats(layers, kv_cache, tuple(config.get("ignore") or ()))
 
 
-def refuse_what_is_not_read(source: Source) -> None:
+def refuse_what_is_not_read(source: Source, *, reordered: bool = False) -> None:
     """Raise DetentError for parts of compressed-tensors that change what codes mean and that Detent doesn't read."""
     config = source.config["quantization_config"]
     if (config.get("transform_config") or {}).get("config_groups"):
@@ -50,7 +50,7 @@ def refuse_what_is_not_read(source: Source) -> None:
     if status not in (None, "compressed"):
         raise DetentError(f"{source.path}: quantization_status is {status!r}; only compressed weights hold codes")
     for name in source:
-        if name.endswith(".weight_g_idx"):
+        if name.endswith(".weight_g_idx") and not reordered:
             raise DetentError(f"{source.path}: {name}: weights reordered by activation are not read by Detent")
 
 

@@ -203,6 +203,10 @@ def _weight_tensors(q: QTensor, layout: str) -> dict[str, Tensor]:
 class CompressedTensorsReader:
     """Reads compressed-tensors, whether Detent or another tool wrote it.
 
+    Args:
+        source: the opened folder.
+        reordered: whether the caller minds ``weight_g_idx``, the group of each column; they are refused otherwise.
+
     Attributes:
         formats: the formats of the model. Where another tool wrote the file they are made from config.json, which
             leaves out how scales were computed; codes and scales are read exactly all the same.
@@ -210,12 +214,12 @@ class CompressedTensorsReader:
         described: whether Detent wrote it, and left a description.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, *, reordered: bool = False) -> None:
         self.source = source
         self._outer: dict[str, dict[str, str]] = {}
         where = f"{source.path / 'config.json'}: quantization_config"
         check_as(CompressedTensorsConfig, source.config["quantization_config"], where)
-        foreign.refuse_what_is_not_read(source)
+        foreign.refuse_what_is_not_read(source, reordered=reordered)
         note = source.metadata.get(METADATA_KEY)
         self.described = note is not None
         if note is None:
@@ -256,7 +260,7 @@ class CompressedTensorsReader:
             return False
         if part == "weight":
             return self.formats.layers[module].weight is not None
-        return bool(re.fullmatch(r"(weight|input|output)_(packed|shape|scale|zero_point|global_scale)", part))
+        return bool(re.fullmatch(r"(weight|input|output)_(packed|shape|scale|zero_point|global_scale|g_idx)", part))
 
     def layer(self, name: str) -> LayerCheckpoint:
         """The contents of one layer, read now.
