@@ -74,7 +74,6 @@ OURS = dict.fromkeys(
 LATER = {
     "multi_gpu": [],
     "multi_device": [],
-    "moe_experts_second_step_config": ["w_int4_per_channel_sym"],
     "model_export": ["gguf"],
     "custom_mode": ["awq"],
     "pack_method": ["order"],

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import detent
-from detent.nn.experts import QuantExperts, take_apart
+from detent.nn.experts import QuantExperts, every_token_to_every_expert, take_apart
 from detent.nn.experts_layout import fused_experts, take_experts_apart
 from structure import zoo
 
@@ -97,6 +97,22 @@ def test_experts_of_other_libraries(kind: type[PlainExperts], names: list[str]) 
     take_experts_apart(experts)
     assert [name for name, _ in experts.get_submodule("1").named_children()] == names
     torch.testing.assert_close(experts(*given), before)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_every_token_for_every_expert_and_the_output_of_the_router(model_type: str) -> None:
+    model = zoo.make(model_type)
+    take_experts_apart(model)
+    experts = model.model.layers[1].mlp.experts
+    given = (torch.randn(5, 48).double(), torch.tensor([[0, 2]] * 5), torch.rand(5, 2).double())
+    before, seen = experts(*given), []
+    for expert in experts.experts():
+        experts.get_submodule(f"{expert}.up_proj").register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with every_token_to_every_expert():
+        after = experts(*given)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-12)
+    assert len(seen) == 4
+    assert all(torch.equal(x, given[0]) for x in seen)
 
 
 def test_weights_are_views_until_they_change() -> None:

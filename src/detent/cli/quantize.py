@@ -67,6 +67,10 @@ def quantize(
     kv_cache_dtype: Annotated[
         str | None, _of_quantizing("kv_cache_dtype", "Type of the key/value cache, such as fp8.")
     ] = None,
+    moe_experts_second_step_config: Annotated[
+        str | None,
+        _of_quantizing("moe_experts_second_step_config", "A second scheme for the FP8 codes of experts: int4 of fp8."),
+    ] = None,
     min_kv_scale: Annotated[float, _of_quantizing("min_kv_scale", "Floor of the key/value cache's scales.")] = 0.0,
     fp8_attention_quant: Annotated[
         bool, _of_quantizing("fp8_attention_quant", "FP8 for queries, keys, values and attention probabilities.")
@@ -127,6 +131,9 @@ def quantize(
     seq_len: Annotated[int, _option("seq_len", "Tokens in a calibration sample.", min=2)] = 512,
     batch_size: Annotated[int, _option("batch_size", "Calibration samples that run at once.", min=1)] = 1,
     num_calib_data: Annotated[int, _option("num_calib_data", "Number of calibration samples.", min=1)] = 512,
+    calibrate_all_experts: Annotated[
+        bool, _of_quantizing("calibrate_all_experts", "Show every expert every token, not only its router's choice.")
+    ] = False,
     memory_budget: Annotated[
         str | None, _of_quantizing("memory_budget", "The most memory to use, such as 4GiB (default: what is free).")
     ] = None,
@@ -153,7 +160,6 @@ def quantize(
     ] = None,
     multi_gpu: Annotated[bool, _later("multi_gpu")] = False,
     multi_device: Annotated[bool, _later("multi_device")] = False,
-    moe_experts_second_step_config: Annotated[str | None, _later("moe_experts_second_step_config")] = None,
     custom_mode: Annotated[Literal["quark", "awq", "fp8"], _later("custom_mode")] = "quark",
     pack_method: Annotated[Literal["reorder", "order"], _later("pack_method")] = "reorder",
     export_weight_format: Annotated[
@@ -259,6 +265,7 @@ def asked_for(context: typer.Context) -> Asked:
             (flags.model_export or ["hf_format"])[0],
             flags.allow_unfused,
             flags.quantize_mtp,
+            flags.moe_experts_second_step_config,
         ),
         AlgorithmOptions(
             tuple(prepare),
@@ -267,7 +274,12 @@ def asked_for(context: typer.Context) -> Asked:
             flags.quant_algo_config_file_path,
         ),
         CalibrationOptions(
-            flags.dataset, flags.seq_len, flags.num_calib_data, flags.batch_size, _bytes_of(flags.memory_budget)
+            flags.dataset,
+            flags.seq_len,
+            flags.num_calib_data,
+            flags.batch_size,
+            _bytes_of(flags.memory_budget),
+            flags.calibrate_all_experts,
         ),
         EvaluationOptions(
             flags.skip_evaluation,

@@ -12,7 +12,9 @@ the module computes what it did.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +25,22 @@ from detent.errors import DetentError
 from detent.nn.instance_forward import rebind_forward
 from detent.nn.quant_module import QuantModule
 from detent.nn.registry import QuantModuleRegistry
+
+_every_token: ContextVar[bool] = ContextVar("detent_every_token", default=False)
+
+
+@contextmanager
+def every_token_to_every_expert(on: bool = True) -> Iterator[None]:
+    """Inside the block experts are shown every token, for statistics; what goes on is what their router chose.
+
+    Args:
+        on: whether to do anything.
+    """
+    token = _every_token.set(on)
+    try:
+        yield
+    finally:
+        _every_token.reset(token)
 
 
 @dataclass(frozen=True)
@@ -81,10 +99,17 @@ class Projection:
 
 @dataclass(frozen=True)
 class ExpertsLayout:
-    """How a module holds its experts: their number, and their projections in the order of their outputs."""
+    """How a module holds its experts.
+
+    Attributes:
+        count: their number.
+        projections: in the order of their outputs.
+        routed: whether the module is told which experts each token goes to.
+    """
 
     count: int
     projections: tuple[Projection, ...]
+    routed: bool
 
     def of(self, parameter: str) -> list[Projection]:
         """The projections in one parameter."""
@@ -188,12 +213,12 @@ class QuantExperts(QuantModule):
     Attributes:
         layout: how it held them.
         shapes: {parameter: its shape} of those that it held.
-        every_token: whether every expert is shown every token, for statistics; outputs stay those of the router.
+        few: whether tokens go to two experts alone, for those who look for what they have in common.
     """
 
     layout: ExpertsLayout
     shapes: dict[str, torch.Size]
-    every_token = False
+    few = False
 
     def take_apart(self, layout: ExpertsLayout) -> None:
         """Turn the parameters of `layout` into linear layers."""
@@ -236,7 +261,9 @@ class QuantExperts(QuantModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         forward = unrouted(super().forward.__func__, self)  # type: ignore[attr-defined]
-        if self.every_token and len(args) == 3:
+        if len(args) == 3 and self.few:
+            args = (args[0], args[1] % 2, args[2])
+        elif len(args) == 3 and _every_token.get():
             args = _all_experts(*args, self.layout.count)
         return forward(self, *args, **kwargs)
 

@@ -134,7 +134,8 @@ class _Watched:
         if self._count < 2:
             return None
         forward = unrouted(type(self._double).forward, self._double)
-        forward(self._double, *self._arguments(forward, width))
+        arguments = self._arguments(forward, width)
+        forward(self._double, *arguments)
         mine = [use for use in self._uses if use.expert == 0]
         if len(mine) < 2 or len({use.parameter for use in mine}) != len(mine):
             return None
@@ -144,7 +145,7 @@ class _Watched:
         found = [self._projection(use, role, part) for use, role, part in _roles(first, last)]
         if sorted(p.name for p in found) not in (["down_proj", "gate_proj", "up_proj"], ["down_proj", "up_proj"]):
             return None
-        return ExpertsLayout(self._count, tuple(found))
+        return ExpertsLayout(self._count, tuple(found), len(arguments) == 3 and self._holder is self._double)
 
     def _arguments(self, forward: Any, width: int) -> tuple[Any, ...]:
         names = [p for p in inspect.signature(forward).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]

@@ -36,6 +36,7 @@ from detent.plan.kept import (
     why_nothing,
     without_a_name,
 )
+from detent.plan.mixtures import second_step
 from detent.plan.readers import experts_apart, misread
 from detent.plan.unlike import check_fused
 from detent.pretrained.names import CheckpointNames
@@ -147,6 +148,7 @@ def make_plan(
     only_layout: str | None = None,
     allow_unfused: bool = False,
     quantize_mtp: bool = False,
+    experts_second_step: Format | None = None,
 ) -> Plan:
     """Plan the quantization of a checkpoint.
 
@@ -164,6 +166,7 @@ def make_plan(
         only_layout: the name of the on-disk format that has to hold it; None for the first that does.
         allow_unfused: whether layers that engines fuse may have different formats.
         quantize_mtp: whether linear layers that the checkpoint has beside the model are quantized like those in it.
+        experts_second_step: a format for the codes that `scheme` gives the weights of experts.
 
     Raises:
         DetentError: a pattern of `exclude` matches nothing; nothing is left to quantize; a weight of the model isn't in
@@ -187,6 +190,8 @@ def make_plan(
         for entry in quant_cfg_for(special):
             if entry.get("parent_class"):
                 quant_cfg.append({**entry, "quantizer_name": f"{pattern}.{entry['quantizer_name'].lstrip('*')}"})
+    if experts_second_step is not None:
+        quant_cfg.extend(second_step(structure, scheme, experts_second_step))
     quant_cfg.extend({"quantizer_name": f"{pattern}.*", "enable": False} for pattern in patterns)
     if kv_cache is not None:
         elsewhere = check_attention(model, structure)

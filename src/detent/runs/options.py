@@ -65,6 +65,7 @@ class CalibrationOptions:
             text).
         seq_len: tokens in a sample. num_samples: how many. batch_size: samples run at once.
         memory_budget: bytes that the run may take; where that is tight, hidden states go to disk. None: what there is.
+        all_experts: whether every expert of a mixture sees every token, not only those that its router sends it.
 
     Example:
         >>> import detent
@@ -77,6 +78,7 @@ class CalibrationOptions:
     num_samples: int = 512
     batch_size: int = 1
     memory_budget: int | None = None
+    all_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class SchemeOptions:
         allow_unfused: whether layers that engines run as one may have different formats.
         quantize_mtp: whether the linear layers that a checkpoint has beside its model, such as those that predict
             several tokens at once, are quantized too, without data.
+        experts_second_step: a scheme of weights, such as ``w_int4_per_channel_sym``, that encodes the FP8 codes of
+            experts once more.
 
     Example:
         >>> import detent
@@ -118,6 +122,7 @@ class SchemeOptions:
     export: str = "hf_format"
     allow_unfused: bool = False
     quantize_mtp: bool = False
+    experts_second_step: str | None = None
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,9 @@ def _plan(
         )
         for pattern, size in options.group_size_per_layer
     }
+    second = None
+    if options.experts_second_step is not None:
+        second = parse_scheme(options.experts_second_step, options.group_size).weight
     return make_plan(
         source,
         model,
@@ -171,6 +174,7 @@ def _plan(
         only_layout=None if options.export == "hf_format" else options.export,
         allow_unfused=options.allow_unfused,
         quantize_mtp=options.quantize_mtp,
+        experts_second_step=second,
     )
 
 

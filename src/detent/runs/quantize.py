@@ -15,8 +15,10 @@ from detent.engine.host import CannotStream
 from detent.external.files import user_path
 from detent.external.output import add_to_manifest, check_room, check_target
 from detent.model.kv_cache import check_cache
+from detent.nn.experts import every_token_to_every_expert
 from detent.notices import collected_notices
 from detent.plan.cost import cost
+from detent.plan.mixtures import check_every_token
 from detent.pretrained.loading import load_model, load_tokenizer
 from detent.report.resources import available_memory_bytes
 from detent.report.run_report import REPORT_NAME, BeforeAfterBytes, Perplexity, RunReport
@@ -93,6 +95,8 @@ def quantize_checkpoint(
     trust = model_options.trust_remote_code
     tokenizer = load_tokenizer(folder, trust_remote_code=trust) if plan.needs_data or not evaluation.skip else None
     batches = None
+    if calibration.all_experts:
+        check_every_token(plan.skeleton)
     if plan.needs_data:
         batches = calibration_batches(calibration, tokenizer, config, builtin, run)
     elif calibration.dataset is not None:
@@ -122,14 +126,16 @@ def quantize_checkpoint(
         if streams or by_blocks:
             model = None
             parts = made_of(source, plan, batches, dtype, prepared.min_kv_scale)
+            parts["calibrate_all_experts"] = str(calibration.all_experts)
             journal = open_until_written.enter_context(Journal(output, parts, resume=resume, tell=run.notify))
         if streams:
             quantized, kept_by = LayerStream(source, plan, dtype, model_options.device), journal
         elif batches is not None and by_blocks:
             try:
-                quantized, held = quantize_by_blocks(
-                    source, plan, config, batches, journal, dtype, prepared.min_kv_scale, spill=spill, **loading
-                )
+                with every_token_to_every_expert(calibration.all_experts):
+                    quantized, held = quantize_by_blocks(
+                        source, plan, config, batches, journal, dtype, prepared.min_kv_scale, spill=spill, **loading
+                    )
             except CannotStream as error:
                 run.notify(f"the model was calibrated in memory as a whole, not block by block: {error}")
         if quantized is None:
@@ -137,7 +143,8 @@ def quantize_checkpoint(
             if plan.formats.kv_cache is not None:
                 check_cache(model)
             loop = None if batches is None else (lambda m: run_batches(m, batches))
-            quantized = simulate(model, plan, loop, min_kv_scale=prepared.min_kv_scale)
+            with every_token_to_every_expert(calibration.all_experts):
+                quantized = simulate(model, plan, loop, min_kv_scale=prepared.min_kv_scale)
             after, expected = measure(model), probe_logits(model)
             held = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         del model  # never two models in memory

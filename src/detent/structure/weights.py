@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from detent.nn import QuantWeightBase, TensorQuantizer
+from detent.nn.experts import QuantExperts
 
 
 def memory(tensor: Tensor) -> int:
@@ -110,8 +111,11 @@ def prepared(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     quantizers = [m for m in model.modules() if isinstance(m, TensorQuantizer) and m.is_enabled]
     changed: list[tuple[Any, str, Any]] = []
+    experts = [m for m in model.modules() if isinstance(m, QuantExperts)]
     try:
         model.eval()
+        for mixture in experts:
+            mixture.few = True
         for quantizer in quantizers:
             quantizer.disable()
         for config, attribute, plain in _implementations(model):
@@ -122,6 +126,8 @@ def prepared(model: nn.Module) -> Iterator[None]:
     finally:
         for config, attribute, value in changed:
             setattr(config, attribute, value)
+        for mixture in experts:
+            mixture.few = False
         for quantizer in quantizers:
             quantizer.enable()
         for module in training:
