@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -46,6 +47,9 @@ the towers of other modalities aside. **Bold** cells are those that Quark's tabl
 | AWQ, GPTQ | INT4 with `--quant_algo awq`, `--quant_algo gptq` |
 | SmoothQuant | INT8 with `--pre_quantization_optimization smoothquant` |
 | Rotation | `--quant_scheme w_uint4_a_uint4_per_channel --pre_quantization_optimization quarot` |
+
+With Rotation stands [which parts](rotation.md) there are (R3 needs quantized keys); they are undone where they made the
+quantized model worse.
 
 """
 
@@ -106,16 +110,43 @@ def page(results: dict[str, dict[str, Any]]) -> str:
 
 
 def _shown(cell: Any, promised: bool, notes: dict[str, int]) -> str:
-    remarks = [_general(text) for text in ([cell.text] if cell.share is None else cell.notices)]
-    numbers = sorted({notes.setdefault(text, len(notes) + 1) for text in remarks if text})
+    texts = [cell.text] if cell.share is None else list(cell.notices)
+    rotated = [text for text in texts if text.startswith("rotation: ")] if cell.share is not None else []
+    remarks = [_general(text) for text in texts if text not in rotated and not text.startswith(_OF_ALGORITHMS)]
+    numbers = sorted({notes.setdefault(text, len(notes) + 1) for text in remarks})
     mark = "–" if cell.share is None else f"{cell.share:.0%}"
     mark = f"**{mark}**" if promised else mark
-    return mark + (f" <sup>{','.join(map(str, numbers))}</sup>" if numbers else "")
+    return mark + _parts(rotated) + (f" <sup>{','.join(map(str, numbers))}</sup>" if numbers else "")
+
+
+#: What algorithms say about single layers is no matter of the architecture.
+_OF_ALGORITHMS = ("awq", "gptq", "smoothquant")
+#: What differs from model to model in a remark, and what stands for it.
+_SPECIAL = {
+    r"\b\w+\.[\w.]*\d[\w.]*": "...",
+    r"\b[A-Z]\w*For(CausalLM|ConditionalGeneration)\b|\b[A-Z]\w*LMHeadModel\b": "the model",
+    r"a [A-Z]\w*Attention\w*": "such a module",
+    r"\b[A-Z]\w*Config\b": "its configuration",
+    r"\b\d+ (?=matrices|tensors|are copied)": "some ",
+}
+
+
+def _parts(rotated: list[str]) -> str:
+    """Which rotations there are."""
+    if not rotated:
+        return ""
+    missing = {
+        part for part in ("R1", "R2", "R3", "R4") for text in rotated if text.startswith(f"rotation: {part}: not")
+    }
+    done = [part for part in ("R1", "R2", "R3", "R4") if part not in missing]
+    return f" {' '.join(done)}" if done else " undone"
 
 
 def _general(text: str) -> str:
-    """A remark without what differs from model to model, and on one line."""
-    return " ".join(text.replace("|", "\\|").split())
+    """A remark on one line, without what differs from model to model."""
+    for pattern, instead in _SPECIAL.items():
+        text = re.sub(pattern, instead, text)
+    return " ".join(text.partition(", for instance")[0].replace("|", "\\|").split())
 
 
 def main() -> int:

@@ -26,7 +26,7 @@ COLUMNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Rotation": ("w_uint4_a_uint4_per_channel", {}, {"before": ("quarot",)}),
 }
 #: Why a matrix doesn't count as one that could have been quantized.
-_ASIDE = ("embedding", "output embedding", "outside of the language model", "router or gate")
+_ASIDE = ("embedding", "output embedding", "outside of the language model", "router or gate", "the model class")
 
 
 @dataclass(frozen=True)

@@ -138,8 +138,8 @@ def overlooked(
     embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     found = {}
     for name in kept:
-        info, modules = source.info(name), _modules(names, name) or {name.rpartition(".")[0]}
-        if _is_float_matrix(source, name) and not modules & embeddings and not modules & why.keys():
+        info, modules = source.info(name), _modules(names, name)
+        if modules and _is_float_matrix(source, name) and not modules & embeddings and not modules & why.keys():
             found[name] = math.prod(info.shape)
     return found
 
