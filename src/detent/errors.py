@@ -17,6 +17,9 @@ class DetentError(ValueError):
         unknown scheme 'int5_per_moon'
     """
 
+    #: Whether another process of the same run shows it.
+    told = False
+
 
 class NothingObserved(DetentError):
     """A range or bias is asked of an observer that no data has reached."""

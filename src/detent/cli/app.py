@@ -16,7 +16,7 @@ from detent.cli.inspect import inspect
 from detent.cli.plan import plan
 from detent.cli.quantize import epilog, quantize
 from detent.cli.schemes import schemes
-from detent.cli.startup import Invocation
+from detent.cli.startup import Invocation, first_process
 from detent.cli.structure import structure
 from detent.errors import DetentError
 from detent.external.interrupts import one_command
@@ -67,13 +67,14 @@ def run(arguments: list[str]) -> int:
     logger.setLevel(logging.ERROR)
     bars = console.Bars()
     try:
-        with one_command(), use_reporter(bars):
+        with one_command(), use_reporter(bars if first_process() else None):
             app(normalize(arguments), prog_name="detent", obj=Invocation(["detent", *arguments], started))
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     except DetentError as error:
         bars.close()
-        console.failure(str(error))
+        if not error.told:
+            console.failure(str(error))
         return 2
     except (MemoryError, RuntimeError) as error:
         bars.close()

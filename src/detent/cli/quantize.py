@@ -14,7 +14,7 @@ import typer
 
 from detent.cli import console
 from detent.cli.arguments import NOTHING
-from detent.cli.startup import batch_size_of, check_early, choose_device, load_libraries, windows
+from detent.cli.startup import batch_size_of, check_early, choose_device, first_process, load_libraries, windows
 from detent.errors import DetentError
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def quantize(
     notices = check_early(
         import_model_dir if model_reload else model_dir,
         [dataset, eval_dataset],
-        None if only_evaluate else output_dir,
+        output_dir if first_process() and not only_evaluate else None,
         overwrite=overwrite,
     )
     load_libraries()
@@ -204,7 +204,8 @@ def quantize(
     from detent.runs.run import Run
 
     asked = asked_for(context)
-    run = Run(context.obj.command, console.notice, started=context.obj.started)
+    shown = console.notice if first_process() else lambda text: None
+    run = Run(context.obj.command, shown, started=context.obj.started)
     for notice in notices:
         run.notify(notice)
     if only_evaluate:
@@ -221,7 +222,8 @@ def quantize(
             resume=resume,
             run=run,
         )
-    console.show(summary_table(report))
+    if first_process():
+        console.show(summary_table(report))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from dataclasses import dataclass
 
@@ -21,6 +22,11 @@ class Invocation:
 
 #: Most of the time before anything happens goes into these.
 _LIBRARIES = ("torch", "transformers", "transformers.modeling_utils", "detent.runs.quantize")
+
+
+def first_process() -> bool:
+    """Whether this is the process that shows things, of those that torchrun started."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def load_libraries() -> None:

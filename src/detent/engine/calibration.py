@@ -23,6 +23,7 @@ from detent.engine.data_loop import DataLoop
 from detent.engine.host import Host
 from detent.engine.learn_model import distill_model, predictions
 from detent.engine.options import Traversal
+from detent.engine.processes import combine_ranges
 from detent.engine.solve import Solver
 from detent.engine.traversal import Subject, solve_model, unreached
 from detent.errors import DetentError, NothingObserved
@@ -149,7 +150,7 @@ def run(
         with evaluating(model):
             for group, traversal in groups:
                 calibration.run(group, traversal)
-        if any(getattr(step, "distributed_sync", False) for step in steps):
+        if not (host and host.streams) and any(getattr(step, "distributed_sync", False) for step in steps):
             _synchronize(model)
     return calibration.done
 
@@ -374,6 +375,7 @@ class _Ranges:
         self.by_blocks |= of_block
         with observing(module, waiting):
             yield
+            combine_ranges(module, waiting)
             unseen = [q for q in waiting if not _take_over(q)]
         if unseen and len(unseen) == len(waiting) and not self._loop.calls:
             raise DetentError("the forward_loop never called the model, so there is nothing to calibrate with")

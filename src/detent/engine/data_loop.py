@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from detent.algorithms.modes import ForwardLoop
 from detent.data.batches import CalibrationBatches
+from detent.distributed import rank, size
 from detent.engine.calls import Call, PassOver
 from detent.errors import DetentError
 from detent.model.scopes import evaluating
@@ -48,12 +50,22 @@ class DataLoop:
         self.calls = 0
         self.heard: Callable[[Call], None] = lambda call: None
         self._remembered: list[Call] = []
+        #: How many tokens are before each batch, of all processes; [] where that isn't known.
+        self._all_starts: list[int] = []
 
     @staticmethod
     def of(batches: CalibrationBatches, device: torch.device) -> DataLoop:
-        """A loop over batches that has run already, as it were: its calls are known, without the model."""
+        """A loop over batches that has run already, as it were: its calls are known, without the model. Where several
+        processes share the run, each has its share of the batches.
+
+        Raises:
+            DetentError: there are fewer batches than processes.
+        """
         loop = DataLoop(lambda model: run_batches(model, batches))
-        for batch in batches:
+        tokens = [int(batch["attention_mask"].sum()) for batch in batches]
+        loop._all_starts = list(accumulate(tokens, initial=0))[:-1]
+        loop._check_share()
+        for batch in islice(batches, rank(), None, size()):
             arguments = {name: tensor.to(device) for name, tensor in batch.items()}
             loop._remembered.append(Call((), {**arguments, "use_cache": False}, batch["attention_mask"]))
         loop.calls = len(loop._remembered)
@@ -131,6 +143,13 @@ class DataLoop:
         """The first calls of the same data that have `rows` vectors of input in total (tokens, where it is ids)."""
         if rows is None:
             return self
+        if self._all_starts:
+            part = DataLoop(self.forward_loop)
+            part._all_starts = [start for start in self._all_starts if start < rows]
+            part._check_share()
+            part._remembered = self._remembered[: len(part.starts)]
+            part.calls = len(part._remembered)
+            return part
         kept, count = [], 0
         for call in self.calls_of(model):
             if count >= rows:
@@ -142,6 +161,24 @@ class DataLoop:
         part = DataLoop(self.forward_loop)
         part._remembered, part.calls = kept, len(kept)
         return part
+
+    @property
+    def batches(self) -> int:
+        """How many batches all processes have together; 0 where that isn't known."""
+        return len(self._all_starts)
+
+    @property
+    def starts(self) -> list[int]:
+        """How many tokens of the data are before each batch of this process; [] where that isn't known."""
+        return self._all_starts[rank() :: size()]
+
+    def _check_share(self) -> None:
+        if self.batches < size():
+            raise DetentError(
+                f"{size()} processes share {self.batches} batches of calibration data, so that some have none: start"
+                f" at most {self.batches} processes, or give at least {size()} batches: more samples, a smaller"
+                " batch_size or a larger max_tokens"
+            )
 
     def calls_of(self, model: nn.Module) -> list[Call]:
         """What the loop calls the model with; runs it, if it hasn't run yet."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from detent.algorithms.layer import Layer
 from detent.algorithms.site import ObservedSite, Wanted
 from detent.engine.calls import PassOver
+from detent.engine.processes import combined
 from detent.padding import drop_padding
 from detent.statistics import SiteStatistics
 
@@ -31,7 +32,9 @@ class SiteObserver:
     with it.
 
     `blocks`: names of the model's blocks, for messages. `stop`: end the forward pass with `PassOver` once all of
-    `layers` were called; not in the first batch, and not where one of them is called twice in it.
+    `layers` were called; not in the first batch, and not where one of them is called twice in it. `batches`: how many
+    there are, in all processes; None if that isn't known. `starts`: how many tokens of the data come before each batch
+    of this process; () if that isn't known.
 
     Attributes:
         batch: number of the batch that runs, for messages.
@@ -45,9 +48,11 @@ class SiteObserver:
         *,
         stop: bool = False,
         batches: int | None = None,
+        starts: Sequence[int] = (),
     ) -> None:
         self._layers = [layer for layer in layers if layer.has_rows]
         self._wanted, self._blocks, self._stop, self._batches = wanted, blocks, stop, batches
+        self._starts = starts
         self._site_of: dict[str, ObservedSite] = {}
         self._hooks: list[Any] = []
         #: How often each layer was called in the first batch, and which were in the one that runs.
@@ -62,6 +67,10 @@ class SiteObserver:
     def sites(self) -> list[ObservedSite]:
         """The sites seen so far, in the order of their first call."""
         return list({id(site): site for site in self._site_of.values()}.values())
+
+    def all_sites(self) -> list[ObservedSite]:
+        """The sites, with what all processes have seen there."""
+        return combined(self.sites, self._layers, self._empty)
 
     def __enter__(self) -> SiteObserver:
         for layer in self._layers:
@@ -114,15 +123,17 @@ class SiteObserver:
                 site.layers.append(layer)
                 self._site_of[layer.name] = site
                 return site
-        statistics = SiteStatistics.empty(
+        site = self._site_of[layer.name] = ObservedSite([layer], self._empty(layer))
+        return site
+
+    def _empty(self, layer: Layer) -> SiteStatistics:
+        return SiteStatistics.empty(
             layer.width,
             second_moment=self._wanted.second_moment,
             cross_moment=self._wanted.cross_moment,
             sample_size=self._wanted.rows(layer.width),
             device=layer.module.weight.device,
         )
-        site = self._site_of[layer.name] = ObservedSite([layer], statistics)
-        return site
 
     def _part(self, site: ObservedSite, layer: Layer) -> ObservedSite:
         """A separate site for a layer that used to share one, with the statistics so far."""
@@ -141,6 +152,7 @@ class SiteObserver:
             where,
             None if reference is None else layer.rows(_transformed(layer, reference)),
             self._most(layer.width),
+            self._starts[self.batch] if self.batch < len(self._starts) else None,
         )
 
     def _most(self, channels: int) -> int | None:

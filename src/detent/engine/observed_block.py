@@ -11,6 +11,7 @@ from detent.algorithms.layer import Layer
 from detent.algorithms.site import ObservedSite, Wanted
 from detent.engine.blocks import BlockChain
 from detent.engine.calls import PassOver
+from detent.engine.data_loop import DataLoop
 from detent.engine.observe import SiteObserver
 from detent.engine.store import TensorStore
 from detent.model.scopes import quantizers_off
@@ -41,9 +42,11 @@ class ObservedBlock:
         references: TensorStore | None,
         need: Wanted,
         training: bool,
+        data: DataLoop,
     ) -> None:
         self.names, self._training = chain.names, training
         self._chain, self._index, self._inputs, self._need = chain, index, inputs, need
+        self._data = data
         self._references = references
         self._float_inputs: dict[int, dict[str, list[torch.Tensor]]] = {}
         self._kept_bytes = 0
@@ -79,7 +82,14 @@ class ObservedBlock:
         chain, index = self._chain, self._index
         block = chain.blocks[index]
         count = len(self._inputs) if batches is None else batches
-        observer = SiteObserver(layers, self._need if need is None else need, chain.names, stop=stop, batches=count)
+        observer = SiteObserver(
+            layers,
+            self._need if need is None else need,
+            chain.names,
+            stop=stop,
+            batches=self._data.batches or count,
+            starts=self._data.starts,
+        )
         # A run over the first batches alone (which only shows the sites) pairs nothing, and must not fill the store.
         if self._references is not None and self.float_outputs is None and batches is None:
             self.float_outputs = chain.store()
@@ -96,7 +106,7 @@ class ObservedBlock:
                     continue
                 if outputs is not None:
                     outputs.append(output)
-        return observer.sites
+        return observer.all_sites()
 
     def _read(self, batch: int, layers: Sequence[Layer], device: torch.device) -> dict[str, list[torch.Tensor]]:
         """What `layers` read in the float copy for a batch; runs it unless an earlier run was kept."""

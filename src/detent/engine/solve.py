@@ -13,6 +13,8 @@ from detent.algorithms.registry import handler_of
 from detent.algorithms.site import ObservedSite, Wanted
 from detent.algorithms.site_work import Ledger, SiteWork, Stage, squared_error
 from detent.config.algorithm import QuantizeAlgorithmConfig
+from detent.distributed import dealt, rank
+from detent.engine.processes import hand_over
 from detent.formats import FloatScale
 from detent.nn import TensorQuantizer
 from detent.notices import notify
@@ -55,6 +57,11 @@ class Solver:
             steps: only these of the steps.
         """
         work = [SiteWork(site, self.ledger) for site in sites]
+        # Several processes share the sites out, unless what is done to one may change the weights of another.
+        owners = dealt([_cost(site) for site in work])
+        everything, apart = work, not any(handler_of(step).scales_channels for step in self.steps)
+        if apart:
+            work = [site for site, owner in zip(work, owners, strict=True) if owner == rank()]
         unfed: set[SiteWork] = set()
         for step in self.steps if steps is None else steps:
             handler = handler_of(step)
@@ -66,6 +73,8 @@ class Solver:
                     _solve_without_data(site, str(step.method), self._min_tokens)
         for site in work:
             site.finish()
+        for site, owner in zip(everything, owners, strict=True) if apart else ():
+            hand_over(site.readers, owner, self.ledger)
 
     def rounded(self, layers: Sequence[Layer]) -> list[TensorQuantizer]:
         """Quantizers of weights that are on their grids already."""
@@ -74,6 +83,11 @@ class Solver:
             for layer in layers
             if self.ledger.state(layer).stage is Stage.ROUNDED and layer.quantizer is layer.module.weight_quantizer
         ]
+
+
+def _cost(site: SiteWork) -> int:
+    """About how much work a site is: a factorization, and a product with it for each weight."""
+    return sum(layer.width**2 * (layer.width // len(site.readers) + len(layer.weight)) for layer in site.readers)
 
 
 def _solve_without_data(site: SiteWork, algorithm: str, wanted: int) -> None:

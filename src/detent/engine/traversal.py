@@ -29,6 +29,7 @@ from detent.engine.learning import coarse
 from detent.engine.observe import SiteObserver
 from detent.engine.observed_block import ObservedBlock
 from detent.engine.options import Traversal
+from detent.engine.processes import check_same
 from detent.engine.solve import Solver
 from detent.engine.store import TensorStore
 from detent.errors import DetentError
@@ -110,13 +111,13 @@ def _whole_model(subject: Subject, layers: list[Layer], solver: Solver) -> None:
             notify(f"{step.method} needs block-by-block processing and was skipped")
     ranges = subject.ranges(subject.model, subject.waiting)
     with ranges, quantizers_off(subject.quantizers()), without_cache(subject.model):
-        observer = _observe_model(subject, layers, solver.wants())
-    _account_for(observer.sites, layers, subject.experts, solver)
-    solver.solve(observer.sites, "Whole model")
+        sites = _observe_model(subject, layers, solver.wants())
+    _account_for(sites, layers, subject.experts, solver)
+    solver.solve(sites, "Whole model")
 
 
-def _observe_model(subject: Subject, layers: list[Layer], need: Wanted) -> SiteObserver:
-    observer = SiteObserver(layers, need, subject.blocks)
+def _observe_model(subject: Subject, layers: list[Layer], need: Wanted) -> list[ObservedSite]:
+    observer = SiteObserver(layers, need, subject.blocks, starts=subject.run.starts)
 
     def next_batch(*_: Any) -> None:
         observer.batch += 1
@@ -127,7 +128,7 @@ def _observe_model(subject: Subject, layers: list[Layer], need: Wanted) -> SiteO
             subject.run(subject.model)
     finally:
         hook.remove()
-    return observer
+    return observer.all_sites()
 
 
 def _chain(subject: Subject, traversal: Traversal) -> BlockChain | None:
@@ -168,6 +169,7 @@ def _block_by_block(
             continue
         with host.block(name):
             outputs, float_outputs = work.done(index, inputs, references, inside[name])
+            check_same(chain.blocks[index], name)
             host.finished(name, solver.ledger.outcomes, subject.changed())
         # Free what it was fed, but for the recorded inputs of the first block.
         for done in (inputs, references):
@@ -193,9 +195,9 @@ def _outside(subject: Subject, chain: BlockChain, inputs: TensorStore, layers: l
         if solver.learns and layers:
             off = quantizers_off(subject.quantizers())
             with off, replaced_outputs(chain, inputs), without_cache(model):
-                observer = _observe_model(subject, layers, solver.wants())
-            _account_for(observer.sites, layers, subject.experts, solver)
-            solver.solve(observer.sites)
+                sites = _observe_model(subject, layers, solver.wants())
+            _account_for(sites, layers, subject.experts, solver)
+            solver.solve(sites)
         _ranges_of_others(model, layers, solver, but=chain.blocks)
         if waiting:
             with subject.ranges(model, waiting), replaced_outputs(chain, inputs), without_cache(model):
@@ -204,6 +206,8 @@ def _outside(subject: Subject, chain: BlockChain, inputs: TensorStore, layers: l
             with quantizer_usage(model) as usage, replaced_outputs(chain, inputs), without_cache(model):
                 subject.run.first(model)
             usage.check()
+            for layer in layers:
+                check_same(layer.module, layer.name)
         subject.host.finished("", solver.ledger.outcomes, subject.changed())
 
 
@@ -249,7 +253,7 @@ class _BlockWork:
         training = self._learner is not None and coarse(layers)
         float_outputs = None
         if solver.learns:
-            observed = ObservedBlock(chain, index, inputs, references, solver.wants(), training)
+            observed = ObservedBlock(chain, index, inputs, references, solver.wants(), training, subject.run)
             self._solve(observed, layers, outputs)
             float_outputs = observed.float_outputs
             if self._learner is not None and float_outputs is not None:

@@ -49,12 +49,24 @@ class MinMaxObserver:
         if not (all_finite(low) and all_finite(high)):
             raise DetentError(NOT_FINITE)
         shape = granularity.grid(tuple(x.shape))
-        low, high = low.reshape(shape), high.reshape(shape)
+        self.merge(low.reshape(shape), high.reshape(shape))
+
+    @property
+    def seen(self) -> tuple[Tensor, Tensor] | None:
+        """The smallest and the largest values so far."""
+        return None if self._low is None or self._high is None else (self._low, self._high)
+
+    def merge(self, low: Tensor, high: Tensor) -> None:
+        """Take in what another observer has seen.
+
+        Raises:
+            DetentError: of another number of tiles.
+        """
         if self._low is not None and self._high is not None:
             if self._low.numel() != low.numel():
                 raise DetentError(
-                    f"a static {granularity} scale needs the same number of scales in every batch, but saw grids"
-                    f" {tuple(self._low.shape)} and {tuple(low.shape)}; use type 'dynamic' for activations"
+                    f"a static {self._fmt.granularity} scale needs the same number of scales in every batch, but saw"
+                    f" grids {tuple(self._low.shape)} and {tuple(low.shape)}; use type 'dynamic' for activations"
                 )
             low, high = (
                 torch.minimum(self._low, low.view_as(self._low)),
@@ -63,9 +75,9 @@ class MinMaxObserver:
         self._low, self._high = low, high
 
     def range(self, fmt: Format) -> tuple[Tensor, Tensor]:
-        if self._low is None or self._high is None:
+        if self.seen is None:
             raise NothingObserved("no data was observed")
-        return self._low, self._high
+        return self.seen
 
 
 class HistogramObserver:

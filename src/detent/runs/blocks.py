@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from detent.algorithms.outcome import Outcome
 from detent.checkpoints import ModelFormats, Source
 from detent.config import QuantizeConfig
 from detent.data.batches import CalibrationBatches
+from detent.distributed import size
 from detent.engine import quantization
 from detent.engine.data_loop import DataLoop
 from detent.engine.host import Host
@@ -36,19 +38,19 @@ def quantize_by_blocks(
     plan: Plan,
     config: Any,
     batches: CalibrationBatches,
-    journal: Journal,
+    journal: Journal | None,
     dtype: torch.dtype,
     min_kv_scale: float,
     device: str,
     spill: bool,
     **options: Any,
-) -> tuple[Quantized, dict[str, torch.dtype]]:
+) -> tuple[Quantized | None, dict[str, torch.dtype]]:
     """Quantize a checkpoint whose plan says that it can be done block by block.
 
     Args:
         source, plan, config: the checkpoint.
         batches: calibration data.
-        journal: where finished blocks are, and go.
+        journal: where finished blocks are, and go; None where another process keeps them.
         dtype: of the model.
         min_kv_scale: the least scale of keys and values.
         device: where a block is calibrated.
@@ -56,7 +58,7 @@ def quantize_by_blocks(
         options: as for `model_without_weights`.
 
     Returns:
-        What was quantized, and the dtype of each parameter.
+        What was quantized, where there is a journal, and the dtype of each parameter.
 
     Raises:
         CannotStream: blocks hand on more than their outputs.
@@ -81,7 +83,7 @@ class BlockStream(Host):
     Args:
         source: the checkpoint. plan: of it, which `streams_blocks`.
         model: from `model_without_weights`.
-        journal: where finished blocks go.
+        journal: where finished blocks go; None for nowhere.
         device: where a block is calibrated.
         min_kv_scale: the least scale of keys and values.
         spill: whether hidden states are kept on disk.
@@ -94,14 +96,14 @@ class BlockStream(Host):
         source: Source,
         plan: Plan,
         model: nn.Module,
-        journal: Journal,
+        journal: Journal | None,
         *,
         device: str = "cpu",
         min_kv_scale: float = 0.0,
         spill: bool = False,
     ) -> None:
         self._plan, self._model, self._journal, self._min_kv_scale = plan, model, journal, min_kv_scale
-        self.states: Path | None = journal.path if spill else None
+        self.states: Path | None = (journal.path if journal else Path(gettempdir())) if spill else None
         self._weights = StreamedWeights(source, plan.names, model, device)
         self._blocks = chain_of(model, plan.structure)
         everything = [name for name, _ in model.named_parameters(remove_duplicate=False)]
@@ -129,11 +131,13 @@ class BlockStream(Host):
         self._weights.free(names)
 
     def resumed(self) -> tuple[int, TensorStore, TensorStore | None] | None:
-        return self._journal.resumed()
+        return self._journal.resumed() if self._journal and size() == 1 else None
 
     @torch.no_grad()
     def finished(self, name: str, outcomes: Mapping[str, list[Outcome]], changed: set[str]) -> None:
         """Keep what was made of a block, or of what is outside of the blocks."""
+        if self._journal is None:
+            return
         plan, within = self._plan, self._within(name)
         layers = [layer for layer in plan.formats.layers if within(layer)]
         share_outer_scales(self._model, [g for g in plan.groups_with_common_scale if all(map(within, g))])
@@ -163,7 +167,8 @@ class BlockStream(Host):
         return f"{self._blocks.index(name):05d}" if name else OUTSIDE
 
     def handed_on(self, index: int, inputs: TensorStore, references: TensorStore | None) -> None:
-        self._journal.keep(index, inputs, references)
+        if self._journal and size() == 1:
+            self._journal.keep(index, inputs, references)
 
     @contextmanager
     def on_demand(self) -> Iterator[None]:
@@ -180,21 +185,26 @@ class BlockStream(Host):
 
     # ---- the whole run ----------------------------------------------------------------------------------------------
 
-    def run(self, loop: DataLoop) -> Quantized:
+    def run(self, loop: DataLoop) -> Quantized | None:
         """Quantize what the journal doesn't have yet.
+
+        Returns:
+            What the journal has then; None without one.
 
         Raises:
             CannotStream: the model can't be calibrated block by block.
             DetentError: as `simulate`.
         """
-        plan, units = self._plan, [self._unit(name) for name in self._blocks]
+        plan, journal, units = self._plan, self._journal, [self._unit(name) for name in self._blocks]
         outside = [layer for layer in plan.formats.layers if self._within("")(layer)]
         if outside:
             units.append(OUTSIDE)
-        if not all(map(self._journal.has, units)):
+        if journal is None or not all(map(journal.has, units)):
             config = QuantizeConfig(quant_cfg=plan.quant_cfg, algorithm=plan.algorithms or "max")
             quantization.run(self._model, config, loop, structure=plan.structure, fold="auto", host=self)
-        return Journaled(plan.formats, [self._journal.unit(unit) for unit in units if self._journal.has(unit)])
+        if journal is None:
+            return None
+        return Journaled(plan.formats, [journal.unit(unit) for unit in units if journal.has(unit)])
 
 
 class Journaled:

@@ -31,6 +31,7 @@ from detent.checkpoints.detent_layout import DetentLayout, DetentReader
 from detent.checkpoints.folder import PROGRESS_NAME, clear_errors, missing_parents, remove_empty, unshared
 from detent.checkpoints.records import describe
 from detent.data.batches import CalibrationBatches
+from detent.distributed import size
 from detent.engine.store import TensorStore
 from detent.errors import DetentError
 from detent.external.files import check_as, parse_json, placed, read_as, read_bytes, to_disk
@@ -234,9 +235,9 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Let go of it. After an error it stays, unless no block is finished."""
+        """Let go of it. After an error it stays, unless nothing is finished or several processes share the run."""
         done = self.finished
-        if kind is None or not done:
+        if kind is None or not done or size() > 1:  # each process has a share of the hidden states
             self.remove()
             return
         self._workspace.close()

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from detent.data import check_source
+from detent.distributed import gathered, launched, rank
 from detent.engine.data_loop import run_batches
 from detent.engine.host import CannotStream
+from detent.engine.processes import Together, check_same_run, check_shareable
 from detent.external.files import user_path
 from detent.external.output import add_to_manifest, check_room, check_target
 from detent.model.kv_cache import check_cache
@@ -19,6 +21,7 @@ from detent.nn.experts import every_token_to_every_expert
 from detent.notices import collected_notices
 from detent.plan.cost import cost
 from detent.plan.mixtures import check_every_token
+from detent.plan.plan import Plan
 from detent.pretrained.loading import load_model, load_tokenizer
 from detent.report.resources import available_memory_bytes
 from detent.report.run_report import REPORT_NAME, BeforeAfterBytes, Perplexity, RunReport
@@ -32,7 +35,7 @@ from detent.runs.parts import calibration_report, layer_report, planned_weights
 from detent.runs.plan import samples_of, spills
 from detent.runs.prepare import calibration_batches, prepare
 from detent.runs.probe import compare_few_blocks
-from detent.runs.run import BUILTIN_MODEL, Run, check_one_process, model_folder
+from detent.runs.run import BUILTIN_MODEL, Run, model_folder
 from detent.runs.simulate import Quantized, simulate
 from detent.runs.stream import LayerStream
 from detent.runs.verify import check_logits, probe_logits, verify
@@ -79,17 +82,18 @@ def quantize_checkpoint(
         28
     """
     run = run or Run()
-    check_one_process()
     calibration, evaluation = calibration or CalibrationOptions(), evaluation or EvaluationOptions()
     output = user_path(output_dir)
 
     # The plan: whatever can be refused is refused here, before a weight is read.
-    check_no_journal(output, resume=resume)
     folder, builtin = model_folder(model_options)
-    for notice in check_target(output, source=folder, overwrite=overwrite):
-        run.notify(notice)
+    if launched()[0] == 0:  # of several processes, the first alone writes
+        check_no_journal(output, resume=resume)
+        for notice in check_target(output, source=folder, overwrite=overwrite):
+            run.notify(notice)
     prepared = prepare(folder, model_options, scheme_options, algorithms, run)
     source, config, dtype, plan = prepared.source, prepared.config, prepared.dtype, prepared.plan
+    check_shareable(plan.algorithms, _why_alone(plan, resume=resume))
     if not builtin:
         run.tell_about_texts(calibration if plan.needs_data else None, evaluation)
     trust = model_options.trust_remote_code
@@ -106,7 +110,6 @@ def quantize_checkpoint(
     check_room(output, will.disk)
     measure = Measure(evaluation, tokenizer, config, builtin, run)
     loading: dict[str, Any] = {
-        "device": model_options.device,
         "attention": model_options.attention,
         "trust_remote_code": trust,
     }
@@ -117,19 +120,27 @@ def quantize_checkpoint(
     quantized: Quantized | None = None
     before = after = expected = None
     held: dict[str, torch.dtype] = {}
-    with run.memory, collected_notices() as notices, ExitStack() as open_until_written:
-        model = None
-        if not evaluation.skip or not (streams or by_blocks):
+    with (
+        Together(model_options.device) as device,
+        run.memory,
+        collected_notices() as notices,
+        ExitStack() as open_until_written,
+    ):
+        loading["device"] = device
+        model, first = None, rank() == 0
+        if first and not (evaluation.skip and (streams or by_blocks)):
             model = load_model(source, config, dtype=dtype, **loading)
             before = measure(model)
-        kept_by = None
+        journal = kept_by = None
         if streams or by_blocks:
             model = None
             parts = made_of(source, plan, batches, dtype, prepared.min_kv_scale)
             parts["calibrate_all_experts"] = str(calibration.all_experts)
-            journal = open_until_written.enter_context(Journal(output, parts, resume=resume, tell=run.notify))
+            check_same_run({name: part for name, part in parts.items() if not name.startswith("file ")})
+            if first:
+                journal = open_until_written.enter_context(Journal(output, parts, resume=resume, tell=run.notify))
         if streams:
-            quantized, kept_by = LayerStream(source, plan, dtype, model_options.device), journal
+            quantized, kept_by = LayerStream(source, plan, dtype, device), journal
         elif batches is not None and by_blocks:
             try:
                 with every_token_to_every_expert(calibration.all_experts):
@@ -137,7 +148,11 @@ def quantize_checkpoint(
                         source, plan, config, batches, journal, dtype, prepared.min_kv_scale, spill=spill, **loading
                     )
             except CannotStream as error:
+                check_shareable([], f"its model can't be calibrated block by block ({error})")
                 run.notify(f"the model was calibrated in memory as a whole, not block by block: {error}")
+            notices[:] = dict.fromkeys(notice for told, _ in gathered(notices) for notice in told)
+        if not first:
+            return RunReport.model_validate(gathered()[0][0])
         if quantized is None:
             model = model or load_model(source, config, dtype=dtype, **loading)
             if plan.formats.kv_cache is not None:
@@ -152,7 +167,7 @@ def quantize_checkpoint(
             held = {}
 
         # The folder: written under a temporary name, proved, reported on, and only then put in its place.
-        everything = with_carried(quantized, source, plan, dtype, model_options.device)
+        everything = with_carried(quantized, source, plan, dtype, device)
         with written(
             output, source, plan, everything, dtype=dtype, held=held, overwrite=overwrite, journal=kept_by
         ) as out:
@@ -180,7 +195,15 @@ def quantize_checkpoint(
                 report.write(out.folder)
                 add_to_manifest(out.folder, REPORT_NAME)
             out.commit()
+        gathered(report.model_dump(mode="json"))
     return report
+
+
+def _why_alone(plan: Plan, *, resume: bool) -> str:
+    """Why several processes can't share a run; "" if they can."""
+    if not plan.needs_data:
+        return "it needs no calibration data, and data is what is shared"
+    return plan.why_whole or ("resume goes on from the hidden states of one process" if resume else "")
 
 
 def _lost(layers: Mapping[str, LayerResult]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +11,6 @@ from typing import Any
 from detent._version import __version__
 from detent.data import sample_model_dir
 from detent.data.text import missing_package_notice
-from detent.errors import DetentError
 from detent.pretrained.loading import resolve_folder
 from detent.report.resources import AnonymousMemory, peak_device_memory_bytes, peak_memory_bytes
 from detent.report.run_report import RunReport
@@ -60,19 +58,6 @@ class Run:
             peak_device_memory_bytes=peak_device_memory_bytes(),
             notices=self.notices,
             **parts,
-        )
-
-
-def check_one_process() -> None:
-    """Raise DetentError under a launcher of several processes: each would do the whole run, into one folder."""
-    try:
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-    except ValueError:
-        return
-    if processes > 1:
-        raise DetentError(
-            f"started as one of {processes} processes (WORLD_SIZE={processes}), but a run is one process in this"
-            " version; start it without torchrun"
         )
 
 

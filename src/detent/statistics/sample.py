@@ -35,6 +35,17 @@ class Sample:
         self._compact()
         return self._rows[0]
 
+    def numbered(self) -> tuple[Tensor, Tensor]:
+        """The rows, and their hashes, int64 [n]: all that `of` needs."""
+        return self.rows(), self._hashes[0]
+
+    @staticmethod
+    def of(size: int, rows: Tensor, hashes: Tensor) -> Sample:
+        """One that has these rows."""
+        sample = Sample(size, rows.shape[1])
+        sample._rows, sample._hashes = [rows], [hashes]
+        return sample
+
     def merged(self, other: Sample) -> Sample:
         """A sample of what both have seen."""
         both = Sample(min(self.size, other.size), self._rows[0].shape[1])

@@ -71,7 +71,12 @@ class SiteStatistics:
         )
 
     def update(
-        self, x: Tensor, name: str = "activation", reference: Tensor | None = None, most: int | None = None
+        self,
+        x: Tensor,
+        name: str = "activation",
+        reference: Tensor | None = None,
+        most: int | None = None,
+        first: int | None = None,
     ) -> None:
         """Take in an activation.
 
@@ -80,6 +85,7 @@ class SiteStatistics:
             name: of the activation, for messages.
             reference: what the float model has in its place, for the cross moment.
             most: rows that go into the moments: evenly spread ones, which count for all.
+            first: number of its first row in the data, for the sample; None: the rows so far are all before it.
 
         Raises:
             DetentError: NaN or infinity in it.
@@ -91,7 +97,7 @@ class SiteStatistics:
         if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
             raise DetentError(f"{name}: NaN or infinity in an activation during calibration")
         if self.sample is not None:
-            self.sample.add(rows, self.tokens)
+            self.sample.add(rows, self.tokens if first is None else first)
             self._estimate = None
         self.tokens += rows.shape[0]
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
