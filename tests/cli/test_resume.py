@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from cli.runner import Workplace, contents, detent, save_checkpoint, save_text, small
+from detent.runs import journal as journals
 from detent.runs.blocks import BlockStream
 from detent.runs.stream import LayerStream
 
@@ -175,3 +177,62 @@ def test_without_data_it_goes_on_file_by_file(
 def test_nothing_is_kept_before_a_block_is_finished(deep: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(deep, monkeypatch, 0, *GPTQ)
     assert not journal(deep).exists()
+
+
+def bytes_of(place: Workplace) -> dict[str, str]:
+    return {name: digest for name, digest in contents(place.out).items() if name in RESULT}
+
+
+@pytest.fixture
+def whole(deep: Workplace, tmp_path: Path) -> dict[str, str]:
+    """The result of a run that nothing disturbs."""
+    other = Workplace(deep.model, deep.calibration, deep.evaluation, tmp_path / "whole")
+    other.quantize(*GPTQ)
+    return bytes_of(other)
+
+
+def test_survives_a_disk_that_fills(deep: Workplace, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    real, files = journals.save_file, []
+
+    def save_file(tensors: Any, path: Path, metadata: Any = None) -> None:
+        files.append(path)
+        if len(files) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(tensors, path, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journals, "save_file", save_file)
+        full = deep.quantize(*GPTQ, run=detent)
+    assert full.code == 2
+    assert "the disk is full" in full.err
+    assert "2 blocks are kept" in full.err
+    assert not deep.out.exists()
+    deep.quantize(*GPTQ, "--resume")
+    assert bytes_of(deep) == whole
+
+
+def test_survives_a_shard_that_disappears_midway(
+    deep: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_checkpoint(tmp_path / "sharded", small(num_hidden_layers=4), max_shard_size="100KB")
+    place = Workplace(model, deep.calibration, deep.evaluation, deep.out)
+    place.quantize(*GPTQ)
+    whole = contents(place.out)["model.safetensors"]
+    shutil.rmtree(place.out)
+    real, done, last = BlockStream.finished, [], sorted(model.glob("model-*.safetensors"))[-1]
+
+    def finished(self: BlockStream, name: str, *more: Any) -> None:
+        real(self, name, *more)
+        done.append(name)
+        if len(done) == 2:
+            last.rename(tmp_path / "away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockStream, "finished", finished)
+        lost = place.quantize(*GPTQ, run=detent)
+    assert lost.code == 2
+    assert last.name in lost.err
+    assert not place.out.exists()
+    (tmp_path / "away").rename(last)
+    place.quantize(*GPTQ, "--resume")
+    assert contents(place.out)["model.safetensors"] == whole
