@@ -94,6 +94,22 @@ def test_every_format_comes_back_bit_for_bit(layout, tmp_path: Path) -> None:
     assert found.kept == ["model.norm.weight"]
 
 
+def test_integers_beside_calibrated_inputs_come_back(tmp_path: Path) -> None:
+    """They are stored unpacked, and signed, whatever their width."""
+    layers = [
+        quantized_layer(f"layers.{n}", weight((9, 96), n), (fmt.with_granularity(f.per_channel(0)), f.integer(8), None))
+        for n, fmt in enumerate(fmt for fmt in INTEGERS if fmt.element.minimum < 0 or fmt.zero_point != "none")
+    ]
+    write(
+        tmp_path / "out", Source(toy_source(tmp_path / "src")), layers, layout=layouts["compressed-tensors"], ignored=()
+    )
+    found, stored = open_quantized(tmp_path / "out"), load_file(tmp_path / "out" / "model.safetensors")
+    for layer in layers:
+        assert stored[f"{layer.name}.weight"].dtype == torch.int8
+        assert_same_layer(found.layer(layer.name), layer)
+    assert int(stored[f"{layers[-1].name}.weight"].min()) < 0
+
+
 def test_other_shapes_and_kinds(tmp_path: Path) -> None:
     """Convolutions, vectors, empty tensors: in Detent's own layout."""
     shapes = {"Conv2d": (6, 5, 3, 3), "Conv1d": (4, 3, 5), "Vector": (13,), "Empty": (0, 16)}
