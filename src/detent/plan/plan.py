@@ -25,6 +25,7 @@ from detent.nn import QuantWeightBase, TensorQuantizer
 from detent.nn.experts_layout import take_experts_apart
 from detent.nn.own_linear import kind_of
 from detent.plan.carried import Carried, beside_the_model, carried_layers, note_on, without_r1
+from detent.plan.fits import check_fits
 from detent.plan.kept import (
     check_attention,
     check_pattern,
@@ -176,6 +177,7 @@ def make_plan(
     take_experts_apart(model)
     structure, notes = _structure(model, bool(algorithms or overrides), overrides)
     names = CheckpointNames(model, source.tensors)
+    check_fits(source, model, names)
     replace_quant_module(model)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     patterns, why = exclusions(model, linears, exclude, names, structure)

@@ -1,4 +1,4 @@
-"""`detent quantize` on checkpoints that are quantized: as on the float model that they stand for."""
+"""`detent quantize` on quantized checkpoints, as on the float model that they stand for, and on broken ones."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from checkpoints import quantized_by_hand as by_hand
 from checkpoints.quantized_by_hand import Stored, save_shards
 from cli.runner import Workplace, contents, detent, save_checkpoint, small, succeed
 from detent.checkpoints import Source, open_source
+from detent.runs.stream import LayerStream
 
 DEEPSEEK = {
     "moe_intermediate_size": 48,
@@ -112,9 +113,8 @@ def quantized(folder: Path, kind: str) -> tuple[Path, Path]:
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if "," in k else []) for k in KINDS])
 def test_the_result_is_that_of_the_float_model(kind: str, tmp_path: Path) -> None:
     codes, floats = quantized(tmp_path, kind)
-    scheme = ["--quant_scheme", "w_int4_per_group_sym", "--group_size", 16, "--skip_evaluation", "--device", "cpu"]
     outcomes = [
-        succeed("quantize", "--model_dir", folder, "--output_dir", tmp_path / out, *scheme)
+        succeed("quantize", "--model_dir", folder, "--output_dir", tmp_path / out, *FLAGS)
         for folder, out in ((codes, "a"), (floats, "b"))
     ]
     assert "the source is quantized" in outcomes[0].out + outcomes[0].err
@@ -151,29 +151,115 @@ def test_the_plan_shows_the_float_model(tmp_path: Path) -> None:
     }
 
 
+FLAGS = ["--quant_scheme", "w_int4_per_group_sym", "--group_size", 16, "--skip_evaluation", "--device", "cpu"]
+LAST = "model.layers.3.input_layernorm.weight"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("original") / "m", small(num_hidden_layers=4))
+
+
 class TestSourcesThatBreak:
     """One message, nothing left behind, and the old output still there."""
 
     @pytest.fixture
-    def folder(self, tmp_path: Path) -> Path:
-        return quantized(tmp_path / "m", "fp8 per tensor")[0]
+    def tensors(self, original: Path) -> dict[str, Tensor]:
+        return load_file(original / "model.safetensors")
 
-    def refused(self, folder: Path, out: Path, *words: str) -> None:
-        out.mkdir()
-        (out / "mine.txt").write_text("kept")
-        kept, beside = contents(out), sorted(path.name for path in out.parent.iterdir())
-        target = out / "new"
-        flags = ["--quant_scheme", "w_int4_per_group_sym", "--group_size", 16, "--skip_evaluation", "--device", "cpu"]
-        outcome = detent("quantize", "--model_dir", folder, "--output_dir", target, *flags)
-        assert outcome.code == 2
+    def sharded(self, folder: Path, tensors: dict[str, Tensor], original: Path, **config: Any) -> Path:
+        return save_shards(folder, tensors, {**Source(original).config, "dtype": "float32", **config}, 3)
+
+    def refused(self, folder: Path, tmp_path: Path, *words: str) -> None:
+        """`tmp_path` has an output in it that Detent wrote from what was then whole."""
+        target = tmp_path / "out"
+        kept, beside = contents(target), sorted(path.name for path in tmp_path.iterdir())
+        outcome = detent("quantize", "--model_dir", folder, "--output_dir", target, "--overwrite", *FLAGS)
+        assert outcome.code == 2, outcome.err
         assert sum(line.startswith("Error:") for line in outcome.err.splitlines()) == 1, outcome.err
         assert all(word in outcome.err for word in words), outcome.err
-        assert contents(out) == kept
-        assert sorted(path.name for path in out.parent.iterdir()) == beside
+        assert contents(target) == kept
+        assert sorted(path.name for path in tmp_path.iterdir()) == beside
 
-    def test_a_scale_that_is_not_a_number(self, folder: Path, tmp_path: Path) -> None:
+    @pytest.fixture
+    def old(self, original: Path, tmp_path: Path) -> None:
+        succeed("quantize", "--model_dir", original, "--output_dir", tmp_path / "out", *FLAGS)
+
+    @pytest.mark.usefixtures("old")
+    @pytest.mark.parametrize(
+        ("name", "value", "words"),
+        [
+            (LAST, torch.ones(63), ["(63,)", "(64,)"]),
+            (LAST, torch.ones(64, dtype=torch.int32), ["int32", "not as floating-point"]),
+            ("model.layers.3.mlp.up_proj.weight", torch.ones(64, 128), ["(64, 128)", "(128, 64)"]),
+            ("model.layers.3.mlp.up_proj.weight", torch.ones(128, 64, dtype=torch.bool), ["bool"]),
+            ("model.embed_tokens.weight", torch.ones(3, 64), ["(3, 64)", "(63, 64)"]),
+            ("model.layers.3.mlp.up_proj.weight", torch.full((128, 64), torch.nan), ["NaN"]),
+            (LAST, torch.full((64,), torch.inf), ["NaN or infinity"]),
+        ],
+    )
+    def test_a_tensor_that_cannot_be_what_it_is_for(
+        self, name: str, value: Tensor, words: list[str], tensors: dict[str, Tensor], original: Path, tmp_path: Path
+    ) -> None:
+        folder = self.sharded(tmp_path / "m", tensors | {name: value}, original)
+        self.refused(folder, tmp_path, name.removesuffix(".weight"), *words)
+
+    @pytest.mark.usefixtures("old")
+    def test_a_tensor_that_is_missing(self, tensors: dict[str, Tensor], original: Path, tmp_path: Path) -> None:
+        del tensors[LAST]
+        self.refused(self.sharded(tmp_path / "m", tensors, original), tmp_path, "lacks 1 of the weights", LAST)
+
+    @pytest.mark.usefixtures("old")
+    def test_a_shard_that_disappears_midway(
+        self, tensors: dict[str, Tensor], original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = self.sharded(tmp_path / "m", tensors, original)
+        shard, plain, asked = folder / "model-00002-of-00003.safetensors", LayerStream.layer, list[str]()
+
+        def layer(self: LayerStream, name: str, **options: Any) -> Any:
+            asked.append(name)
+            if len(asked) == 9:
+                shard.unlink()
+                self._source.close()  # files are opened again when they are needed
+            return plain(self, name, **options)
+
+        monkeypatch.setattr(LayerStream, "layer", layer)
+        self.refused(folder, tmp_path, shard.name)
+        assert len(asked) >= 9
+
+    @pytest.mark.usefixtures("old")
+    @pytest.mark.parametrize("change", ["another shard", "more", "fewer", "missing shard"])
+    def test_an_index_that_disagrees_with_its_shards(
+        self, change: str, tensors: dict[str, Tensor], original: Path, tmp_path: Path
+    ) -> None:
+        folder = self.sharded(tmp_path / "m", tensors, original)
+        path = folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        names = index["weight_map"]
+        if change == "another shard":
+            names[LAST] = next(file for file in names.values() if file != names[LAST])
+        elif change == "more":
+            names["model.layers.4.input_layernorm.weight"] = names[LAST]
+        elif change == "fewer":
+            del names[LAST]
+        else:
+            (folder / names[LAST]).unlink()
+        path.write_text(json.dumps(index))
+        word = {"more": "model.layers.4", "missing shard": names.get(LAST, "")}.get(change, LAST)
+        self.refused(folder, tmp_path, word, "ownload")
+
+    @pytest.mark.usefixtures("old")
+    def test_two_tensors_of_one_name(self, tensors: dict[str, Tensor], original: Path, tmp_path: Path) -> None:
+        folder = self.sharded(tmp_path / "m", tensors, original)
+        here = next(f for f in sorted(folder.glob("*.safetensors")) if LAST not in load_file(f))
+        save_file(load_file(here) | {LAST: torch.ones(64)}, here)
+        self.refused(folder, tmp_path, LAST, here.name, "both")
+
+    def test_a_scale_that_is_not_a_number(self, tmp_path: Path) -> None:
+        folder, floats = quantized(tmp_path / "m", "fp8 per tensor")
+        succeed("quantize", "--model_dir", floats, "--output_dir", tmp_path / "out", *FLAGS)
         file = next(f for f in sorted(folder.glob("*.safetensors")) if any("weight_scale" in n for n in load_file(f)))
         tensors = load_file(file)
         name = next(n for n in tensors if n.endswith("weight_scale"))
         save_file(tensors | {name: torch.tensor(torch.nan)}, file)
-        self.refused(folder, tmp_path / "out", "scales from nan", name.removesuffix("_scale"))
+        self.refused(folder, tmp_path, "scales from nan", name.removesuffix("_scale"))
