@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +161,12 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("original") / "m", small(num_hidden_layers=4))
 
 
+@pytest.fixture(scope="module")
+def written(original: Path) -> Path:
+    succeed("quantize", "--model_dir", original, "--output_dir", original.parent / "out", *FLAGS)
+    return original.parent / "out"
+
+
 class TestSourcesThatBreak:
     """One message, nothing left behind, and the old output still there."""
 
@@ -182,8 +189,8 @@ class TestSourcesThatBreak:
         assert sorted(path.name for path in tmp_path.iterdir()) == beside
 
     @pytest.fixture
-    def old(self, original: Path, tmp_path: Path) -> None:
-        succeed("quantize", "--model_dir", original, "--output_dir", tmp_path / "out", *FLAGS)
+    def old(self, written: Path, tmp_path: Path) -> None:
+        shutil.copytree(written, tmp_path / "out")
 
     @pytest.mark.usefixtures("old")
     @pytest.mark.parametrize(
