@@ -39,7 +39,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 #: Cases of one test that `make quick` runs at most.
-_CASES = 6
+_CASES = 4
 
 
 def pytest_unconfigure() -> None:
