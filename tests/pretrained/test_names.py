@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from detent.errors import DetentError
+from detent.nn.experts_layout import take_experts_apart
+from detent.pretrained import names as pretrained_names
 from detent.pretrained.names import CheckpointNames
 from structure import zoo
 
@@ -77,3 +79,59 @@ def test_two_claims() -> None:
     model = zoo.make("gpt_neox", device="meta")
     with pytest.raises(DetentError, match=r"embed_out\.weight and lm_head\.weight both map"):
         CheckpointNames(model, [*model.state_dict(), "embed_out.weight"])
+
+
+# ---- experts, one by one -----------------------------------------------------------------------------------------
+
+
+def check_experts(model: Any, tensors: dict[str, torch.Tensor]) -> CheckpointNames:
+    """What names say of a file is what transformers' model holds when it has loaded it."""
+    names = CheckpointNames(model, tensors)
+    fused = {name: p.detach().clone() for name, p in model.named_parameters() if ".experts." in name}
+    take_experts_apart(model)
+    apart = {name: p for name, p in model.named_parameters() if ".experts." in name}
+    assert apart.keys() == names._pieces.keys()
+    for name, parameter in apart.items():
+        assert torch.equal(names.to_model(name, tensors.__getitem__)[name], parameter)
+    changed = names.to_file({name: p.detach() + 1 for name, p in apart.items()})
+    assert all(torch.equal(value, tensors[name] + 1) for name, value in changed.items())
+    assert fused.keys() <= names._fused.keys()
+    return names
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "granitemoe", "deepseek_v3", "gpt_oss", "dbrx"])
+def test_experts_are_found_in_the_file(model_type: str, tmp_path: Path) -> None:
+    model = zoo.make(model_type).float()
+    names = check_experts(model, saved(model, tmp_path))
+    layers = [names.layer(name) for name in sorted(names.experts)]
+    expected = {
+        "mixtral": "model.layers.0.block_sparse_moe.experts.0.w2",
+        "granitemoe": "model.layers.0.block_sparse_moe.experts.0.down_proj",
+        "deepseek_v3": "model.layers.1.mlp.experts.0.down_proj",
+        "dbrx": "transformer.blocks.0.ffn.experts.mlp.0.down_proj",
+    }
+    assert layers[0] == expected.get(model_type, "model.layers.0.mlp.experts.0.down_proj")
+    assert len(set(layers)) == len(layers)
+
+
+def test_experts_that_transformers_transposes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen3-VL-MoE's rule, which looks at shapes, on a file that holds them as [inputs, outputs]."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    monkeypatch.setattr(pretrained_names, "_rules", lambda _: ([], get_checkpoint_conversion_mapping("qwen3_vl_moe")))
+    model = zoo.make("qwen3_moe", moe_intermediate_size=20).float()  # 24 would make a square, which it leaves alone
+    tensors = {n: p.detach().mT.contiguous() if ".experts." in n else p.detach() for n, p in model.named_parameters()}
+    names = check_experts(model, tensors)
+    assert all(piece.part.turned for n in names.experts if (piece := names.piece(f"{n}.weight")))
+
+
+def test_experts_written_one_by_one_are_joined_for_a_model_that_has_them_in_one_tensor() -> None:
+    model = zoo.make("gpt_oss").float()
+    whole = {n: p.detach() for n, p in model.named_parameters()}
+    names = CheckpointNames(model, whole)
+    weights = {n: names.to_model(n, whole.__getitem__)[n] for n in names._pieces if n.endswith("weight")}
+    file = {n: value for n, value in whole.items() if "experts.gate_up_proj" not in n and "experts.down_proj" not in n}
+    again = CheckpointNames(model, [*file, *weights])
+    joined = again.joined({**file, **weights})
+    for name in ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"):
+        assert torch.equal(joined[name], whole[name])
