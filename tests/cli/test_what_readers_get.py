@@ -242,6 +242,8 @@ class TestKeysAndValues:
         options = ("--kv_cache_dtype", "fp8", "--skip_evaluation")
         outcome = place.quantize(*options, scheme="w_fp8_a_fp8")
         assert "leaves out model.language_model.layers.1.cross_attn" in outcome.err
+        assert "7 linear layers stay in floating point, such as" in outcome.err
+        assert "text alone doesn't reach it" in outcome.err
         assert place.report["weights"]["quantized"] == 14
         assert _caches(load_quantized(place.out)) == 2
 

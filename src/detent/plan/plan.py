@@ -185,6 +185,8 @@ def make_plan(
     if structure is not None:
         learns = scheme.needs_data or any(step.needs_data for step in algorithms or [])
         more |= unreached(model, structure, linears, learns=learns) if learns or scheme.input or scheme.output else {}
+    if blind := [name for name in more if name not in why]:
+        notes.append(f"{len(blind)} linear layers stay in floating point, such as {blind[0]}: {more[blind[0]]}")
     patterns, why = [*patterns, *more], {**more, **why}
     quant_cfg = quant_cfg_for(scheme)
     for pattern, special in (per_layer or {}).items():
