@@ -119,8 +119,8 @@ def main() -> None:
                 assert not left, left
                 shutil.rmtree(out)
             print(
-                f"{case}: {kills} kills in {runs} runs, {resumed} with something to go on from; all ended with the bytes"
-                f" of a run in one go ({whole:.1f} s)",
+                f"{case}: {kills} kills in {runs} runs, {resumed} with something to go on from; all ended with the"
+                f" bytes of a run in one go ({whole:.1f} s)",
                 flush=True,
             )
 
