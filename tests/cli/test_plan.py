@@ -76,6 +76,14 @@ def test_a_budget_for_all_but_hidden_states_has_them_on_disk(
     assert first == again
 
 
+def test_evaluation_of_a_model_that_does_not_fit(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detent.runs.quantize.available_memory_bytes", lambda: 700 << 20)
+    refused = place.quantize(run=detent)
+    assert refused.code == 2
+    assert "perplexity is measured on the whole model" in refused.err
+    place.quantize("--skip_evaluation")
+
+
 def test_an_output_disk_that_is_too_small(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 

@@ -48,6 +48,7 @@ class Cost:
         bits_per_weight: of the quantized weights, scales included.
         memory: at the peak, without hidden states.
         states: hidden states between blocks, which can go to disk.
+        model: that the model takes as a whole, in its dtype: what evaluation needs.
         disk: that the run needs at the same time: the output, and what it keeps for resuming.
         seconds: a rough estimate, by the speed of this machine now.
     """
@@ -57,6 +58,7 @@ class Cost:
     bits_per_weight: float
     memory: int
     states: int
+    model: int
     disk: int
     seconds: float
 
@@ -90,7 +92,8 @@ def cost(plan: Plan, source: Source, dtype: torch.dtype, samples: Samples | None
     seconds = _seconds(plan, elements, samples, dtype) if timed else 0.0
     journal = round(coded / 8) + 2 * states if way == "block by block" else 0
     bits = coded / elements if elements else 0.0
-    return Cost(way, output, bits, LIBRARIES + memory, states, output + journal, seconds)
+    model = LIBRARIES + _bytes(plan, "", dtype)
+    return Cost(way, output, bits, LIBRARIES + memory, states, model, output + journal, seconds)
 
 
 def _of_blocks(plan: Plan, dtype: torch.dtype, samples: Samples, largest: int) -> tuple[int, int]:

@@ -106,7 +106,7 @@ def quantize_checkpoint(
     elif calibration.dataset is not None:
         check_source(calibration.dataset)  # not read, but a misspelled name shouldn't pass for a used one
     will = cost(plan, source, dtype, samples_of(plan, calibration), timed=False)
-    spill = spills(will, calibration.memory_budget, available_memory_bytes())
+    spill = spills(will, calibration.memory_budget, available_memory_bytes(), evaluates=not evaluation.skip)
     check_room(output, will.disk)
     measure = Measure(evaluation, tokenizer, config, builtin, run)
     loading: dict[str, Any] = {
