@@ -101,16 +101,12 @@ class _Watched:
         self._holder = self._double.get_submodule(holder)
         self._parameters = dict(module.get_submodule(holder).named_parameters(recurse=False))
         self._count = next((p.shape[0] for p in self._parameters.values() if p.dim() > 2), 0)
-        self._counts: dict[str, int] = {}
-        self._biases = self._pair_biases()
+        self._biases = {n: b for n in self._parameters if (b := f"{n}_bias") in self._parameters}
         for name, parameter in self._parameters.items():
             if name in self._biases.values():
                 self._holder.__dict__[name] = FusedBias(parameter.shape, torch.float32, torch.device("cpu"))
             elif parameter.dim() > 1:
                 self._holder.__dict__[name] = self._stand_in(name, parameter)
-
-    def _pair_biases(self) -> dict[str, str]:
-        return {n: b for n in self._parameters if (b := f"{n}_bias") in self._parameters}
 
     def _stand_in(self, name: str, parameter: Tensor) -> FusedWeight:
         def use(expert: int, x: Tensor, turned: bool) -> Tensor:
