@@ -120,7 +120,6 @@ def test_other_files_come_along(tmp_path: Path) -> None:
         "adapter.safetensors": "",
         "x.gguf": "",
         "original/consolidated.00.pth": "",
-        "hf_quant_config.json": "{}",
         ".git/config": "",
         "detent_manifest.json": "{}",
         "detent_report.json": "{}",

@@ -115,8 +115,8 @@ def test_function_is_unchanged(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("detent.transforms.rotation._objective", lambda *_: None)  # whatever rounding makes of it
     model = model_of(name.split()[0], **ARCHITECTURES[name])
     before = logits(model)
+    quantized(model, KV4)  # which takes experts apart
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
-    quantized(model, KV4)
     structure = find_structure(model)
     report = rotate_model(model, structure, RotationConfig(random=True, random2=True))
     assert [p.name for p in report.parts if p.where][:2] == ["R1", "R2"]

@@ -28,7 +28,7 @@ from detent.structure.probe import Probe
 from detent.structure.roles import Roles
 from detent.structure.site import Fold, Site, Structure
 from detent.structure.skeleton import Skeleton
-from detent.structure.stream import find_stream
+from detent.structure.stream import find_stream, written_by_all
 from detent.structure.trace import Trace
 from detent.structure.transfer import Transfer
 from detent.structure.values import factors, positive, spread
@@ -392,7 +392,7 @@ class _Discovery:
             tuple(name for mixture in mixtures for name in mixture.members or (mixture.module,)),
             tuple(self.trace.keys),
             tuple(self.trace.values),
-            found.stream,
+            None if found.stream is None else written_by_all(found.stream, mixtures),
             self._unread(sites),
             tuple(notes),
             chains,

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from detent.structure.folds import TOLERANCE
-from detent.structure.site import Norm, Reader, Site, Stream
+from detent.structure.site import Mixture, Norm, Reader, Site, Stream
 from detent.structure.trace import Producer, Reading, Trace
 from detent.structure.values import householder, reflect
 
@@ -166,3 +166,13 @@ def _spans(names: set[str], trace: Trace, blocks: tuple[str, ...]) -> bool:
     """Whether the sources of a norm are those of a residual stream: an embedding, or outputs of several blocks."""
     touched = {block for block in blocks for name in names if name.startswith(f"{block}.")}
     return len(touched) > 1 or any(trace.producers[name].kind == "embedding" for name in names)
+
+
+def written_by_all(stream: Stream, mixtures: Iterable[Mixture]) -> Stream:
+    """The stream with what all experts of a mixture write, where the probe has reached some of them."""
+    writers = dict.fromkeys(stream.writers)
+    for mixture in mixtures:
+        for member in mixture.members:
+            inside = [name.removeprefix(member) for name in stream.writers if name.startswith(f"{member}.")]
+            writers |= {other + name: None for name in inside for other in mixture.members}
+    return replace(stream, writers=tuple(writers))
