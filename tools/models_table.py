@@ -112,7 +112,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
 def _shown(cell: Any, promised: bool, notes: dict[str, int]) -> str:
     texts = [cell.text] if cell.share is None else list(cell.notices)
     rotated = [text for text in texts if text.startswith("rotation: ")] if cell.share is not None else []
-    remarks = [_general(text) for text in texts if text not in rotated and not text.startswith(_OF_ALGORITHMS)]
+    remarks = [_general(text) for text in texts if text not in rotated and not re.search(_OF_ALGORITHMS, text)]
     numbers = sorted({notes.setdefault(text, len(notes) + 1) for text in remarks})
     mark = "–" if cell.share is None else f"{cell.share:.0%}"
     mark = f"**{mark}**" if promised else mark
@@ -120,11 +120,11 @@ def _shown(cell: Any, promised: bool, notes: dict[str, int]) -> str:
 
 
 #: What algorithms say about single layers is no matter of the architecture.
-_OF_ALGORITHMS = ("awq", "gptq", "smoothquant")
+_OF_ALGORITHMS = "^(awq|gptq|smoothquant)|tokens reached it"
 #: What differs from model to model in a remark, and what stands for it.
 _SPECIAL = {
     r"\b\w+\.[\w.]*\d[\w.]*": "...",
-    r"\b[A-Z]\w*For(CausalLM|ConditionalGeneration)\b|\b[A-Z]\w*LMHeadModel\b": "the model",
+    r"\b(a )?[A-Z]\w*(For(CausalLM|ConditionalGeneration)|LMHeadModel)\b": "the model",
     r"a [A-Z]\w*Attention\w*": "such a module",
     r"\b[A-Z]\w*Config\b": "its configuration",
     r"\b\d+ (?=matrices|tensors|are copied)": "some ",

@@ -24,6 +24,7 @@ CELLS = {
     "Qwen/Qwen2-Audio-7B": "INT8",
     "ibm-ai-platform/Bamba-9B": "FP8",
     "hpcai-tech/grok-1": "GPTQ",
+    "deepseek-ai/DeepSeek-V3/R1": "INT4",
 }
 
 

@@ -342,7 +342,7 @@ class _Discovery:
             for _, group in independent:
                 broken = [i for i in failed if i in self._touched(group)]
                 if broken:
-                    reading = self.trace.readings[broken[0]]
+                    reading = self.reference.readings[broken[0]]
                     group.reason = f"scaling rows of {group.producer} changes {_described(reading.kind, reading.name)}"
             # What was proved here isn't tried again: a round without a refusal would repeat itself forever.
             proved = {id(group) for _, group in independent if not group.reason}
