@@ -120,7 +120,7 @@ def _shown(cell: Any, promised: bool, notes: dict[str, int]) -> str:
 
 
 #: What algorithms say about single layers is no matter of the architecture.
-_OF_ALGORITHMS = "^(awq|gptq|smoothquant)|tokens reached it"
+_OF_ALGORITHMS = "^(awq|gptq|smoothquant)|tokens? reached"
 #: What differs from model to model in a remark, and what stands for it.
 _SPECIAL = {
     r"\b\w+\.[\w.]*\d[\w.]*": "...",
