@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Panels of the help; an option's panel says what sets it apart from the others.
 _QUANTIZING, _LATER = "quantizing", "not implemented yet"
+#: What to do in place of a flag that is for later.
+_INSTEAD = {"multi_gpu": "; several GPUs share a run with calibration data as processes: torchrun --nproc_per_node N"}
 _EXPORTS = ("hf_format", "compressed-tensors", "onnx", "quark_format", "gguf")
 
 
@@ -353,7 +355,8 @@ def _refuse_later(typed: dict[str, Any], exports: list[str] | None, import_forma
     for name in _in_panel(_LATER):
         if name in typed:
             value = "" if typed[name] is True else f" {typed[name]}"
-            raise DetentError(f"--{name}{value}: not implemented in this version")
+            instead = _INSTEAD.get(name, "")
+            raise DetentError(f"--{name}{value}: not implemented in this version{instead}")
     for export in exports or []:
         if export not in _EXPORTS:
             raise DetentError(f"unknown --model_export {export!r}; known: {', '.join(_EXPORTS)}")

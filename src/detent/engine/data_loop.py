@@ -143,22 +143,19 @@ class DataLoop:
         """The first calls of the same data that have `rows` vectors of input in total (tokens, where it is ids)."""
         if rows is None:
             return self
-        if self._all_starts:
-            part = DataLoop(self.forward_loop)
-            part._all_starts = [start for start in self._all_starts if start < rows]
-            part._check_share()
-            part._remembered = self._remembered[: len(part.starts)]
-            part.calls = len(part._remembered)
-            return part
+        part = DataLoop(self.forward_loop)
+        part._all_starts = [start for start in self._all_starts if start < rows]
         kept, count = [], 0
         for call in self.calls_of(model):
             if count >= rows:
                 break
             kept.append(call)
             count += call.rows
+        if self._all_starts:
+            part._check_share()
+            kept = self._remembered[: len(part.starts)]
         if not kept:
             return self
-        part = DataLoop(self.forward_loop)
         part._remembered, part.calls = kept, len(kept)
         return part
 

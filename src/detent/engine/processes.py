@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import reduce
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +27,7 @@ from detent.algorithms.site_work import Ledger, Stage
 from detent.config.algorithm import QuantizeAlgorithmConfig
 from detent.distributed import ProcessFailed, gathered, join, launched, leave, rank, size, summed, tell_failure
 from detent.errors import DetentError
-from detent.model import edit
-from detent.nn import TensorQuantizer, quantizers_of
+from detent.nn import TensorQuantizer
 from detent.nn.observers import MinMaxObserver
 from detent.nn.sequential import members_of
 from detent.statistics import SiteStatistics
@@ -64,21 +65,17 @@ class Together:
     ) -> None:
         if not self._several:
             return
-        first = rank() == 0
-        try:
+        told = rank() > 0
+        with suppress(ProcessFailed):
             if isinstance(error, Exception) and not isinstance(error, ProcessFailed):
                 tell_failure(str(error) if isinstance(error, DetentError) else f"{type(error).__name__}: {error}")
             if error is None or isinstance(error, Exception):
                 gathered()  # a launcher ends all once one ends, so wait until the first has cleaned up
-        except ProcessFailed as lost:
-            error = error or lost
-        finally:
-            leave(end=self._made)
-        if isinstance(error, DetentError):
-            error.told = not first
-        elif isinstance(error, ProcessFailed):
-            failure = DetentError(str(error))
-            failure.told = not first
+        leave(end=self._made)
+        failure = DetentError(str(error)) if isinstance(error, ProcessFailed) else error
+        if isinstance(failure, DetentError):
+            failure.told = told
+        if failure is not None and failure is not error:
             raise failure from None
 
 
@@ -114,21 +111,6 @@ def check_shareable(steps: Sequence[QuantizeAlgorithmConfig], why_not: str) -> N
             f"started as one of {processes} processes (WORLD_SIZE={processes}), but they can't share this run:"
             f" {why_not}; start it without torchrun"
         )
-
-
-def check_same_run(made_of: Mapping[str, str]) -> None:
-    """Make sure that all processes are at the same run.
-
-    Raises:
-        DetentError: what one makes it of differs.
-    """
-    for number, (other, _) in enumerate(gathered(dict(made_of))):
-        unlike = [name for name, value in made_of.items() if other.get(name) != value]
-        if unlike:
-            raise DetentError(
-                f"process {number} was started with another {unlike[0]}: {other.get(unlike[0])}, not"
-                f" {made_of[unlike[0]]}; give all processes the same model, data and options"
-            )
 
 
 # ---- what all have seen ---------------------------------------------------------------------------------------------
@@ -195,20 +177,22 @@ def combine_ranges(module: nn.Module, waiting: Sequence[TensorQuantizer]) -> Non
     if size() == 1:
         return
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    observers: list[MinMaxObserver] = []
     tensors: dict[str, Tensor] = {}
     for number, quantizer in enumerate(waiting):
-        if quantizer.needs_bias or type(quantizer._observer) is not MinMaxObserver:
+        observer = quantizer._observer
+        if quantizer.needs_bias or type(observer) is not MinMaxObserver:
             raise DetentError(
                 f"{quantizer.name}: several processes share the ranges of the calibrator 'max' alone; use that, or"
                 " start the run without torchrun"
             )
-        for bound, value in zip(("low", "high"), quantizer._observer.seen or (), strict=False):
-            tensors[f"{number}/{bound}"] = value
+        observers.append(observer)
+        if observer.seen is not None:
+            tensors |= {f"{number}/low": observer.seen[0], f"{number}/high": observer.seen[1]}
     for _, there in gathered(None, tensors):
-        for number, quantizer in enumerate(waiting):
-            if f"{number}/low" in there and isinstance(quantizer._observer, MinMaxObserver):
-                bounds = (there[f"{number}/{bound}"].to(device) for bound in ("low", "high"))
-                quantizer._observer.merge(*bounds)
+        for number, observer in enumerate(observers):
+            if f"{number}/low" in there:
+                observer.merge(there[f"{number}/low"].to(device), there[f"{number}/high"].to(device))
 
 
 # ---- what all have made ---------------------------------------------------------------------------------------------
@@ -218,65 +202,34 @@ def hand_over(layers: Sequence[Layer], owner: int, ledger: Ledger) -> None:
     """Give all processes what one of them has made of some layers."""
     if size() == 1:
         return
-    tensors: dict[str, Tensor] = {}
-    notes = {}
-    if owner == rank():
-        for layer in layers:
-            tensors |= {
-                f"{layer.name}/{name}": tensor for name, tensor in _state(layer.module).items() if tensor is not None
-            }
-            outcomes = [asdict(outcome) for outcome in ledger.outcomes.get(layer.name, [])]
-            notes[layer.name] = [int(ledger.state(layer).stage), outcomes]
-    notes, tensors = gathered(notes, tensors)[owner]
-    if owner == rank():
-        return
-    for layer in layers:
-        prefix = f"{layer.name}/"
-        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        _set_state(layer, own)
-        stage, outcomes = notes[layer.name]
+    mine: dict[str, Tensor] = {}
+    done: dict[str, Any] = {}
+    for layer in layers if owner == rank() else ():
+        mine |= {f"{layer.name}/{name}": tensor for name, tensor in layer.module.state_dict().items()}
+        done[layer.name] = int(ledger.state(layer).stage), [asdict(o) for o in ledger.outcomes.get(layer.name, [])]
+    done, tensors = gathered(done, mine)[owner]
+    for layer in layers if owner != rank() else ():
+        prefix, device = f"{layer.name}/", layer.weight.device
+        state = {name.removeprefix(prefix): t.to(device) for name, t in tensors.items() if name.startswith(prefix)}
+        for quantizer in members_of(layer.module.weight_quantizer):
+            quantizer.reset_amax()  # what the owner's doesn't have any more
+        # Replaced, not copied into: a weight that is tied to another one is a layer's own once it is solved.
+        layer.module.load_state_dict(state, assign=True)
+        layer.module.refresh_weight()
+        stage, outcomes = done[layer.name]
         ledger.state(layer).stage = Stage(stage)
-        if outcomes:
-            ledger.outcomes[layer.name] = [Outcome(**outcome) for outcome in outcomes]
+        ledger.outcomes |= {layer.name: [Outcome(**outcome) for outcome in outcomes]} if outcomes else {}
 
 
-def _state(module: nn.Module) -> dict[str, Tensor | None]:
-    """The weight of a layer, and what its quantizers hold."""
-    kept = {f"{place}{name}": getattr(q, name) for place, q in _members(module) for name in q._STATE}
-    return {"weight": module._parameters["weight"], **kept}
-
-
-def _set_state(layer: Layer, state: Mapping[str, Tensor]) -> None:
-    device = layer.weight.device
-    for place, quantizer in _members(layer.module):
-        for name in quantizer._STATE:
-            value = state.get(f"{place}{name}")
-            quantizer._set_buffer(name, None if value is None else value.to(device))
-    edit.put(layer.module, "weight", state["weight"], layer.name, untie=layer.shared)
-
-
-def _members(module: nn.Module) -> list[tuple[str, TensorQuantizer]]:
-    return [
-        (f"{name}.{number}", member)
-        for name, quantizer in quantizers_of(module)
-        for number, member in enumerate(members_of(quantizer))
-    ]
-
-
-def check_same(part: nn.Module, name: str) -> None:
-    """Make sure that all processes hold the same part of a model.
-
-    Raises:
-        DetentError: they don't.
-    """
-    if size() == 1:
-        return
+def check_same_block(block: nn.Module, name: str) -> None:
+    """Make sure that all processes hold the same block (or layer). Raises DetentError where they don't."""
     digest = hashlib.blake2b()
-    for value in part.state_dict().values():
-        if isinstance(value, Tensor):
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    if len({found for found, _ in gathered(digest.hexdigest())}) > 1:
-        raise DetentError(
-            f"{name}: the processes have made different weights of the same statistics, as unlike machines do; start"
-            " them on machines of one kind"
-        )
+    for value in block.state_dict().values() if size() > 1 else ():
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    check_same(digest.hexdigest(), f"{name} after it was solved, as happens between unlike machines")
+
+
+def check_same(value: str, what: str) -> None:
+    """Make sure that all processes have the same value of something. Raises DetentError where they don't."""
+    if len({found for found, _ in gathered(value)}) > 1:
+        raise DetentError(f"the processes of this run differ in {what}; start them alike, on machines of one kind")

@@ -29,7 +29,7 @@ from detent.engine.learning import coarse
 from detent.engine.observe import SiteObserver
 from detent.engine.observed_block import ObservedBlock
 from detent.engine.options import Traversal
-from detent.engine.processes import check_same
+from detent.engine.processes import check_same_block
 from detent.engine.solve import Solver
 from detent.engine.store import TensorStore
 from detent.errors import DetentError
@@ -169,7 +169,7 @@ def _block_by_block(
             continue
         with host.block(name):
             outputs, float_outputs = work.done(index, inputs, references, inside[name])
-            check_same(chain.blocks[index], name)
+            check_same_block(chain.blocks[index], name)
             host.finished(name, solver.ledger.outcomes, subject.changed())
         # Free what it was fed, but for the recorded inputs of the first block.
         for done in (inputs, references):
@@ -207,7 +207,7 @@ def _outside(subject: Subject, chain: BlockChain, inputs: TensorStore, layers: l
                 subject.run.first(model)
             usage.check()
             for layer in layers:
-                check_same(layer.module, layer.name)
+                check_same_block(layer.module, layer.name)
         subject.host.finished("", solver.ledger.outcomes, subject.changed())
 
 

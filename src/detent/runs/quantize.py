@@ -13,7 +13,7 @@ from detent.data import check_source
 from detent.distributed import gathered, launched, rank
 from detent.engine.data_loop import run_batches
 from detent.engine.host import CannotStream
-from detent.engine.processes import Together, check_same_run, check_shareable
+from detent.engine.processes import Together, check_same, check_shareable
 from detent.external.files import user_path
 from detent.external.output import add_to_manifest, check_room, check_target
 from detent.model.kv_cache import check_cache
@@ -136,7 +136,8 @@ def quantize_checkpoint(
             model = None
             parts = made_of(source, plan, batches, dtype, prepared.min_kv_scale)
             parts["calibrate_all_experts"] = str(calibration.all_experts)
-            check_same_run({name: part for name, part in parts.items() if not name.startswith("file ")})
+            alike = {name: part for name, part in parts.items() if not name.startswith("file ")}  # files have dates
+            check_same(str(alike), "model, data or options")
             if first:
                 journal = open_until_written.enter_context(Journal(output, parts, resume=resume, tell=run.notify))
         if streams:

@@ -29,7 +29,8 @@ class SiteStatistics:
     Attributes:
         tokens: how many rows were seen.
         low, high: float32 [channels], the smallest and the largest value of each channel, and 0.
-        abs_sum: float32 [channels], the sum of magnitudes.
+        abs_sum: float64 [channels], the sum of magnitudes. So its float32 mean doesn't depend on the order of batches:
+            scales that are made of it put the largest weight of a group half way between two codes.
         second_moment: the sum of x x^T, or None where it wasn't asked for.
         cross_moment: float32 [channels, channels], the sum of r x^T with r the same token's row in the float model, or
             None where it wasn't asked for.
@@ -64,7 +65,7 @@ class SiteStatistics:
             0,
             zeros(channels),
             zeros(channels),
-            zeros(channels),
+            zeros(channels).double(),
             Gram(channels, device) if second_moment else None,
             zeros(channels, channels) if cross_moment else None,
             Sample(sample_size, channels, device) if sample_size else None,
@@ -152,7 +153,7 @@ class SiteStatistics:
     @property
     def mean_abs(self) -> Tensor:
         """The mean magnitude of each channel, float32 [channels]."""
-        return self.abs_sum / max(1, self.tokens)
+        return (self.abs_sum / max(1, self.tokens)).float()
 
     @property
     def sampled(self) -> str:
