@@ -102,3 +102,15 @@ def test_quarks_files_are_read(place: Workplace, tmp_path: Path) -> None:
     steps = [step for steps in outcomes(place).values() for step in steps]
     assert all(step["decided"]["act_order"] is False for step in steps)  # type: ignore[index]
     assert all(step["decided"]["damping"] == 0.02 for step in steps)  # type: ignore[index]
+
+
+def test_the_error_of_a_solved_weight_is_that_of_the_float_one(place: Workplace) -> None:
+    """GPTQ leaves weights on their grid: what they are compared with has to be what they were before."""
+    place.quantize("--group_size", 32, "--quant_algo", "gptq", "--skip_evaluation")
+    before = load_file(place.model / "model.safetensors")
+    after = dict(load_quantized(place.out).named_parameters())
+    for layer in place.report["layers"]:
+        weight = before[f"{layer['name']}.weight"]
+        error = float((after[f"{layer['name']}.weight"] - weight).norm() / weight.norm())
+        assert layer["relative_error"] == pytest.approx(error, rel=1e-3)
+        assert error > 0.03

@@ -93,12 +93,14 @@ class Ledger:
         folds: where channel scales go; None: they stay in the layers' input quantizers.
         keeps_latents: whether an algorithm of the list starts from what weights were before they were rounded.
         states: by layer name. outcomes: likewise, in order.
+        errors: by layer name, how far a rounded weight is from what it was before, relative to its length.
     """
 
     folds: Folds | None = None
     keeps_latents: bool = False
     states: dict[str, LayerState] = field(default_factory=dict)
     outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
 
     def state(self, layer: Layer) -> LayerState:
         return self.states.setdefault(layer.name, LayerState())
@@ -113,9 +115,14 @@ class Ledger:
 
     def adopt(self, layer: Layer, values: Tensor, scales: Scales, latent: Tensor | None = None) -> None:
         """Give a layer values [out, in] that are on the grid of `scales`."""
+        state = self.state(layer)
+        before = state.latent if state.stage is Stage.ROUNDED else layer.matrix()
+        if before is not None:
+            length = float(before.norm())
+            self.errors[layer.name] = float((values - before).norm()) / length if length else 0.0
         layer.set_scales(scales)
         layer.set_matrix(values)
-        self.state(layer).rounded(latent if self.keeps_latents else None)
+        state.rounded(latent if self.keeps_latents else None)
 
 
 class SiteWork:

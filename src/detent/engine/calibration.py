@@ -56,10 +56,13 @@ class Calibrated:
 
     Attributes:
         outcomes: {layer: what algorithms did to its weight, in order}.
+        errors: {layer: how far its rounded weight is from the float one, relative to its length}, where an algorithm
+            has rounded it.
         changed: names of parameters outside of quantized weights that have other values now.
     """
 
     outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
 
 
@@ -306,6 +309,7 @@ class _Calibration:
             self._find_stale_ranges(waiting, ledger, ranges.found)
         elif last is not None:
             self._observe(waiting)
+        self.done.errors |= ledger.errors
         for name, outcomes in ledger.outcomes.items():
             self.done.outcomes.setdefault(name, []).extend(outcomes)
 

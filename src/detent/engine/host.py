@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from detent.algorithms.outcome import Outcome
+from detent.algorithms.site_work import Ledger
 from detent.engine.store import TensorStore
 from detent.errors import DetentError
 
@@ -39,12 +38,12 @@ class Host:
         the float model has there, where that was kept. None: at the beginning."""
         return None
 
-    def finished(self, name: str, outcomes: Mapping[str, list[Outcome]], changed: set[str]) -> None:
+    def finished(self, name: str, ledger: Ledger, changed: set[str]) -> None:
         """A block's weights and ranges are final. Called inside `block`, or inside `outside`.
 
         Args:
             name: of the block; "" for what is outside of all of them.
-            outcomes: what algorithms did, by layer, in this block and others.
+            ledger: what algorithms did, in this block and others.
             changed: names of the parameters outside of quantized weights that have other values now.
         """
 

@@ -206,7 +206,8 @@ def hand_over(layers: Sequence[Layer], owner: int, ledger: Ledger) -> None:
     done: dict[str, Any] = {}
     for layer in layers if owner == rank() else ():
         mine |= {f"{layer.name}/{name}": tensor for name, tensor in layer.module.state_dict().items()}
-        done[layer.name] = int(ledger.state(layer).stage), [asdict(o) for o in ledger.outcomes.get(layer.name, [])]
+        outcomes = [asdict(outcome) for outcome in ledger.outcomes.get(layer.name, [])]
+        done[layer.name] = int(ledger.state(layer).stage), outcomes, ledger.errors.get(layer.name)
     done, tensors = gathered(done, mine)[owner]
     for layer in layers if owner != rank() else ():
         prefix, device = f"{layer.name}/", layer.weight.device
@@ -216,7 +217,8 @@ def hand_over(layers: Sequence[Layer], owner: int, ledger: Ledger) -> None:
         # Replaced, not copied into: a weight that is tied to another one is a layer's own once it is solved.
         layer.module.load_state_dict(state, assign=True)
         layer.module.refresh_weight()
-        stage, outcomes = done[layer.name]
+        stage, outcomes, error = done[layer.name]
+        ledger.errors |= {} if error is None else {layer.name: error}
         ledger.state(layer).stage = Stage(stage)
         ledger.outcomes |= {layer.name: [Outcome(**outcome) for outcome in outcomes]} if outcomes else {}
 

@@ -170,7 +170,7 @@ def _block_by_block(
         with host.block(name):
             outputs, float_outputs = work.done(index, inputs, references, inside[name])
             check_same_block(chain.blocks[index], name)
-            host.finished(name, solver.ledger.outcomes, subject.changed())
+            host.finished(name, solver.ledger, subject.changed())
         # Free what it was fed, but for the recorded inputs of the first block.
         for done in (inputs, references):
             if done is not None and done is not chain.inputs:
@@ -208,7 +208,7 @@ def _outside(subject: Subject, chain: BlockChain, inputs: TensorStore, layers: l
             usage.check()
             for layer in layers:
                 check_same_block(layer.module, layer.name)
-        subject.host.finished("", solver.ledger.outcomes, subject.changed())
+        subject.host.finished("", solver.ledger, subject.changed())
 
 
 def _ranges_of_others(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detent.algorithms.outcome import Outcome
+from detent.algorithms.site_work import Ledger
 from detent.checkpoints import ModelFormats, Source
 from detent.config import QuantizeConfig
 from detent.data.batches import CalibrationBatches
@@ -134,14 +134,14 @@ class BlockStream(Host):
         return self._journal.resumed() if self._journal and size() == 1 else None
 
     @torch.no_grad()
-    def finished(self, name: str, outcomes: Mapping[str, list[Outcome]], changed: set[str]) -> None:
+    def finished(self, name: str, ledger: Ledger, changed: set[str]) -> None:
         """Keep what was made of a block, or of what is outside of the blocks."""
         if self._journal is None:
             return
         plan, within = self._plan, self._within(name)
         layers = [layer for layer in plan.formats.layers if within(layer)]
         share_outer_scales(self._model, [g for g in plan.groups_with_common_scale if all(map(within, g))])
-        records = [self._quantized(layer, outcomes.get(layer, [])) for layer in layers]
+        records = [self._quantized(layer, ledger) for layer in layers]
         quantized = {f"{r.record.name}.weight" for r in records if r.record.weight is not None}
         values = {p: self._model.get_parameter(p).detach() for p in sorted(changed - quantized) if within(p)}
         part = self._model.get_submodule(name)
@@ -151,12 +151,13 @@ class BlockStream(Host):
             kv = {f"{name}.{module}": pair for module, pair in kv_scales(part).items()}
         self._journal.write(self._unit(name), records, values, kv, plan.formats)
 
-    def _quantized(self, name: str, outcomes: list[Outcome]) -> SimulatedLayer:
+    def _quantized(self, name: str, ledger: Ledger) -> SimulatedLayer:
         module = self._model.get_submodule(name)
         assert isinstance(module, QuantWeightBase)
         quantizes = self._plan.formats.layers[name].weight is not None
         weight = module.to_output_first(module.weight.detach(), module).contiguous() if quantizes else None
-        return layer_as_quantized(name, module, self._plan, weight, outcomes)
+        outcomes, error = ledger.outcomes.get(name, []), ledger.errors.get(name)
+        return layer_as_quantized(name, module, self._plan, weight, outcomes, error)
 
     def _within(self, name: str) -> Callable[[str], bool]:
         if name:

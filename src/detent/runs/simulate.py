@@ -107,7 +107,7 @@ def simulate(
     for name in track(plan.formats.layers, "Quantizing weights", len(plan.formats.layers)):
         module = model.get_submodule(name)
         assert isinstance(module, QuantWeightBase)
-        layers[name] = _simulate_layer(name, module, plan, done.outcomes.get(name, []))
+        layers[name] = _simulate_layer(name, module, plan, done.outcomes.get(name, []), done.errors.get(name))
     if plan.formats.kv_cache is not None:
         floor_kv_scales(model, min_kv_scale)
     records = [layer.record for layer in layers.values()]
@@ -133,11 +133,13 @@ def share_outer_scales(model: nn.Module, groups: Sequence[Sequence[str]]) -> Non
 
 
 @torch.no_grad()
-def _simulate_layer(name: str, module: QuantWeightBase, plan: Plan, outcomes: list[Outcome]) -> SimulatedLayer:
+def _simulate_layer(
+    name: str, module: QuantWeightBase, plan: Plan, outcomes: list[Outcome], error: float | None
+) -> SimulatedLayer:
     if plan.formats.layers[name].weight is None:
         return layer_as_quantized(name, module, plan, None)
     weight = module.to_output_first(module.weight.detach(), module).contiguous()
-    simulated = layer_as_quantized(name, module, plan, weight, outcomes)
+    simulated = layer_as_quantized(name, module, plan, weight, outcomes, error)
     assert simulated.record.weight is not None
     # A tied weight gets memory of its own, so that its twin does not change.
     value = module.from_output_first(decode(simulated.record.weight, weight.dtype).to(weight.device), module)
@@ -152,6 +154,7 @@ def layer_as_quantized(
     plan: Plan,
     weight: Tensor | None,
     outcomes: Sequence[Outcome] = (),
+    error: float | None = None,
     *,
     measured: bool = True,
 ) -> SimulatedLayer:
@@ -161,15 +164,16 @@ def layer_as_quantized(
         name, module, plan: the layer, in the model or the plan's skeleton.
         weight: what its weight quantizer rounds; None if it doesn't.
         outcomes: what algorithms did to it.
+        error: of its weight, where an algorithm has rounded that already.
         measured: whether the error of the weight is wanted.
     """
     formats = plan.formats.layers[name]
-    packed, error = None, None
+    packed = None
     if weight is not None:
         quantizer = module.weight_quantizer
         assert isinstance(quantizer, TensorQuantizer)
         packed = quantizer.quantize_to_codes(weight)
-        error = relative_error(packed, weight) if measured else None
+        error = relative_error(packed, weight) if measured and error is None else error
     record = LayerCheckpoint(
         name=name,
         shape=formats.shape,
