@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
+from functools import cache
 
 from detent.config.attributes import Attributes, QuantizerAttributeConfig
 from detent.config.quant_cfg import Rule, is_enabled, switched
@@ -26,6 +27,9 @@ def matches(rule: Rule, name: str, parent_classes: Collection[str] = ()) -> bool
     """
     if rule.parent_class is not None and rule.parent_class not in parent_classes:
         return False
+    plain = _plain_start(rule.pattern)
+    if plain and not name.startswith(plain):  # by far the most calls, where a model has many layers
+        return False
     spellings = [name]
     if expert := re.fullmatch(r"(.*quantizer)s\.\d+", name):
         spellings.append(expert[1])
@@ -33,6 +37,12 @@ def matches(rule: Rule, name: str, parent_classes: Collection[str] = ()) -> bool
         return any(rule.pattern(spelling) for spelling in spellings)
     pattern = "*" if _is_default(rule) else rule.pattern
     return any(fnmatchcase(spelling, pattern) for spelling in spellings)
+
+
+@cache
+def _plain_start(pattern: object) -> str:
+    """What every name that a pattern matches begins with, as far as the pattern says."""
+    return "" if not isinstance(pattern, str) or pattern == "default" else re.split(r"[*?[]", pattern, maxsplit=1)[0]
 
 
 def match(

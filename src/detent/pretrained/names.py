@@ -323,6 +323,16 @@ def _rules(model: nn.Module) -> tuple[list[Any], list[Any]]:
     return [rule for rule in rules if not isinstance(rule, WeightConverter)], converters
 
 
+def as_written(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors as transformers would write them: under the names that a file has, on any device."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # pragma: no cover - transformers without conversions
+        return dict(state)
+    written: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
+    return written
+
+
 def _targets(first: str, converter: Any) -> list[str]:
     patterns = converter.target_patterns
     return [first.replace(patterns[0], pattern) for pattern in patterns]

@@ -21,6 +21,7 @@ from detent.formats import E2M1, Format
 from detent.plan.plan import Plan, make_plan, with_scale_dtype
 from detent.pretrained.facts import max_sequence_length, vocabulary_size
 from detent.pretrained.loading import load_config, model_dtype, model_on_meta
+from detent.pretrained.names import as_written
 from detent.runs.options import AlgorithmOptions, CalibrationOptions, ModelOptions, SchemeOptions
 from detent.runs.run import Run
 
@@ -80,15 +81,17 @@ def prepare(
 
 
 def _imagined(folder: Path, config: Any, options: ModelOptions, run: Run) -> Source:
-    """The checkpoint that a model without weights would have, its tensors named as in the model class."""
-    run.notify(f"{folder} holds no weights; the plan is made from its config.json, with the names of the model class")
+    """The checkpoint that a model without weights would have, its tensors named as transformers would write them."""
+    run.notify(
+        f"{folder} holds no weights, so the plan is made from its config.json, with the names that transformers writes"
+    )
     dtype = getattr(config, "dtype", None)
     model = model_on_meta(
         config, trust_remote_code=options.trust_remote_code, dtype=dtype if isinstance(dtype, torch.dtype) else None
     )
     tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
-    tensors = {n: (tuple(t.shape), t.dtype) for n, t in model.state_dict().items() if n not in tied}
-    return Source.imagined(folder, tensors)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    return Source.imagined(folder, {n: (tuple(t.shape), t.dtype) for n, t in as_written(model, state).items()})
 
 
 def _tell_about(plan: Plan, run: Run, dtype: torch.dtype) -> None:
