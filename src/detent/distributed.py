@@ -117,8 +117,8 @@ def _exchanged(failed: bool, first: bytes, second: bytes) -> list[tuple[bytes, b
                 buffer = torch.frombuffer(bytearray(first + second), dtype=torch.uint8)
             torch.distributed.broadcast(buffer, source)
             parts.append((buffer[:length].numpy().tobytes(), buffer[length:].numpy().tobytes()))
-    except RuntimeError as error:
-        raise ProcessFailed(f"another process of this run has ended ({str(error).splitlines()[0]})") from None
+    except RuntimeError:  # the connection is gone
+        raise ProcessFailed("another process of this run has ended; what it said before is the reason") from None
     lost = [number for number, row in enumerate(headers) if row[0]]
     if lost and not failed:
         raise ProcessFailed(f"process {lost[0]} of {size()}: {parts[lost[0]][0].decode()}")

@@ -9,6 +9,7 @@ import torch
 
 from detent.algorithms.layer import Layer
 from detent.algorithms.site import ObservedSite, Wanted
+from detent.distributed import rank, size
 from detent.engine.blocks import BlockChain
 from detent.engine.calls import PassOver
 from detent.engine.data_loop import DataLoop
@@ -74,14 +75,14 @@ class ObservedBlock:
         Args:
             layers: of this block.
             outputs: where the block's outputs go.
-            batches: only the first ones, by their number.
+            batches: only the first ones of all processes, by their number.
             need: other statistics than the block's usual ones.
             leaders: layers whose inputs in the float block are kept for later runs; by default `layers`.
             stop: end each pass once all layers have been called, from the second batch on.
         """
         chain, index = self._chain, self._index
         block = chain.blocks[index]
-        count = len(self._inputs) if batches is None else batches
+        count = len(self._inputs) if batches is None else len(range(rank(), batches, size()))
         observer = SiteObserver(
             layers,
             self._need if need is None else need,
