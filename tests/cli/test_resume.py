@@ -236,3 +236,16 @@ def test_survives_a_shard_that_disappears_midway(
     (tmp_path / "away").rename(last)
     place.quantize(*GPTQ, "--resume")
     assert contents(place.out)["model.safetensors"] == whole
+
+
+def test_a_run_killed_when_its_result_was_in_place(deep: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(journals.Journal, "remove", lambda self: self._workspace.close())
+        deep.quantize(*GPTQ)
+    assert journal(deep).is_dir()
+    before = contents(deep.out)
+    assert "exists and is not empty" in deep.quantize(*GPTQ, run=detent).err
+    outcome = deep.quantize(*GPTQ, "--resume")
+    assert "the run had finished" in outcome.err
+    assert contents(deep.out) == before
+    assert not journal(deep).exists()

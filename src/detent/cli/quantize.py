@@ -198,6 +198,7 @@ def quantize(
         [dataset, eval_dataset],
         output_dir if first_process() and not only_evaluate else None,
         overwrite=overwrite,
+        resume=resume,
     )
     load_libraries()
     from detent.report import summary_table

@@ -37,13 +37,18 @@ def load_libraries() -> None:
 
 
 def check_early(
-    model_dir: str | None, texts: list[str | None], output_dir: str | None = None, *, overwrite: bool = False
+    model_dir: str | None,
+    texts: list[str | None],
+    output_dir: str | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
 ) -> list[str]:
     """What can be said before libraries are loaded, which takes seconds: about the model's folder, the texts and the
     output folder. Returns notices for the user. Raises DetentError."""
     from detent.data import check_source
     from detent.external.model_folder import check_folder, local_folder, read_config
-    from detent.external.output import check_target
+    from detent.external.output import check_target, is_finished
 
     source = None if model_dir is None else local_folder(model_dir)
     if source is not None:
@@ -52,7 +57,9 @@ def check_early(
     for text in texts:
         if text is not None:
             check_source(text)
-    return [] if output_dir is None else check_target(output_dir, source=source, overwrite=overwrite)
+    if output_dir is None or (resume and is_finished(output_dir)):
+        return []
+    return check_target(output_dir, source=source, overwrite=overwrite)
 
 
 def choose_device(name: str | None) -> str:

@@ -35,6 +35,8 @@ from detent.external.schemas import Manifest, Unfinished, WrittenFile
 MANIFEST_NAME = "detent_manifest.json"
 #: Marks a folder that Detent is still writing, or has moved aside.
 MARKER_NAME = ".detent_unfinished.json"
+#: The manifest of a result that is about to take its place, in the journal of its run.
+DONE_NAME = "done.json"
 #: Folders of a source that don't go along.
 SKIPPED_FOLDERS = (".git", ".cache", "__pycache__")
 #: Files up to this size are known by a digest; larger ones, which would take long to read, by their time of change.
@@ -354,6 +356,13 @@ def _busy(target: Path, path: Path) -> DetentError:
 def journal_path(target: Path) -> Path:
     """Where a run that writes to `target` keeps what a later one can go on from."""
     return target.parent / f".{target.name}.journal"
+
+
+def is_finished(out_dir: str | os.PathLike[str]) -> bool:
+    """Whether a run was killed at its very end: its result is in place, and its journal still there."""
+    path = target_path(out_dir)
+    ours, manifest = journal_path(path) / DONE_NAME, path / MANIFEST_NAME
+    return ours.is_file() and manifest.is_file() and read_bytes(ours) == read_bytes(manifest)
 
 
 def is_journal(path: Path) -> bool:

@@ -36,10 +36,20 @@ from detent.engine.store import TensorStore
 from detent.errors import DetentError
 from detent.external.files import check_as, parse_json, placed, read_as, read_bytes, to_disk
 from detent.external.model_folder import CONFIG_NAME
-from detent.external.output import MARKER_NAME, Workspace, is_journal, journal_path, target_path
+from detent.external.output import (
+    DONE_NAME,
+    MANIFEST_NAME,
+    MARKER_NAME,
+    Workspace,
+    is_finished,
+    is_journal,
+    journal_path,
+    target_path,
+)
 from detent.external.schemas import FinishedBlock, FinishedShards, JournalStart, WrittenTensor
 from detent.formats import Scales
 from detent.plan.plan import Plan
+from detent.report.run_report import REPORT_NAME, RunReport
 from detent.runs.simulate import SimulatedLayer
 
 START_NAME, STATES, HEADER, WRITTEN_NAME = "journal.json", "states", "detent", "written.jsonl"
@@ -227,6 +237,12 @@ class Journal:
         names = [path.name.removeprefix(f"{STATES}-") for path in self.path.glob(f"{STATES}-*")]
         return [int(name) for name in names if name.isdigit()]
 
+    def ending(self, folder: Path) -> None:
+        """Remember which result is about to take its place."""
+        content = (folder / MANIFEST_NAME).read_bytes()
+        with clear_errors(self._target):
+            placed(self.path / DONE_NAME, lambda file: file.write_bytes(content))
+
     # ---- the end ----------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Journal:
@@ -287,6 +303,16 @@ def _stamp(path: Path) -> str:
     found = path.stat()
     changed = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(found.st_mtime))
     return f"{found.st_size} bytes of {changed}.{found.st_mtime_ns % 10**9:09d}"
+
+
+def finished_report(target: str | Path) -> RunReport | None:
+    """The report of a run that was killed when its result was in place already; its journal is removed."""
+    if not is_finished(target):
+        return None
+    path = target_path(target)
+    report = read_as(RunReport, path / REPORT_NAME)
+    Workspace(path, "journal").remove()
+    return report
 
 
 def check_no_journal(target: str | Path, *, resume: bool) -> None:

@@ -28,7 +28,7 @@ from detent.report.run_report import REPORT_NAME, BeforeAfterBytes, Perplexity, 
 from detent.runs.blocks import quantize_by_blocks
 from detent.runs.carried import with_carried
 from detent.runs.evaluate import Measure
-from detent.runs.journal import Journal, check_no_journal, made_of
+from detent.runs.journal import Journal, check_no_journal, finished_report, made_of
 from detent.runs.load import load_quantized
 from detent.runs.options import AlgorithmOptions, CalibrationOptions, EvaluationOptions, ModelOptions, SchemeOptions
 from detent.runs.parts import calibration_report, layer_report, planned_weights
@@ -88,6 +88,9 @@ def quantize_checkpoint(
     # The plan: whatever can be refused is refused here, before a weight is read.
     folder, builtin = model_folder(model_options)
     if launched()[0] == 0:  # of several processes, the first alone writes
+        if resume and (done := finished_report(output)) is not None:
+            run.notify(f"the run had finished: {output} is its result")
+            return done
         check_no_journal(output, resume=resume)
         for notice in check_target(output, source=folder, overwrite=overwrite):
             run.notify(notice)
@@ -195,6 +198,8 @@ def quantize_checkpoint(
                 )
                 report.write(out.folder)
                 add_to_manifest(out.folder, REPORT_NAME)
+            if journal is not None:
+                journal.ending(out.folder)
             out.commit()
         gathered(report.model_dump(mode="json"))
     return report
