@@ -20,6 +20,8 @@ from detent.runs.simulate import Quantized
 from detent.runs.verify import check_logits, kept_tensor, probe_logits
 from detent.runs.write import Written, in_file
 
+#: Decoded weights that are kept for a second use.
+KEPT_BYTES = 1 << 28
 #: A list of so many values may be something else than one value for each block, such as two ends of a range.
 SHORT = 4
 
@@ -83,10 +85,14 @@ def compare_few_blocks(
     known: dict[str, tuple[QTensor, Tensor]] = {}
 
     def decoded(name: str, codes: QTensor, to: torch.dtype) -> Tensor:
-        """Codes that are the same, bit for bit, are decoded once: most of the time goes into that."""
-        if name not in known or known[name][0] != codes:
-            known[name] = codes, decode(codes, to)
-        return known[name][1]
+        """Codes that are the same, bit for bit, are decoded once: most of the time goes into that. Of a large block
+        nothing is kept, since memory counts there."""
+        if name in known and known[name][0] == codes:
+            return known[name][1]
+        value = decode(codes, to)
+        if sum(kept.nbytes for _, kept in known.values()) + value.nbytes <= KEPT_BYTES:
+            known[name] = codes, value
+        return value
 
     module_of = {plan.names.layer(name) or name: name for name in plan.formats.layers}
     stored = Stored(
