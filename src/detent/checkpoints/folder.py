@@ -37,6 +37,7 @@ from detent.external.output import (
     check_apart,
     check_replaceable,
     clear_leftovers,
+    empty_folder,
     source_files,
     target_path,
     write_manifest,
@@ -132,15 +133,14 @@ class CheckpointWriter:
             self._shards.append(shard.sizes)
             self.digests |= shard.digests
         with clear_errors(self.out_dir):
-            for path in folder.iterdir() if folder.exists() else ():
-                if path.name not in {PROGRESS_NAME, *(f"shard-{n}.safetensors" for n in range(len(self._shards)))}:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
             folder.mkdir(exist_ok=True)
+            shards_kept = [f"shard-{number}.safetensors" for number in range(len(self._shards))]
+            empty_folder(folder, but=[PROGRESS_NAME, *shards_kept])
         return folder
 
     def has(self, names: Iterable[str]) -> bool:
         """Whether tensors are in files that are finished."""
-        return all(any(name in shard for shard in self._shards) for name in names)
+        return all(name in self.digests for name in names)
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -156,9 +156,10 @@ class CheckpointWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write `tensor`, from any device, under `name`; it is held, not copied, until its shard is written."""
-        if self._workspace is None and self.has([name]):
+        written = self.has([name])
+        if written and self._workspace is None:
             return  # by the run that this one goes on with
-        if name in self._pending or any(name in shard for shard in self._shards):
+        if written or name in self._pending:
             raise DetentError(f"tensor {name!r} was added to the checkpoint twice")
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self.max_shard_size:

@@ -78,11 +78,6 @@ class TensorStore:
         store._count = sum(1 for _ in folder.glob("*.safetensors"))
         return store
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held in memory."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._held)
-
     def clear(self) -> None:
         if self._folder is not None and not self._borrowed:
             for index in range(self._count):

@@ -14,7 +14,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from detent.errors import DetentError
@@ -251,6 +251,13 @@ def _as_written(path: Path, written: WrittenFile) -> bool:
 
 
 # ---- while a folder is written --------------------------------------------------------------------------------------
+
+
+def empty_folder(folder: Path, *, but: Collection[str]) -> None:
+    """Remove what is in a folder of Detent's own, but for the names in `but`. Raises OSError."""
+    for path in folder.iterdir():
+        if path.name not in but:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class Workspace:

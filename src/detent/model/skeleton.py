@@ -14,7 +14,7 @@ from detent.errors import DetentError
 from detent.formats.checks import all_finite
 from detent.model import edit
 from detent.nn.experts_layout import take_experts_apart
-from detent.pretrained.loading import auto_class, quiet_transformers
+from detent.pretrained.loading import auto_class, damaged, quiet_transformers, too_large_for_float16
 from detent.pretrained.names import CheckpointNames
 
 
@@ -166,10 +166,7 @@ class StreamedWeights:
     def _read(self, tensor: str) -> Tensor:
         value = self._source.tensor(tensor)
         if value.is_floating_point() and not all_finite(value):
-            raise DetentError(
-                f"{self._source.path / self._source.info(tensor).file}: {tensor} holds NaN or infinity, so the model is"
-                " damaged; download or train it again"
-            )
+            raise damaged(self._source, tensor)
         return value
 
     def _fitting(self, name: str, value: Tensor, place: Tensor | None) -> Tensor:
@@ -181,8 +178,5 @@ class StreamedWeights:
             )
         new = value.to(self._device, place.dtype if place.is_floating_point() else None)
         if new.dtype == torch.float16 and not all_finite(new):
-            raise DetentError(
-                f"{self._source.path}: {name} has a value too large for float16 (at most 65504); keep the model in"
-                " bfloat16 or float32"
-            )
+            raise too_large_for_float16(self._source, name)
         return new

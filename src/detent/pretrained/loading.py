@@ -191,11 +191,24 @@ def read_weights(
     for name in track(names, "Reading weights", len(names)):
         state[name] = value = (tensor or source.tensor)(name)
         if value.dtype in _COMPUTED and not all_finite(value):
-            raise DetentError(
-                f"{source.path / source.info(name).file}: {name} holds NaN or infinity, so the model is damaged;"
-                " download or train it again"
-            )
+            raise damaged(source, name)
     return state
+
+
+def damaged(source: Source, name: str) -> DetentError:
+    """The error for a tensor of a checkpoint that holds NaN or infinity."""
+    return DetentError(
+        f"{source.path / source.info(name).file}: {name} holds NaN or infinity, so the model is damaged; download or"
+        " train it again"
+    )
+
+
+def too_large_for_float16(source: Source, name: str) -> DetentError:
+    """The error for a parameter of which a value has no float16."""
+    return DetentError(
+        f"{source.path}: {name} has a value too large for float16 (at most 65504); keep the model in bfloat16 or"
+        " float32"
+    )
 
 
 def load_model(
@@ -243,10 +256,7 @@ def load_model(
     if dtype == torch.float16:  # its range is the narrowest by far
         for name, parameter in model.named_parameters():
             if not all_finite(parameter):
-                raise DetentError(
-                    f"{source.path}: {name} has a value too large for float16 (at most 65504); keep the model"
-                    " in bfloat16 or float32"
-                )
+                raise too_large_for_float16(source, name)
     unused = sorted(info.get("unexpected_keys") or [])
     if unused:
         notify(f"{len(unused)} tensors of the checkpoint have no place in the model and are ignored: {unused[0]}, ...")

@@ -41,6 +41,7 @@ from detent.external.output import (
     MANIFEST_NAME,
     MARKER_NAME,
     Workspace,
+    empty_folder,
     is_finished,
     is_journal,
     journal_path,
@@ -113,9 +114,7 @@ class Journal:
             self._workspace = Workspace(self._target, "journal")
             self.path = self._workspace.path
             if not self.found:
-                for left in self.path.iterdir():  # of a run that finished nothing
-                    if left.name != MARKER_NAME:
-                        shutil.rmtree(left) if left.is_dir() else left.unlink()
+                empty_folder(self.path, but=[MARKER_NAME])  # of what a run left that finished nothing
                 content = {"written_by": "detent", "made_of": dict(made_of)}
                 placed(self.path / START_NAME, lambda file: file.write_text(json.dumps(content, indent=1)))
         self._kept_at, self._kept_in = time.monotonic(), 0.0
@@ -178,17 +177,14 @@ class Journal:
 
     def written(self) -> dict[str, WrittenTensor]:
         """What is known of the tensors that were written before, by name."""
-        lines = (self.path / WRITTEN_NAME).read_text("utf-8").splitlines() if self.has_written else []
+        log = self.path / WRITTEN_NAME
+        lines = log.read_text("utf-8").splitlines() if log.exists() else []
         found = {}
         for line in lines:
             with suppress(DetentError):  # the last line of a run that was killed
                 one = check_as(WrittenTensor, parse_json(line, WRITTEN_NAME), WRITTEN_NAME)
                 found[one.tensor] = one
         return found
-
-    @property
-    def has_written(self) -> bool:
-        return (self.path / WRITTEN_NAME).exists()
 
     def note(self, tensor: WrittenTensor) -> None:
         """Remember what is known of a tensor that was written."""

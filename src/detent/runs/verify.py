@@ -23,6 +23,7 @@ from detent.formats import Scales
 from detent.formats.checks import all_finite
 from detent.model.usage import quantizer_usage
 from detent.pretrained.facts import input_device, vocabulary_size
+from detent.pretrained.loading import damaged
 from detent.progress import track
 
 #: A tensor that is not quantized: None for its values in the source, a dtype for those cast to it, or new values.
@@ -99,10 +100,7 @@ def kept_tensor(name: str, how: Kept, source: Source) -> Tensor:
         return how.cpu()
     tensor = source.tensor(name)
     if tensor.dtype in _CHECKED and not all_finite(tensor):
-        raise DetentError(
-            f"{source.path / source.info(name).file}: {name} holds NaN or infinity, so the model is damaged; download"
-            " or train it again"
-        )
+        raise damaged(source, name)
     if how is None or how == tensor.dtype:
         return tensor
     cast = tensor.to(how)
