@@ -70,6 +70,7 @@ _HOMES = {
     "AlgorithmOptions": "detent.runs.options",
     "CalibrationOptions": "detent.runs.options",
     "EvaluationOptions": "detent.runs.options",
+    "ExportOptions": "detent.runs.options",
     "ModelOptions": "detent.runs.options",
     "SchemeOptions": "detent.runs.options",
 }
@@ -148,6 +149,7 @@ if TYPE_CHECKING:
         AlgorithmOptions,
         CalibrationOptions,
         EvaluationOptions,
+        ExportOptions,
         ModelOptions,
         SchemeOptions,
     )

@@ -37,7 +37,6 @@ GUIDE = {
     "quant_algo_config_file_path": None,
     "exclude_layers": None,
     "model_export": None,
-    "custom_mode": "quark",
     "pack_method": "reorder",
     "export_weight_format": "real_quantized",
     "weight_matrix_merge": False,
@@ -66,21 +65,27 @@ GUIDE = {
     "metrics_output_dir": "metrics_output_dir",
     "use_tp": False,
 }
-#: None where the default depends: on the machine, the network, the scheme, memory, or the folder.
+#: None where the default depends: on the machine, the network, the scheme, memory, or the folder; and the layout of
+#: another tool is a choice.
 OURS = dict.fromkeys(
-    ["model_dir", "device", "dataset", "group_size", "scale_format", "eval_batch_size", "import_file_format"]
+    [
+        "custom_mode",
+        "model_dir",
+        "device",
+        "dataset",
+        "group_size",
+        "scale_format",
+        "eval_batch_size",
+        "import_file_format",
+    ]
 )
 #: Flags that this version can't follow, with a value that asks for something.
 LATER = {
     "multi_gpu": [],
     "multi_device": [],
-    "model_export": ["gguf"],
-    "custom_mode": ["awq"],
-    "pack_method": ["order"],
     "export_weight_format": ["fake_quantized"],
     "weight_matrix_merge": [],
     "torch_compile": [],
-    "import_file_format": ["quark_format"],
     "params_save": [],
     "save_dir": ["x"],
     "params_load": [],

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from detent.checkpoints.decoded import DecodedSource, open_source
 from detent.checkpoints.folder import MAX_SHARD_SIZE, CheckpointWriter
+from detent.checkpoints.layout import Layout
 from detent.checkpoints.quantized import (
-    Layout,
     QuantizedCheckpoint,
     QuantizedWriter,
     choose,
     layouts,
     open_quantized,
+    wanted_layouts,
 )
 from detent.checkpoints.records import Activation, LayerCheckpoint, LayerFormats, ModelFormats
 from detent.checkpoints.source import Source, TensorInfo, quant_method
@@ -33,4 +34,5 @@ __all__ = [
     "open_quantized",
     "open_source",
     "quant_method",
+    "wanted_layouts",
 ]

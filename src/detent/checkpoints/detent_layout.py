@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detent.checkpoints.layout import Layout
 from detent.checkpoints.records import (
     ATTENTION_SIDES,
     LayerCheckpoint,
@@ -32,10 +33,11 @@ from detent.formats.packing import pack, unpack
 from detent.formats.stored import check_scales, check_stored
 
 
-class DetentLayout:
+class DetentLayout(Layout):
     """Writes Detent's own layout."""
 
     name = "detent"
+    engines = ("detent",)
 
     def can_hold(self, formats: ModelFormats) -> str | None:
         """None: it holds everything."""
@@ -67,11 +69,8 @@ class DetentLayout:
             if tensor is not None
         }
 
-    def exact(self, layer: LayerCheckpoint) -> dict[str, str]:
-        """Nothing: the layout itself is exact."""
-        return {}
-
     def metadata(self, formats: ModelFormats, exact: Mapping[str, dict[str, str]]) -> dict[str, str]:
+        """Nothing: config.json itself is exact."""
         return {}
 
     def quantization_config(self, formats: ModelFormats) -> dict[str, Any]:

@@ -2,78 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from detent.checkpoints.compressed_tensors.layout import CompressedTensorsLayout, CompressedTensorsReader
 from detent.checkpoints.detent_layout import DetentLayout, DetentReader
 from detent.checkpoints.folder import MAX_SHARD_SIZE, CheckpointWriter
+from detent.checkpoints.layout import Layout, LayoutReader
 from detent.checkpoints.records import LayerCheckpoint, ModelFormats
 from detent.checkpoints.source import Source, quant_method
 from detent.errors import DetentError
 from detent.formats import Scales
 
-
-class Layout(Protocol):
-    """How an on-disk format lays out what layers hold. See `CompressedTensorsLayout` for what each method returns."""
-
-    name: str
-
-    def can_hold(self, formats: ModelFormats) -> str | None: ...
-
-    def layer_tensors(self, layer: LayerCheckpoint) -> dict[str, Tensor]: ...
-
-    def kv_tensors(self, module: str, key: Scales, value: Scales, *more: Scales) -> dict[str, Tensor]: ...
-
-    def exact(self, layer: LayerCheckpoint) -> dict[str, str]: ...
-
-    def metadata(self, formats: ModelFormats, exact: dict[str, dict[str, str]]) -> dict[str, str]: ...
-
-    def quantization_config(self, formats: ModelFormats) -> dict[str, Any]: ...
-
-
-class LayoutReader(Protocol):
-    """The other direction. See `CompressedTensorsReader`."""
-
-    formats: ModelFormats
-    used: set[str]
-    described: bool
-
-    def layer(self, name: str) -> LayerCheckpoint: ...
-
-    def kv_scales(self) -> dict[str, tuple[Scales, ...]]: ...
-
-    def check(self) -> None: ...
-
-
-#: Every layout by the name that config.json gives it as "quant_method", the preferred one first.
+#: Every layout by its name; `hf_format` takes the first of `PREFERRED` that holds the model.
 layouts: dict[str, Layout] = {layout.name: layout for layout in (CompressedTensorsLayout(), DetentLayout())}
-_READERS: dict[str, type[CompressedTensorsReader] | type[DetentReader]] = {
+PREFERRED = ("compressed-tensors", "detent")
+#: Readers by the "quant_method" of config.json.
+_READERS: dict[str, Callable[[Source], LayoutReader]] = {
     "compressed-tensors": CompressedTensorsReader,
     "detent": DetentReader,
 }
 
 
+#: What "custom_mode" names, with "hf_format".
+CUSTOM_MODES: dict[str, str] = {}
+
+
+def wanted_layouts(export: str, custom_mode: str | None = None, **details: Any) -> list[Layout]:
+    """The layouts that will do for what a user names, the best first.
+
+    Args:
+        export: ``hf_format``, or the name of a layout.
+        custom_mode: with ``hf_format``: a key of `CUSTOM_MODES`.
+        details: fields of the layout that a user may choose, by name; those of other layouts are left out.
+
+    Raises:
+        DetentError: an unknown name, or two that contradict each other.
+    """
+    if custom_mode is not None:
+        if custom_mode not in CUSTOM_MODES:
+            raise DetentError(f"unknown custom_mode {custom_mode!r}; known: {', '.join(CUSTOM_MODES)}")
+        if export != "hf_format":
+            raise DetentError(f"custom_mode is a choice within hf_format, so it can't go with {export}")
+        names: Sequence[str] = [CUSTOM_MODES[custom_mode]]
+    elif export == "hf_format":
+        names = PREFERRED
+    elif export in layouts:
+        names = [export]
+    else:
+        raise DetentError(f"unknown checkpoint format {export!r}; known: hf_format, {', '.join(layouts)}")
+    return [layouts[name].with_details(**details) for name in names]
+
+
 def choose(
-    formats: ModelFormats, *, only: str | None = None, refused: Mapping[str, str] | None = None
+    formats: ModelFormats, wanted: Sequence[Layout] | None = None, *, refused: Mapping[str, str] | None = None
 ) -> tuple[Layout, list[str]]:
     """The first layout that holds the whole model, and why those before it do not.
 
     Args:
         formats: of the model.
-        only: the name of the only acceptable layout; None for any.
+        wanted: the layouts that will do, the best first; None for those of `PREFERRED`.
         refused: {name of a layout: why its readers would misread the model} for reasons that `formats` don't show.
 
     Raises:
         DetentError: none holds it.
     """
     reasons: list[str] = []
-    for layout in layouts.values() if only is None else [layouts[only]]:
+    for layout in [layouts[name] for name in PREFERRED] if wanted is None else wanted:
         reason = (refused or {}).get(layout.name) or layout.can_hold(formats)
         if reason is None:
             return layout, reasons
@@ -219,9 +219,11 @@ class QuantizedWriter:
         """
         if self._missing:
             raise DetentError(f"{len(self._missing)} layers were not written: {', '.join(sorted(self._missing)[:3])}")
-        how = {"quantization_config": self.layout.quantization_config(self.formats)}
-        metadata = self.layout.metadata(self.formats, self._exact)
-        return self._folder.close({**(config or self.source.config), **how}, metadata=metadata)
+        return self._folder.close(
+            self.layout.config(config or self.source.config, self.formats),
+            metadata=self.layout.metadata(self.formats, self._exact),
+            files=self.layout.more_files(self.formats),
+        )
 
 
 class QuantizedCheckpoint:

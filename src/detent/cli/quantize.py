@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 _QUANTIZING, _LATER = "quantizing", "not implemented yet"
 #: What to do in place of a flag that is for later.
 _INSTEAD = {"multi_gpu": "; several GPUs share a run with calibration data as processes: torchrun --nproc_per_node N"}
-_EXPORTS = ("hf_format", "compressed-tensors", "onnx", "quark_format", "gguf")
 
 
 def _option(name: str, help: str, **details: Any) -> Any:
@@ -112,10 +111,24 @@ def quantize(
         list[str] | None,
         _of_quantizing(
             "model_export",
-            "Checkpoint format: hf_format (default), or compressed-tensors, which is an error where it can't hold the"
-            " model.",
+            "Checkpoint format: hf_format (default), or the name of one, which is an error where it can't hold the"
+            " model: see `detent formats`.",
         ),
     ] = None,
+    custom_mode: Annotated[
+        Literal["quark", "awq", "fp8"] | None,
+        _of_quantizing("custom_mode", "With hf_format: the layout of Quark, AutoAWQ or AutoFP8."),
+    ] = None,
+    pack_method: Annotated[
+        Literal["reorder", "order"], _of_quantizing("pack_method", "Order of 4-bit codes in the layout of Quark.")
+    ] = "reorder",
+    gguf_type: Annotated[
+        str | None, _of_quantizing("gguf_type", "Type, or mixture of types, of GGUF, such as Q4_K_M.")
+    ] = None,
+    imatrix: Annotated[
+        str | None, _of_quantizing("imatrix", "File of importances, as llama.cpp writes it, for GGUF.")
+    ] = None,
+    no_verify: Annotated[bool, _of_quantizing("no_verify", "Don't read back what was written and compare it.")] = False,
     data_type: Annotated[
         Literal["auto", "float16", "bfloat16", "float32"], _option("data_type", "Type to load weights in.")
     ] = "auto",
@@ -157,13 +170,11 @@ def quantize(
     ] = False,
     import_model_dir: Annotated[str | None, _option("import_model_dir", "A quantized checkpoint to reload.")] = None,
     import_file_format: Annotated[
-        Literal["hf_format", "quark_format"] | None,
+        Literal["hf_format", "quark_format", "gguf"] | None,
         _option("import_file_format", "Its format (default: what the folder says)."),
     ] = None,
     multi_gpu: Annotated[bool, _later("multi_gpu")] = False,
     multi_device: Annotated[bool, _later("multi_device")] = False,
-    custom_mode: Annotated[Literal["quark", "awq", "fp8"], _later("custom_mode")] = "quark",
-    pack_method: Annotated[Literal["reorder", "order"], _later("pack_method")] = "reorder",
     export_weight_format: Annotated[
         Literal["real_quantized", "fake_quantized"], _later("export_weight_format")
     ] = "real_quantized",
@@ -242,7 +253,14 @@ class Asked:
 
 def asked_for(context: typer.Context) -> Asked:
     """What the flags of a command ask for. Libraries are loaded."""
-    from detent.runs.options import AlgorithmOptions, CalibrationOptions, EvaluationOptions, ModelOptions, SchemeOptions
+    from detent.runs.options import (
+        AlgorithmOptions,
+        CalibrationOptions,
+        EvaluationOptions,
+        ExportOptions,
+        ModelOptions,
+        SchemeOptions,
+    )
 
     flags = SimpleNamespace(**context.params)
     prepare = [name for name in flags.pre_quantization_optimization or [] if name != NOTHING]
@@ -267,7 +285,14 @@ def asked_for(context: typer.Context) -> Asked:
             flags.fp8_attention_quant,
             None if exclude is None else [name for name in exclude if name != NOTHING],
             flags.structure_overrides,
-            (flags.model_export or ["hf_format"])[0],
+            ExportOptions(
+                (flags.model_export or ["hf_format"])[0],
+                flags.custom_mode,
+                flags.pack_method,
+                flags.gguf_type,
+                flags.imatrix,
+                not flags.no_verify,
+            ),
             flags.allow_unfused,
             flags.quantize_mtp,
             flags.moe_experts_second_step_config,
@@ -319,7 +344,7 @@ def check_flags(context: typer.Context) -> dict[str, Any]:
     """Refuse flags that are for later, unknown values, and flags that contradict each other; {name: value} of those
     that were given."""
     typed = _typed(context)
-    _refuse_later(typed, context.params["model_export"], context.params["import_file_format"])
+    _refuse_later(typed, context.params["model_export"])
     _check_together(typed)
     return typed
 
@@ -352,21 +377,14 @@ def epilog() -> str:
     return f"Not implemented in this version: {' '.join(f'--{name}' for name in _in_panel(_LATER))}"
 
 
-def _refuse_later(typed: dict[str, Any], exports: list[str] | None, import_format: str | None) -> None:
+def _refuse_later(typed: dict[str, Any], exports: list[str] | None) -> None:
     for name in _in_panel(_LATER):
         if name in typed:
             value = "" if typed[name] is True else f" {typed[name]}"
             instead = _INSTEAD.get(name, "")
             raise DetentError(f"--{name}{value}: not implemented in this version{instead}")
-    for export in exports or []:
-        if export not in _EXPORTS:
-            raise DetentError(f"unknown --model_export {export!r}; known: {', '.join(_EXPORTS)}")
-        if export not in ("hf_format", "compressed-tensors"):
-            raise DetentError(f"--model_export {export}: not implemented in this version; use hf_format")
     if len(set(exports or [])) > 1:
         raise DetentError(f"--model_export: one format a run in this version, not {' and '.join(exports or [])}")
-    if import_format == "quark_format":
-        raise DetentError("--import_file_format quark_format: not implemented in this version; use hf_format")
 
 
 def _check_together(typed: dict[str, Any]) -> None:

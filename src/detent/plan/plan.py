@@ -6,7 +6,7 @@ Invariant: a plan covers each tensor of the checkpoint exactly once, with a form
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from detent.algorithms.registry import handler_of, refusals
-from detent.checkpoints import LayerFormats, ModelFormats, Source, choose
+from detent.checkpoints import LayerFormats, Layout, ModelFormats, Source, choose
 from detent.checkpoints.records import exported_format
 from detent.config import QuantCfg, QuantizeAlgorithmConfig, Scheme, quant_cfg_for
 from detent.errors import DetentError
@@ -55,8 +55,9 @@ class Plan:
         formats: of all quantized layers and of the key/value cache.
         kept: {tensor name: the reason why it stays}, for every tensor that isn't a quantized weight.
         parameters: {tensor name: number of elements} of the quantized weights.
-        layout: the name of the on-disk format.
+        layout: the on-disk format.
         layout_notes: why a preferred on-disk format can't be used.
+        wanted: the on-disk formats that will do; None for those of `hf_format`.
         skeleton: the model on the meta device, its quantizers set as they will be.
         structure: what was found in the model; None where nothing needs it and it can't be found.
         notes: what the user should know before anything runs.
@@ -75,10 +76,11 @@ class Plan:
     names: CheckpointNames
     kept: dict[str, str]
     parameters: dict[str, int]
-    layout: str
+    layout: Layout
     skeleton: nn.Module
     structure: Structure | None = None
     layout_notes: list[str] = field(default_factory=list)
+    wanted: Sequence[Layout] | None = None
     notes: list[str] = field(default_factory=list)
     overlooked: dict[str, int] = field(default_factory=dict)
     unties: bool = False
@@ -146,7 +148,7 @@ def make_plan(
     per_layer: Mapping[str, Scheme] | None = None,
     algorithms: list[QuantizeAlgorithmConfig] | None = None,
     overrides: str | Path | None = None,
-    only_layout: str | None = None,
+    wanted: Sequence[Layout] | None = None,
     allow_unfused: bool = False,
     quantize_mtp: bool = False,
     experts_second_step: Format | None = None,
@@ -164,7 +166,7 @@ def make_plan(
         per_layer: {wildcard on module names: the scheme for these}; later ones win, exclusions win over all.
         algorithms: what runs on the weights, from `parse_algorithm`.
         overrides: a JSON file of what to use in place of the structure that is found: see `find_structure`.
-        only_layout: the name of the on-disk format that has to hold it; None for the first that does.
+        wanted: the on-disk formats that will do, the best first; None for those of `hf_format`.
         allow_unfused: whether layers that engines fuse may have different formats.
         quantize_mtp: whether linear layers that the checkpoint has beside the model are quantized like those in it.
         experts_second_step: a format for the codes that `scheme` gives the weights of experts.
@@ -230,7 +232,7 @@ def make_plan(
         check_fused(structure, layers, linears)
     if messages := refusals(algorithms, layers):
         raise DetentError("; ".join(messages))
-    layout, layout_notes = choose(formats, only=only_layout, refused=misread(model, formats))
+    layout, layout_notes = choose(formats, wanted, refused=misread(model, formats))
     notes += experts_apart(model, names, formats) if layout.name == "compressed-tensors" else []
     return Plan(
         scheme=scheme,
@@ -239,10 +241,11 @@ def make_plan(
         names=names,
         kept=kept,
         parameters=weights,
-        layout=layout.name,
+        layout=layout,
         skeleton=model,
         structure=structure,
         layout_notes=layout_notes,
+        wanted=wanted,
         notes=notes,
         overlooked={} if scheme.weight is None else overlooked(source, model, names, kept, why),
         unties=any(_is_tied(model, name) for name, layer in layers.items() if layer.weight is not None),

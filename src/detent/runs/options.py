@@ -82,6 +82,33 @@ class CalibrationOptions:
 
 
 @dataclass(frozen=True)
+class ExportOptions:
+    """The checkpoint format to write.
+
+    Attributes:
+        format: ``hf_format`` for compressed-tensors where it holds the model and else Detent's own layout; or the name
+            of a layout (`detent.checkpoints.layouts`), which is an error where it can't hold the model.
+        custom_mode: with ``hf_format``, the layout of another tool: ``quark``, ``awq`` or ``fp8``.
+        pack_method: the order of 4-bit codes in the layout of Quark: ``reorder`` or ``order``.
+        gguf_type: the type of GGUF, or the mixture of types, such as ``Q4_K_M``; None for the scheme's own.
+        imatrix: a file of importances, as llama.cpp has it, for GGUF.
+        verify: whether what was written is read back and compared with what was simulated.
+
+    Example:
+        >>> import detent
+        >>> detent.ExportOptions("compressed-tensors").verify
+        True
+    """
+
+    format: str = "hf_format"
+    custom_mode: str | None = None
+    pack_method: str = "reorder"
+    gguf_type: str | None = None
+    imatrix: str | None = None
+    verify: bool = True
+
+
+@dataclass(frozen=True)
 class SchemeOptions:
     """What is quantized and how; see `detent.config.parse_scheme`.
 
@@ -95,8 +122,7 @@ class SchemeOptions:
         fp8_attention: whether queries, keys, values and attention probabilities are quantized to FP8.
         exclude: wildcards on module names; None for the usual ones.
         overrides: a JSON file of what to use in place of what is found of the model's structure; see `find_structure`.
-        export: ``hf_format`` for compressed-tensors where it holds the model and else Detent's own layout, or
-            ``compressed-tensors`` for that or an error.
+        export: the checkpoint format to write; see `ExportOptions`.
         allow_unfused: whether layers that engines run as one may have different formats.
         quantize_mtp: whether the linear layers that a checkpoint has beside its model, such as those that predict
             several tokens at once, are quantized too, without data.
@@ -119,7 +145,7 @@ class SchemeOptions:
     fp8_attention: bool = False
     exclude: list[str] | None = None
     overrides: str | None = None
-    export: str = "hf_format"
+    export: ExportOptions = ExportOptions()
     allow_unfused: bool = False
     quantize_mtp: bool = False
     experts_second_step: str | None = None

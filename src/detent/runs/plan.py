@@ -48,7 +48,7 @@ def plan_checkpoint(
         model=model_options.model_dir or BUILTIN_MODEL,
         scheme=plan.scheme.name,
         algorithms=[str(step.method) for step in plan.algorithms],
-        layout=plan.layout,
+        layout=plan.layout.name,
         layout_notes=plan.layout_notes,
         way=will.way,
         weights=planned_weights(source, plan),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from detent.checkpoints import Source, open_source
+from detent.checkpoints import Layout, Source, open_source, wanted_layouts
 from detent.checkpoints.source import holds_no_weights
 from detent.config import QuantizeAlgorithmConfig, Scheme, kv_cache_format, parse_scheme
 from detent.config.algorithm_names import named_algorithms
@@ -68,6 +68,10 @@ def prepare(
         DetentError: whatever can be refused without reading weights.
     """
     chosen, kv_cache = _formats(scheme, model.model_dir is None)
+    how = scheme.export
+    wanted = wanted_layouts(
+        how.format, how.custom_mode, pack_method=how.pack_method, gguf_type=how.gguf_type, imatrix=how.imatrix
+    )
     steps = _algorithms(algorithms or AlgorithmOptions(), run)
     config = load_config(folder, trust_remote_code=model.trust_remote_code)
     bare = without_weights and holds_no_weights(folder)
@@ -75,9 +79,16 @@ def prepare(
     for note in source.notes:
         run.notify(note)
     dtype = model_dtype(model.data_type, config, source)
-    plan = _plan(source, config, model, scheme, with_scale_dtype(chosen, dtype), kv_cache, dtype, steps)
+    chosen = _as_stored(chosen, dtype, wanted)
+    plan = _plan(source, config, model, scheme, chosen, kv_cache, dtype, steps, wanted)
     _tell_about(plan, run, dtype)
     return Prepared(source, config, dtype, plan, scheme.min_kv_scale)
+
+
+def _as_stored(scheme: Scheme, dtype: torch.dtype, wanted: list[Layout]) -> Scheme:
+    """A scheme with the grids and the scales that will be on disk, so that what is simulated is what is written."""
+    scheme = with_scale_dtype(scheme, dtype)
+    return wanted[0].adapt(scheme) if len(wanted) == 1 else scheme
 
 
 def _imagined(folder: Path, config: Any, options: ModelOptions, run: Run) -> Source:
@@ -97,7 +108,7 @@ def _imagined(folder: Path, config: Any, options: ModelOptions, run: Run) -> Sou
 def _tell_about(plan: Plan, run: Run, dtype: torch.dtype) -> None:
     """What a user might not expect of the plan."""
     small = any(f.weight is not None and f.weight.element == E2M1 for f in plan.formats.layers.values())
-    if small and dtype != torch.bfloat16 and plan.layout == "compressed-tensors":
+    if small and dtype != torch.bfloat16 and plan.layout.name == "compressed-tensors":
         run.notify(
             f"the model is in {str(dtype).removeprefix('torch.')}, and transformers decodes FP4 weights to bfloat16:"
             " load the result with dtype=torch.bfloat16, or quantize with data_type bfloat16"
@@ -152,12 +163,12 @@ def _plan(
     kv_cache: Format | None,
     dtype: torch.dtype,
     algorithms: list[QuantizeAlgorithmConfig],
+    wanted: list[Layout],
 ) -> Plan:
     model = model_on_meta(config, trust_remote_code=model_options.trust_remote_code)
     groups = {
-        pattern: with_scale_dtype(
-            parse_scheme(scheme.name, size, options.scale_format, options.scale_calculation_mode),
-            dtype,
+        pattern: _as_stored(
+            parse_scheme(scheme.name, size, options.scale_format, options.scale_calculation_mode), dtype, wanted
         )
         for pattern, size in options.group_size_per_layer
     }
@@ -174,7 +185,7 @@ def _plan(
         per_layer=groups,
         algorithms=algorithms,
         overrides=options.overrides,
-        only_layout=None if options.export == "hf_format" else options.export,
+        wanted=wanted,
         allow_unfused=options.allow_unfused,
         quantize_mtp=options.quantize_mtp,
         experts_second_step=second,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from detent.algorithms.outcome import Outcome
-from detent.checkpoints import LayerCheckpoint, LayerFormats, ModelFormats, QuantizedWriter, Source, layouts
+from detent.checkpoints import LayerCheckpoint, LayerFormats, ModelFormats, QuantizedWriter, Source, choose
 from detent.checkpoints.folder import digest
 from detent.external.schemas import WrittenTensor
 from detent.plan.plan import Plan
@@ -100,7 +100,8 @@ def written(
     module_of = {f"{names.layer(name) or name}.weight": name for name in quantized.formats.layers}
     place = {tensor: index for index, tensor in enumerate(source.tensors)}
     order = sorted(module_of.keys() | kept.keys(), key=lambda tensor: (place.get(tensor, len(place)), tensor))
-    layout = layouts[plan.layout] if layouts[plan.layout].can_hold(formats) is None else None
+    # Algorithms may have left something that the plan doesn't know of: a rotation at run time, a low-rank branch.
+    layout = plan.layout if plan.layout.can_hold(formats) is None else choose(formats, plan.wanted)[0]
     done = {} if journal is None else journal.written()
     with QuantizedWriter(
         out_dir,

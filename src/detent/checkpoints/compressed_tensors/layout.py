@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,17 +15,11 @@ from torch import Tensor
 
 from detent.checkpoints.compressed_tensors import foreign
 from detent.checkpoints.compressed_tensors import schemes as ct
-from detent.checkpoints.records import (
-    LayerCheckpoint,
-    LayerFormats,
-    ModelFormats,
-    assemble,
-    describe,
-    parse_description,
-)
+from detent.checkpoints.layout import Layout, left_description
+from detent.checkpoints.records import LayerCheckpoint, LayerFormats, ModelFormats, assemble
 from detent.checkpoints.source import Source
 from detent.errors import DetentError
-from detent.external.files import check_as, parse_json
+from detent.external.files import check_as
 from detent.external.schemas import CompressedTensorsConfig
 from detent.formats import E2M1, E2M3, Format, Integer, QTensor, Scales
 from detent.formats.packing import pack, pack_int32, unpack, unpack_int32
@@ -34,9 +27,6 @@ from detent.formats.stored import check_scales, check_stored
 
 #: The version of compressed-tensors whose layout this is.
 VERSION = "0.20.0"
-#: The key of the safetensors header metadata under which Detent leaves what the layout has no place for: the exact
-#: formats (scale rules, signedness), and the outer scales, of which the layout stores rounded reciprocals.
-METADATA_KEY = "detent"
 #: A group that no layer is in. While it merges experts, transformers 5 decodes them by the first group that has "re:"
 #: and "experts" in a target, else by the first group; weights that aren't packed pass through by an FP8 group alone.
 _PLAIN_EXPERTS = {
@@ -48,10 +38,11 @@ _PLAIN_EXPERTS = {
 }
 
 
-class CompressedTensorsLayout:
+class CompressedTensorsLayout(Layout):
     """Writes compressed-tensors."""
 
     name = "compressed-tensors"
+    engines = ("vLLM", "SGLang", "transformers")
 
     def can_hold(self, formats: ModelFormats) -> str | None:
         """None, or the reason why this layout cannot hold the model: the first layer's that it cannot."""
@@ -86,20 +77,12 @@ class CompressedTensorsLayout:
                 tensors |= _scale_tensors(side, activation.format, activation.scales)
         return {f"{layer.name}.{name}": tensor for name, tensor in tensors.items()}
 
-    def kv_tensors(self, module: str, key: Scales, value: Scales, *_: Scales) -> dict[str, Tensor]:
-        """The scales of one attention module's keys and values."""
-        return {f"{module}.k_scale": key.scale.reshape(1), f"{module}.v_scale": value.scale.reshape(1)}
-
     def exact(self, layer: LayerCheckpoint) -> dict[str, str]:
         """The outer scales of a layer, which the layout rounds, as exact hexadecimal numbers."""
         scales = {"weight": layer.weight.scales if layer.weight else None}
         scales |= {side: a.scales for side, a in (("input", layer.input), ("output", layer.output)) if a is not None}
         outer = {side: s.outer_scale for side, s in scales.items() if s is not None}
         return {side: float(scale).hex() for side, scale in outer.items() if scale is not None}
-
-    def metadata(self, formats: ModelFormats, exact: Mapping[str, dict[str, str]]) -> dict[str, str]:
-        """The header metadata that makes this layout exact for Detent's own reader."""
-        return {METADATA_KEY: json.dumps({**describe(formats), "outer_scales": dict(exact)})}
 
     def quantization_config(self, formats: ModelFormats) -> dict[str, Any]:
         """What config.json says under "quantization_config"."""
@@ -220,14 +203,12 @@ class CompressedTensorsReader:
         where = f"{source.path / 'config.json'}: quantization_config"
         check_as(CompressedTensorsConfig, source.config["quantization_config"], where)
         foreign.refuse_what_is_not_read(source, reordered=reordered)
-        note = source.metadata.get(METADATA_KEY)
-        self.described = note is not None
-        if note is None:
+        left = left_description(source)
+        self.described = left is not None
+        if left is None:
             self.formats = foreign.infer_formats(source)
         else:
-            description = parse_json(note, f"{source.path}: the metadata that Detent wrote")
-            self.formats = parse_description(description, str(source.path))
-            self._outer = description.get("outer_scales", {})
+            self.formats, self._outer = left
             self._check_config(source)
         self.used = {name for name in source if self._belongs(*foreign.split(name))}
 

@@ -1,0 +1,112 @@
+"""What a layout is: how a checkpoint on disk lays out what layers hold, and its reader.
+
+A layout of its own is one file: a class that derives from `Layout`, a class with the methods of `LayoutReader`, and an
+entry for each in `detent.checkpoints.quantized`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from detent.checkpoints.records import LayerCheckpoint, ModelFormats, describe, parse_description
+from detent.checkpoints.source import Source
+from detent.config import Scheme
+from detent.external.files import parse_json
+from detent.formats import Scales
+
+#: The key of the safetensors header metadata under which Detent leaves what a layout has no place for: the exact
+#: formats (scale rules, signedness), and the outer scales, where the layout stores something rounded.
+METADATA_KEY = "detent"
+
+
+class Layout:
+    """How an on-disk format lays out what layers hold.
+
+    Attributes:
+        name: as users know it.
+        engines: the engines that load it, for `detent formats` and for messages.
+    """
+
+    name = ""
+    engines: tuple[str, ...] = ()
+
+    def with_details(self, **details: Any) -> Layout:
+        """This layout with what a user may choose of it, such as an order of packing; what it doesn't know is left."""
+        return self
+
+    def adapt(self, scheme: Scheme) -> Scheme:
+        """`scheme` as this layout stores it, where that is another grid or another dtype of scales. It is asked before
+        anything is simulated, so that what is simulated is what is written."""
+        return scheme
+
+    def can_hold(self, formats: ModelFormats) -> str | None:
+        """None, or why this layout can't hold the model: the first layer's reason, and what to do about it."""
+        raise NotImplementedError
+
+    def layer_tensors(self, layer: LayerCheckpoint) -> dict[str, Tensor]:
+        """The tensors of one layer, by their full names."""
+        raise NotImplementedError
+
+    def kv_tensors(self, module: str, key: Scales, value: Scales, *more: Scales) -> dict[str, Tensor]:
+        """The scales of one attention module's keys and values (and queries and probabilities), by full names."""
+        return {f"{module}.k_scale": key.scale.reshape(1), f"{module}.v_scale": value.scale.reshape(1)}
+
+    def exact(self, layer: LayerCheckpoint) -> dict[str, str]:
+        """Scalars of a layer that the layout rounds, as exact hexadecimal numbers."""
+        return {}
+
+    def metadata(self, formats: ModelFormats, exact: Mapping[str, dict[str, str]]) -> dict[str, str]:
+        """The header metadata that makes this layout exact for Detent's own reader."""
+        return {METADATA_KEY: json.dumps({**describe(formats), "outer_scales": dict(exact)})}
+
+    def config(self, config: dict[str, Any], formats: ModelFormats) -> dict[str, Any]:
+        """config.json with what says how to read the weights."""
+        return {**config, "quantization_config": self.quantization_config(formats)}
+
+    def quantization_config(self, formats: ModelFormats) -> dict[str, Any]:
+        """What config.json says under "quantization_config"."""
+        raise NotImplementedError
+
+    def more_files(self, formats: ModelFormats) -> dict[str, str]:
+        """{name: content} of text files that go beside config.json, such as quantize_config.json."""
+        return {}
+
+
+class LayoutReader(Protocol):
+    """Reads a layout, whether Detent or another tool wrote it.
+
+    Attributes:
+        formats: the formats of the model, under the names of layers in the file.
+        used: the names of all tensors that belong to quantized layers or to the key/value cache.
+        described: whether Detent wrote it, and left a description; else formats are made from what is there.
+    """
+
+    formats: ModelFormats
+    used: set[str]
+    described: bool
+
+    def layer(self, name: str) -> LayerCheckpoint:
+        """The contents of one layer, read now. Raises DetentError where a tensor is missing or misshapen."""
+        ...
+
+    def kv_scales(self) -> dict[str, tuple[Scales, ...]]:
+        """(scales of keys, scales of values) by attention module; empty where none were calibrated."""
+        ...
+
+    def check(self) -> None:
+        """Look at all headers and scales, without reading codes. Raises DetentError as `layer`."""
+        ...
+
+
+def left_description(source: Source) -> tuple[ModelFormats, dict[str, dict[str, str]]] | None:
+    """What `Layout.metadata` left in the headers of a checkpoint: its formats, and what `Layout.exact` said of layers.
+    None where another tool wrote it."""
+    note = source.metadata.get(METADATA_KEY)
+    if note is None:
+        return None
+    description = parse_json(note, f"{source.path}: the metadata that Detent wrote")
+    return parse_description(description, str(source.path)), description.get("outer_scales", {})
