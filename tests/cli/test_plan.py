@@ -76,12 +76,27 @@ def test_a_budget_for_all_but_hidden_states_has_them_on_disk(
     assert first == again
 
 
-def test_evaluation_of_a_model_that_does_not_fit(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("detent.runs.quantize.available_memory_bytes", lambda: 700 << 20)
-    refused = place.quantize(run=detent)
-    assert refused.code == 2
-    assert "perplexity is measured on the whole model" in refused.err
-    place.quantize("--skip_evaluation")
+@pytest.mark.parametrize(
+    ("scheme", "flags"),
+    [("w_mxfp4", ()), ("w_fp8_a_fp8", ("--kv_cache_dtype", "fp8")), ("w_int4_per_group_sym", ("--group_size", 32))],
+)
+def test_a_model_that_does_not_fit_is_measured_block_by_block(
+    place: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, flags: tuple[str, ...]
+) -> None:
+    """With the same perplexity, before and after, in a run and of its result."""
+    place.quantize(*flags, scheme=scheme)
+    expected = place.report["perplexity"]
+    second = Workplace(place.model, place.calibration, place.evaluation, tmp_path / "second")
+    for module in ("quantize", "evaluate"):
+        monkeypatch.setattr(f"detent.runs.{module}.available_memory_bytes", lambda: 10_000)
+    monkeypatch.setattr("detent.runs.quantize.spills", lambda *_: False)  # there is less than any run needs
+    for module in ("quantize", "evaluate"):
+        monkeypatch.setattr(f"detent.runs.{module}.load_model", lambda *_, **__: pytest.fail("loaded whole"))
+    outcome = second.quantize(*flags, scheme=scheme)
+    assert "perplexity is measured block by block" in outcome.err
+    assert second.report["perplexity"] == pytest.approx(expected, rel=1e-6)
+    for folder, side in ((place.model, "before"), (second.out, "after")):
+        assert place.evaluate(folder=folder)["perplexity"][side] == pytest.approx(expected[side], rel=1e-6)
 
 
 def test_an_output_disk_that_is_too_small(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:

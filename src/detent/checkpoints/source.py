@@ -6,6 +6,7 @@ read: pickled weights run code when loaded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +166,11 @@ class Source:
     def nbytes(self) -> int:
         """The size of all tensors in bytes."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def elements(self) -> int:
+        """The number of elements of all tensors."""
+        return sum(math.prod(info.shape) for info in self.tensors.values())
 
     def close(self) -> None:
         """Let go of the files; they are opened again when needed."""

@@ -8,7 +8,8 @@ left over at the end of the text counts too, as a shorter window, each token wit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,9 @@ from torch.nn.functional import cross_entropy
 
 from detent.data.batches import MIN_TOKENS, check_at_least, encode
 from detent.data.text import TextSource
+from detent.engine.blocks import NoChain, record_chain, replaced_outputs
+from detent.engine.calls import PassOver
+from detent.engine.host import CannotStream, Host
 from detent.errors import DetentError
 from detent.model.scopes import evaluating
 from detent.pretrained.facts import input_device, max_sequence_length, vocabulary_size
@@ -78,6 +82,8 @@ def perplexity(
     window: int = DEFAULT_WINDOW,
     max_windows: int | None = None,
     batch_size: int = 1,
+    host: Host | None = None,
+    blocks: Sequence[str] = (),
 ) -> PerplexityResult:
     """Measure the perplexity of a causal language model on a text.
 
@@ -88,6 +94,8 @@ def perplexity(
         window: tokens in a window; a model that takes fewer positions gets windows of as many as it takes.
         max_windows: read only this many windows, from the start.
         batch_size: windows run through the model at a time.
+        host: where the blocks of the model are, if not in memory: then the whole text goes through one after the other.
+        blocks: their names, with `host`.
 
     Returns:
         The perplexity, over all predicted tokens with equal weight. Log-likelihoods are taken in float32 whatever dtype
@@ -96,6 +104,7 @@ def perplexity(
     Raises:
         DetentError: a number is too small, the text is too short, an id is not in the model's vocabulary, the model
             gives no logits, or its likelihood of a window is not a finite number.
+        CannotStream: with `host`: blocks hand on more than their outputs.
     """
     check_at_least("window", window, MIN_TOKENS)
     check_at_least("batch_size", batch_size, 1)
@@ -113,9 +122,14 @@ def perplexity(
 
     nll, tokens, windows = 0.0, 0, 0
     batches = _window_batches(ids, window, batch_size)
-    device = input_device(model)
     largest = max((p.numel() for p in model.parameters()), default=0)
-    with torch.no_grad(), evaluating(model), threads_by_size(min(ids.numel(), window * batch_size) * largest):
+    with (
+        torch.no_grad(),
+        evaluating(model),
+        threads_by_size(min(ids.numel(), window * batch_size) * largest),
+        nullcontext() if host is None else _blocks_done(model, host, blocks, batches),
+    ):
+        device = input_device(model)
         for batch in track(batches, "Measuring perplexity", len(batches)):
             for row_nll in _nll_of_rows(model, batch.to(device)):
                 if not math.isfinite(row_nll):
@@ -129,6 +143,35 @@ def perplexity(
                 windows += 1
             tokens += batch.numel() - batch.shape[0]
     return PerplexityResult(_exp_mean(nll, tokens), nll, tokens, window, windows)
+
+
+@contextmanager
+def _blocks_done(model: nn.Module, host: Host, blocks: Sequence[str], batches: Sequence[Tensor]) -> Iterator[None]:
+    """Take all batches through the blocks, each of which is read once. Inside, the model skips its blocks and goes on
+    from what the last one gave, batch after batch, in this order."""
+
+    def run(net: nn.Module) -> None:
+        device = input_device(net)
+        for batch in batches:
+            with suppress(PassOver):
+                net(input_ids=batch.to(device), use_cache=False)
+
+    chain = record_chain(model, blocks, run, spill=host.states is not None, host=host)
+    if isinstance(chain, NoChain):
+        raise CannotStream(chain.reason)
+    try:
+        hidden = chain.inputs
+        for index, name in enumerate(track(blocks, "Block by block", len(blocks))):
+            given = chain.store()
+            with host.block(name):
+                for output in chain.run_all(index, hidden):
+                    given.append(output)
+            hidden.clear()
+            hidden = given
+        with host.outside(whole=True), replaced_outputs(chain, hidden):
+            yield
+    finally:
+        chain.close()
 
 
 def _checked_ids(ids: Tensor, vocabulary: int | None) -> Tensor:

@@ -33,8 +33,13 @@ def available_memory_bytes() -> int | None:
         return None
     left = [int(found.group(1)) * 1024] if found else []
     group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # no control group, or one without a limit
-        left.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    older = group / "memory"
+    for most, used in (
+        (group / "memory.max", group / "memory.current"),
+        (older / "memory.limit_in_bytes", older / "memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):  # no control group of this version, or one without a limit
+            left.append(int(most.read_text()) - int(used.read_text()))
     return max(0, min(left)) if left else None
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
@@ -20,16 +18,16 @@ from detent.data.batches import CalibrationBatches
 from detent.distributed import size
 from detent.engine import quantization
 from detent.engine.data_loop import DataLoop
-from detent.engine.host import Host
 from detent.engine.store import TensorStore
 from detent.errors import DetentError
 from detent.formats import Scales
 from detent.model.kv_cache import check_cache, floor_kv_scales, kv_scales
-from detent.model.skeleton import StreamedWeights, model_without_weights
+from detent.model.skeleton import model_without_weights
 from detent.nn import QuantWeightBase
 from detent.plan.plan import Plan
 from detent.runs.journal import FinishedUnit, Journal
 from detent.runs.simulate import Quantized, SimulatedLayer, layer_as_quantized, share_outer_scales
+from detent.runs.streamed import StreamedBlocks
 from detent.structure.chain import chain_of
 
 
@@ -77,7 +75,7 @@ def quantize_by_blocks(
 OUTSIDE = "outside"
 
 
-class BlockStream(Host):
+class BlockStream(StreamedBlocks):
     """The blocks of a model that come from a checkpoint one by one, and go into a journal.
 
     Args:
@@ -88,8 +86,6 @@ class BlockStream(Host):
         min_kv_scale: the least scale of keys and values.
         spill: whether hidden states are kept on disk.
     """
-
-    streams = True
 
     def __init__(
         self,
@@ -102,33 +98,9 @@ class BlockStream(Host):
         min_kv_scale: float = 0.0,
         spill: bool = False,
     ) -> None:
-        self._plan, self._model, self._journal, self._min_kv_scale = plan, model, journal, min_kv_scale
-        self.states: Path | None = (journal.path if journal else Path(gettempdir())) if spill else None
-        self._weights = StreamedWeights(source, plan.names, model, device)
-        self._blocks = chain_of(model, plan.structure)
-        everything = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        inside = {block: [n for n in everything if n.startswith(f"{block}.")] for block in self._blocks}
-        elsewhere = [n for n in everything if not any(n in members for members in inside.values())]
-        shared = set(self._weights.stored(elsewhere))
-        self._inside = {
-            block: [n for n in self._weights.stored(members) if n not in shared] for block, members in inside.items()
-        }
-        self._elsewhere = self._weights.stored(elsewhere)
-        self._head = self._weights.stored(_head_alone(model, elsewhere))
-        self._weights.put_buffers()
-
-    @contextmanager
-    def block(self, name: str) -> Iterator[None]:
-        self._weights.put(self._inside[name])
-        yield
-        self._weights.free(self._inside[name])
-
-    @contextmanager
-    def outside(self, *, whole: bool = False) -> Iterator[None]:
-        names = self._elsewhere if whole else [name for name in self._elsewhere if name not in self._head]
-        self._weights.put(names)
-        yield
-        self._weights.free(names)
+        self._plan, self._journal, self._min_kv_scale = plan, journal, min_kv_scale
+        states = (journal.path if journal else Path(gettempdir())) if spill else None
+        super().__init__(source, plan.names, model, chain_of(model, plan.structure), device=device, states=states)
 
     def resumed(self) -> tuple[int, TensorStore, TensorStore | None] | None:
         return self._journal.resumed() if self._journal and size() == 1 else None
@@ -171,19 +143,6 @@ class BlockStream(Host):
         if self._journal and size() == 1:
             self._journal.keep(index, inputs, references)
 
-    @contextmanager
-    def on_demand(self) -> Iterator[None]:
-        """The model can be run as a whole: each block is read when it is called, and freed when it is done."""
-        with ExitStack() as stack:
-            stack.enter_context(self.outside(whole=True))
-            for name in self._blocks:
-                block, mine = self._model.get_submodule(name), self._inside[name]
-                read = block.register_forward_pre_hook(lambda *_, mine=mine: self._weights.put(mine))
-                free = block.register_forward_hook(lambda *_, mine=mine: self._weights.free(mine), always_call=True)
-                stack.callback(read.remove)
-                stack.callback(free.remove)
-            yield
-
     # ---- the whole run ----------------------------------------------------------------------------------------------
 
     def run(self, loop: DataLoop) -> Quantized | None:
@@ -224,13 +183,3 @@ class Journaled:
 
     def layer(self, name: str, *, measured: bool = True) -> SimulatedLayer:
         return self._unit_of[name].layer(name)
-
-
-def _head_alone(model: nn.Module, parameters: list[str]) -> list[str]:
-    """The parameters of an output embedding that is tied to nothing: no block needs them."""
-    get: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
-    head = get()
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    own = {} if head is None else {id(p): p for p in head.parameters()}
-    places = dict(model.named_parameters(remove_duplicate=False))
-    return [name for name in parameters if id(places[name]) in own and uses[id(places[name])] == 1]

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import nn
-
-from detent.checkpoints import Source, open_quantized, quant_method
-from detent.data import load_texts
+from detent.checkpoints import Source, open_quantized, open_source, quant_method
 from detent.errors import DetentError
-from detent.evaluation import DEFAULT_WINDOW, evaluation_ids, perplexity
-from detent.pretrained.facts import max_sequence_length, vocabulary_size
 from detent.pretrained.loading import load_config, load_model, load_tokenizer, model_dtype
-from detent.report.run_report import BeforeAfterBytes, Evaluation, Perplexity, RunReport
+from detent.report.resources import available_memory_bytes
+from detent.report.run_report import BeforeAfterBytes, Perplexity, RunReport
+from detent.report.terminal import format_bytes
 from detent.runs.load import load_quantized
+from detent.runs.measure import Measure, measure_quantized, measure_source
 from detent.runs.options import EvaluationOptions, ModelOptions
 from detent.runs.parts import stored_parts
 from detent.runs.run import BUILTIN_MODEL, Run, model_folder
-
-#: Windows that perplexity is measured on at once, unless their logits in float32 take more than `LOGITS_BYTES`.
-DEFAULT_BATCH = 8
-
-
-LOGITS_BYTES = 1 << 30
 
 
 def evaluate_checkpoint(
@@ -70,12 +61,21 @@ def evaluate_checkpoint(
         "trust_remote_code": trust,
         "notify": run.notify,
     }
+    dtype = model_dtype(model_options.data_type, config, source)
+    available = available_memory_bytes()
+    size = (source if checkpoint is None else open_source(folder)).elements * dtype.itemsize
+    fits = evaluation.skip or available is None or size <= available
+    if not fits:
+        del common["notify"]
+        run.notify(f"the model takes {format_bytes(size)}, more than there is: it is measured block by block")
     if checkpoint is None:
-        model = load_model(source, config, dtype=model_dtype(model_options.data_type, config, source), **common)
-        parts: dict[str, Any] = {"perplexity": Perplexity(before=measure(model))}
+        before = measure(load_model(source, config, dtype=dtype, **common)) if fits else None
+        before = before if fits else measure_source(measure, source, config, dtype=dtype, **common)
+        parts: dict[str, Any] = {"perplexity": Perplexity(before=before)}
     else:
-        model = load_quantized(folder, data_type=model_options.data_type, **common)
-        parts = {"perplexity": Perplexity(after=measure(model)), **stored_parts(checkpoint)}
+        after = measure(load_quantized(folder, dtype=dtype, **common)) if fits else None
+        after = after if fits else measure_quantized(measure, folder, dtype=dtype, **common)
+        parts = {"perplexity": Perplexity(after=after), **stored_parts(checkpoint)}
     return run.report(
         model=model_options.model_dir or BUILTIN_MODEL,
         scheme=method,
@@ -83,35 +83,3 @@ def evaluate_checkpoint(
         size_bytes=BeforeAfterBytes(before=source.nbytes),
         **parts,
     )
-
-
-class Measure:
-    """Perplexity on one text, tokenized once; None where evaluation is skipped."""
-
-    def __init__(self, options: EvaluationOptions, tokenizer: Any, config: Any, builtin: bool, run: Run) -> None:
-        self.details: Evaluation | None = None
-        self._options = options
-        if options.skip:
-            return
-        text = load_texts(options.dataset or ("builtin" if builtin else None), "evaluation")
-        if text.notice:
-            run.notify(text.notice)
-        self._dataset = text.description
-        self._ids = evaluation_ids(text, tokenizer)
-        self._batch_size = _windows_at_once(options, config)
-
-    def __call__(self, model: nn.Module) -> float | None:
-        if self._options.skip:
-            return None
-        result = perplexity(model, self._ids, max_windows=self._options.windows, batch_size=self._batch_size)
-        self.details = Evaluation(dataset=self._dataset, window=result.window, tokens=result.tokens)
-        return result.perplexity
-
-
-def _windows_at_once(options: EvaluationOptions, config: Any) -> int:
-    """The number asked for, or by default as many as keep the logits within `LOGITS_BYTES`, between 1 and 8."""
-    if options.batch_size is not None:
-        return options.batch_size
-    window = min(DEFAULT_WINDOW, max_sequence_length(config) or DEFAULT_WINDOW)
-    size = window * (vocabulary_size(config) or 1) * torch.float32.itemsize
-    return max(1, min(options.max_batch_size or DEFAULT_BATCH, LOGITS_BYTES // size))

@@ -140,11 +140,11 @@ def simulated_model(
         for record in records
         if names.of_tensor(f"{record.name}.weight").parameters or not is_beside(model, record.name)
     ]
-    _attach(model, stored.formats, kv_scales, names, [_in_model(record, names, where) for record in mine], where)
+    attach(model, stored.formats, kv_scales, names, [in_model(record, names, where) for record in mine], where)
     return model
 
 
-def _in_model(record: LayerCheckpoint, names: CheckpointNames, folder: Path) -> LayerCheckpoint:
+def in_model(record: LayerCheckpoint, names: CheckpointNames, folder: Path) -> LayerCheckpoint:
     """A record under the name of the module that it belongs to."""
     parameter = names.parameter(f"{record.name}.weight")
     if parameter is None:
@@ -152,21 +152,23 @@ def _in_model(record: LayerCheckpoint, names: CheckpointNames, folder: Path) -> 
     return replace(record, name=parameter.removesuffix(".weight"))
 
 
-def _attach(
+def attach(
     model: nn.Module,
     formats: ModelFormats,
     kv_scales: Callable[[], Mapping[str, tuple[Scales, ...]]],
     names: CheckpointNames,
     records: list[LayerCheckpoint],
     where: Path,
+    device: torch.device | None = None,
 ) -> None:
-    """Put the activation quantizers of a checkpoint into a model of decoded weights."""
+    """Put the activation quantizers of a checkpoint into a model of decoded weights, or of none: scales then go to
+    `device`."""
     replace_quant_module(model)
     for record in records:
         for side in ("input", "output"):
             activation = getattr(record, side)
             if activation is not None:
-                _set_activation(model, f"{record.name}.{side}_quantizer", activation)
+                _set_activation(model, f"{record.name}.{side}_quantizer", activation, device)
     attach_online(model, formats, records)
     kv = formats.kv_cache
     if kv is not None:
@@ -181,11 +183,11 @@ def _attach(
                 fmt = kv if index < 2 else formats.attention
                 if fmt is not None:
                     calibrated = None if fmt.dynamic or pair is None else pair[index]
-                    _set_activation(model, f"{name}.{side}_bmm_quantizer", Activation(fmt, calibrated))
+                    _set_activation(model, f"{name}.{side}_bmm_quantizer", Activation(fmt, calibrated), device)
     route_attention(model)
 
 
-def _set_activation(model: nn.Module, quantizer_name: str, activation: Activation) -> None:
+def _set_activation(model: nn.Module, quantizer_name: str, activation: Activation, device: torch.device | None) -> None:
     fmt = activation.format
     fresh_blocks = activation.scales is not None and activation.scales.scale.numel() == 0
     attributes = QuantizerAttributeConfig(format=fmt.as_dynamic() if fresh_blocks else fmt)
@@ -193,5 +195,4 @@ def _set_activation(model: nn.Module, quantizer_name: str, activation: Activatio
     quantizer = model.get_submodule(quantizer_name)
     assert isinstance(quantizer, TensorQuantizer)
     if activation.scales is not None:
-        device = next(model.parameters()).device
-        quantizer.load_scales(activation.scales.to(device))
+        quantizer.load_scales(activation.scales.to(device or next(model.parameters()).device))

@@ -72,12 +72,11 @@ def samples_of(plan: Plan, options: CalibrationOptions) -> Samples | None:
     return Samples(options.num_samples, options.seq_len, options.batch_size)
 
 
-def spills(will: Cost, budget: int | None, available: int | None, *, evaluates: bool) -> bool:
+def spills(will: Cost, budget: int | None, available: int | None) -> bool:
     """Whether hidden states have to go to disk.
 
     Args:
         will: what the run will need.
-        evaluates: whether perplexity is to be measured, for which the model is loaded whole.
         budget: bytes that the user allows; None for no limit of theirs.
         available: bytes that the machine has left; None where that isn't known.
 
@@ -90,11 +89,6 @@ def spills(will: Cost, budget: int | None, available: int | None, *, evaluates: 
             " smaller batch size or shorter samples take less"
         )
     limit = budget if budget is not None else available
-    if evaluates and limit is not None and will.model > limit:
-        raise DetentError(
-            f"perplexity is measured on the whole model, which takes {format_bytes(will.model)}, and there are"
-            f" {format_bytes(limit)}; pass skip_evaluation, and evaluate the result where there is more memory"
-        )
     return limit is not None and will.memory + will.states > limit
 
 

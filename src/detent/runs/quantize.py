@@ -25,11 +25,12 @@ from detent.plan.plan import Plan
 from detent.pretrained.loading import load_model, load_tokenizer
 from detent.report.resources import available_memory_bytes
 from detent.report.run_report import REPORT_NAME, BeforeAfterBytes, Perplexity, RunReport
+from detent.report.terminal import format_bytes
 from detent.runs.blocks import quantize_by_blocks
 from detent.runs.carried import with_carried
-from detent.runs.evaluate import Measure
 from detent.runs.journal import Journal, check_no_journal, finished_report, made_of
 from detent.runs.load import load_quantized
+from detent.runs.measure import Measure, measure_quantized, measure_source
 from detent.runs.options import AlgorithmOptions, CalibrationOptions, EvaluationOptions, ModelOptions, SchemeOptions
 from detent.runs.parts import calibration_report, layer_report, planned_weights
 from detent.runs.plan import samples_of, spills
@@ -109,7 +110,9 @@ def quantize_checkpoint(
     elif calibration.dataset is not None:
         check_source(calibration.dataset)  # not read, but a misspelled name shouldn't pass for a used one
     will = cost(plan, source, dtype, samples_of(plan, calibration), timed=False)
-    spill = spills(will, calibration.memory_budget, available_memory_bytes(), evaluates=not evaluation.skip)
+    limit = calibration.memory_budget or available_memory_bytes()
+    spill = spills(will, calibration.memory_budget, limit)
+    fits = limit is None or will.model <= limit
     check_room(output, will.disk)
     measure = Measure(evaluation, tokenizer, config, builtin, run)
     loading: dict[str, Any] = {
@@ -131,9 +134,14 @@ def quantize_checkpoint(
     ):
         loading["device"] = device
         model, first = None, rank() == 0
-        if first and not (evaluation.skip and (streams or by_blocks)):
+        if first and (not (streams or by_blocks) or (fits and not evaluation.skip)):
             model = load_model(source, config, dtype=dtype, **loading)
             before = measure(model)
+        elif first and not evaluation.skip:
+            run.notify(
+                f"the model takes {format_bytes(will.model)}, more than there is: perplexity is measured block by block"
+            )
+            before = measure_source(measure, source, config, dtype=dtype, **loading)
         journal = kept_by = None
         if streams or by_blocks:
             model = None
@@ -185,7 +193,8 @@ def quantize_checkpoint(
                     else:
                         check_logits(expected, probe_logits(load_quantized(out.folder, dtype=dtype, **loading)))
                 if after is None and not evaluation.skip:
-                    after = measure(load_quantized(out.folder, dtype=dtype, **loading))
+                    by_block = None if fits else measure_quantized(measure, out.folder, dtype=dtype, **loading)
+                    after = by_block or measure(load_quantized(out.folder, dtype=dtype, **loading))
                 for notice in [*notices, *_noteworthy(out.layers), *_lost(out.layers)]:
                     run.notify(notice)
                 report = run.report(
