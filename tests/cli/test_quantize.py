@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from cli.runner import Workplace, contents, detent, logits, save_checkpoint, small, succeed
+from detent.checkpoints import Source
 from detent.runs.load import load_quantized
 
 
@@ -237,3 +238,15 @@ class TestOutput:
         report = json.loads((tmp_path / "exported_model" / "detent_report.json").read_text())
         assert report["scheme"] == "w_int4_per_group_sym"
         assert report["perplexity"]["before"] < report["perplexity"]["after"] < 2 * report["perplexity"]["before"]
+
+
+def test_the_report_says_what_was_read_back(place: Workplace) -> None:
+    shown = place.quantize("--group_size", 32).out
+    found = place.report["verification"]
+    assert place.report["layout"] == "compressed-tensors"
+    assert found["tensors"] == len(Source(place.out, quantized=True).tensors)
+    assert 0 <= found["logit_difference"] < 1e-4
+    assert f"{found['tensors']} tensors as written" in " ".join(shown.split())
+    skipped = place.quantize("--group_size", 32, "--no_verify", "--overwrite")
+    assert place.report["verification"] is None
+    assert "was not read back" in skipped.err

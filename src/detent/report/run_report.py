@@ -99,6 +99,17 @@ class Calibration(_Part):
     tokens: int
 
 
+class Verification(_Part):
+    """What was found when the written folder was read back, before it took its place."""
+
+    #: Tensors that were read and have the bits that were written.
+    tensors: int
+    #: Blocks of the model that were loaded from the folder and compared with the simulated ones; None for all.
+    blocks: int | None
+    #: The difference of their logits, relative to the length of the simulated ones.
+    logit_difference: float
+
+
 class RunReport(_Part):
     """Everything that a run reports."""
 
@@ -116,6 +127,10 @@ class RunReport(_Part):
     layers: list[LayerReport] = Field(default_factory=list)
     #: None where the run needed no data.
     calibration: Calibration | None = None
+    #: The layout of the written checkpoint; None where nothing was written.
+    layout: str | None = None
+    #: None where nothing was written, or nothing was to be verified.
+    verification: Verification | None = None
     #: Wall-clock time of the whole run.
     seconds: float
     #: Most main memory held at one time.

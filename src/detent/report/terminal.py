@@ -87,8 +87,19 @@ def _fact_rows(report: RunReport) -> list[tuple[str, str]]:
     if report.peak_device_memory_bytes is not None:
         memory += f", on the device {format_bytes(report.peak_device_memory_bytes)}"
     rows.append(("peak memory", memory))
+    if report.verification is not None:
+        found = report.verification
+        of = (
+            ""
+            if found.blocks is None
+            else f" of the first {'block' if found.blocks == 1 else f'{found.blocks} blocks'}"
+        )
+        rows.append(
+            ("read back", f"{found.tensors:,} tensors as written; logits{of} differ by {found.logit_difference:.1g}")
+        )
     if report.output_dir is not None:
-        rows.append(("written to", report.output_dir))
+        layout = "" if report.layout is None else f" ({report.layout})"
+        rows.append(("written to", f"{report.output_dir}{layout}"))
     return rows
 
 

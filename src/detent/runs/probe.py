@@ -67,7 +67,7 @@ def _alike(model: nn.Module) -> bool:
 
 def compare_few_blocks(
     out: Written, source: Source, plan: Plan, quantized: Quantized, config: Any, *, dtype: torch.dtype, **options: Any
-) -> None:
+) -> tuple[int | None, float]:
     """Load the first blocks of a written folder as its user would, and hold their logits against those of the same
     blocks as they were quantized.
 
@@ -77,6 +77,9 @@ def compare_few_blocks(
         config: the configuration of the model; it is cut to few blocks where that is possible.
         dtype: to hold both in.
         options: as for `load_model`.
+
+    Returns:
+        How many blocks, None for all, and how far the logits differ, relative to their length.
 
     Raises:
         DetentError: the logits differ, or the folder can't be loaded.
@@ -113,4 +116,5 @@ def compare_few_blocks(
         None if few is None else with_few_blocks(its_own, plan.skeleton, trust_remote_code=options["trust_remote_code"])
     )
     found = load_quantized(out.folder, dtype=dtype, config=cut, decoded=decoded, **options)
-    check_logits(expected, probe_logits(found))
+    difference = check_logits(expected, probe_logits(found))
+    return None if few is None else (getattr(few, "text_config", None) or few).num_hidden_layers, difference

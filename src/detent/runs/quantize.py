@@ -24,7 +24,7 @@ from detent.plan.mixtures import check_every_token
 from detent.plan.plan import Plan
 from detent.pretrained.loading import load_model, load_tokenizer
 from detent.report.resources import available_memory_bytes
-from detent.report.run_report import REPORT_NAME, BeforeAfterBytes, Perplexity, RunReport
+from detent.report.run_report import REPORT_NAME, BeforeAfterBytes, Perplexity, RunReport, Verification
 from detent.report.terminal import format_bytes
 from detent.runs.blocks import quantize_by_blocks
 from detent.runs.carried import with_carried
@@ -124,7 +124,7 @@ def quantize_checkpoint(
     streams = plan.streams and model_options.data_type == "auto"
     by_blocks = batches is not None and not plan.why_whole
     quantized: Quantized | None = None
-    before = after = expected = None
+    before = after = expected = verified = None
     held: dict[str, torch.dtype] = {}
     with (
         Together(model_options.device) as device,
@@ -187,11 +187,16 @@ def quantize_checkpoint(
                 if not scheme_options.export.verify:
                     run.notify("WARNING: what was written was not read back and compared, as asked for")
                 else:
-                    verify(out.folder, out.expected, source)
+                    tensors, blocks = verify(out.folder, out.expected, source), None
                     if expected is None:
-                        compare_few_blocks(out, source, plan, quantized, config, dtype=dtype, **loading)
+                        blocks, difference = compare_few_blocks(
+                            out, source, plan, quantized, config, dtype=dtype, **loading
+                        )
                     else:
-                        check_logits(expected, probe_logits(load_quantized(out.folder, dtype=dtype, **loading)))
+                        reloaded = load_quantized(out.folder, dtype=dtype, **loading)
+                        difference = check_logits(expected, probe_logits(reloaded))
+                        del reloaded
+                    verified = Verification(tensors=tensors, blocks=blocks, logit_difference=difference)
                 if after is None and not evaluation.skip:
                     by_block = None if fits else measure_quantized(measure, out.folder, dtype=dtype, **loading)
                     after = by_block or measure(load_quantized(out.folder, dtype=dtype, **loading))
@@ -207,6 +212,8 @@ def quantize_checkpoint(
                     layers=[layer_report(name, layer) for name, layer in out.layers.items()],
                     calibration=None if batches is None else calibration_report(batches),
                     output_dir=str(output),
+                    layout=out.layout,
+                    verification=verified,
                 )
                 report.write(out.folder)
                 add_to_manifest(out.folder, REPORT_NAME)

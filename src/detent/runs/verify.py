@@ -58,8 +58,8 @@ class Expected:
     parts: frozenset[str] = frozenset()
 
 
-def verify(folder: Path, expected: Expected, source: Source) -> None:
-    """Prove that a written folder holds what was quantized.
+def verify(folder: Path, expected: Expected, source: Source) -> int:
+    """Prove that a written folder holds what was quantized; returns the number of its tensors.
 
     Args:
         folder: with everything in it.
@@ -86,6 +86,7 @@ def verify(folder: Path, expected: Expected, source: Source) -> None:
         for which, ours, theirs in zip(ATTENTION_SIDES[: len(pair)], pair, read_kv[module], strict=True):
             _check_tensors(f"{module}.{which}: its scale", vars(ours), vars(theirs))
     checkpoint.source.close()
+    return len(tensors)
 
 
 def kept_tensor(name: str, how: Kept, source: Source) -> Tensor:
@@ -189,8 +190,11 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.cpu().contiguous().flatten().view(integers[tensor.element_size()])
 
 
-def check_logits(expected: Tensor, found: Tensor) -> None:
+def check_logits(expected: Tensor, found: Tensor) -> float:
     """Refuse a reloaded model whose `probe_logits` aren't those of the simulated one, up to the order of sums.
+
+    Returns:
+        How far they are from them, relative to the length of the simulated ones.
 
     Raises:
         DetentError: they differ.
@@ -205,3 +209,4 @@ def check_logits(expected: Tensor, found: Tensor) -> None:
         raise DetentError(
             f"the model read back does not compute what the simulated one did: its logits differ by {difference:.2%}"
         )
+    return difference
