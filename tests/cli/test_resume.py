@@ -249,3 +249,9 @@ def test_a_run_killed_when_its_result_was_in_place(deep: Workplace, monkeypatch:
     assert "the run had finished" in outcome.err
     assert contents(deep.out) == before
     assert not journal(deep).exists()
+    assert "the run had finished" in deep.quantize(*GPTQ, "--resume").err  # and without its journal
+    assert contents(deep.out) == before
+    other = deep.quantize(*GPTQ, "--num_calib_data", 3, "--resume", run=detent)
+    assert other.code == 2
+    assert "with another calibration data" in other.err
+    assert contents(deep.out) == before

@@ -48,7 +48,7 @@ def check_early(
     output folder. Returns notices for the user. Raises DetentError."""
     from detent.data import check_source
     from detent.external.model_folder import check_folder, local_folder, read_config
-    from detent.external.output import check_target, is_finished
+    from detent.external.output import check_target, may_be_finished
 
     source = None if model_dir is None else local_folder(model_dir)
     if source is not None:
@@ -57,7 +57,7 @@ def check_early(
     for text in texts:
         if text is not None:
             check_source(text)
-    if output_dir is None or (resume and is_finished(output_dir)):
+    if output_dir is None or (resume and may_be_finished(output_dir)):
         return []
     return check_target(output_dir, source=source, overwrite=overwrite)
 

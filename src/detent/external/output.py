@@ -365,11 +365,15 @@ def journal_path(target: Path) -> Path:
     return target.parent / f".{target.name}.journal"
 
 
-def is_finished(out_dir: str | os.PathLike[str]) -> bool:
-    """Whether a run was killed at its very end: its result is in place, and its journal still there."""
+def may_be_finished(out_dir: str | os.PathLike[str]) -> bool:
+    """Whether what is to be resumed may have run to its end: its result is in place, and no work is left over. A run
+    that is killed at its very end leaves its journal, with a mark."""
     path = target_path(out_dir)
-    ours, manifest = journal_path(path) / DONE_NAME, path / MANIFEST_NAME
-    return ours.is_file() and manifest.is_file() and read_bytes(ours) == read_bytes(manifest)
+    journal, manifest = journal_path(path), path / MANIFEST_NAME
+    if not manifest.is_file():
+        return False
+    ours = journal / DONE_NAME
+    return not is_journal(journal) or (ours.is_file() and read_bytes(ours) == read_bytes(manifest))
 
 
 def is_journal(path: Path) -> bool:

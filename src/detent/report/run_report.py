@@ -139,6 +139,8 @@ class RunReport(_Part):
     peak_anonymous_memory_bytes: int = 0
     #: The same on the CUDA devices, all together; None where they weren't used.
     peak_device_memory_bytes: int | None = None
+    #: Everything that decides what a run gives, by name; {} where nothing was written.
+    made_of: dict[str, str] = Field(default_factory=dict)
     #: Notices shown during the run.
     notices: list[str] = Field(default_factory=list)
     output_dir: str | None = None

@@ -42,7 +42,6 @@ from detent.external.output import (
     MARKER_NAME,
     Workspace,
     empty_folder,
-    is_finished,
     is_journal,
     journal_path,
     target_path,
@@ -107,7 +106,8 @@ class Journal:
         if resume and not self.found:
             tell(f"nothing to resume was found next to {self._target}, so the run starts from the beginning")
         if self.found:
-            self._check_same(path / START_NAME, made_of)
+            before = read_as(JournalStart, path / START_NAME).made_of
+            _check_same(before, made_of, f"{path} was begun", "that folder")
         with clear_errors(self._target):
             self._made_parents = missing_parents(self._target)
             self._target.parent.mkdir(parents=True, exist_ok=True)
@@ -118,16 +118,6 @@ class Journal:
                 content = {"written_by": "detent", "made_of": dict(made_of)}
                 placed(self.path / START_NAME, lambda file: file.write_text(json.dumps(content, indent=1)))
         self._kept_at, self._kept_in = time.monotonic(), 0.0
-
-    def _check_same(self, path: Path, made_of: Mapping[str, str]) -> None:
-        before = read_as(JournalStart, path).made_of
-        for name in sorted(before.keys() | made_of.keys()):
-            then, now = before.get(name, "nothing"), made_of.get(name, "nothing")
-            if then != now:
-                raise DetentError(
-                    f"resume: {path.parent} was begun with another {name}: {then} then, {now} now; give the same one,"
-                    " or remove that folder to start from the beginning"
-                )
 
     # ---- units ------------------------------------------------------------------------------------------------------
 
@@ -301,14 +291,28 @@ def _stamp(path: Path) -> str:
     return f"{found.st_size} bytes of {changed}.{found.st_mtime_ns % 10**9:09d}"
 
 
-def finished_report(target: str | Path) -> RunReport | None:
-    """The report of a run that was killed when its result was in place already; its journal is removed."""
-    if not is_finished(target):
-        return None
+def finished_report(target: str | Path, made_of: Mapping[str, str]) -> RunReport:
+    """The report of a run that had come to its end; a journal that it left is removed.
+
+    Raises:
+        DetentError: it was of another recipe, model or data set.
+    """
     path = target_path(target)
     report = read_as(RunReport, path / REPORT_NAME)
-    Workspace(path, "journal").remove()
+    _check_same(report.made_of, made_of, f"{path} is the result of a run", "it")
+    if is_journal(journal_path(path)):
+        Workspace(path, "journal").remove()
     return report
+
+
+def _check_same(before: Mapping[str, str], now: Mapping[str, str], what: str, remove: str) -> None:
+    for name in sorted(before.keys() | now.keys()):
+        then, this = before.get(name, "nothing"), now.get(name, "nothing")
+        if then != this:
+            raise DetentError(
+                f"resume: {what} with another {name}: {then} then, {this} now; give the same one, or remove {remove} to"
+                " start from the beginning"
+            )
 
 
 def check_no_journal(target: str | Path, *, resume: bool) -> None:

@@ -15,7 +15,7 @@ from detent.engine.data_loop import run_batches
 from detent.engine.host import CannotStream
 from detent.engine.processes import Together, check_same, check_shareable
 from detent.external.files import user_path
-from detent.external.output import add_to_manifest, check_room, check_target
+from detent.external.output import add_to_manifest, check_room, check_target, may_be_finished
 from detent.model.kv_cache import check_cache
 from detent.nn.experts import every_token_to_every_expert
 from detent.notices import collected_notices
@@ -88,10 +88,8 @@ def quantize_checkpoint(
 
     # The plan: whatever can be refused is refused here, before a weight is read.
     folder, builtin = model_folder(model_options)
-    if launched()[0] == 0:  # of several processes, the first alone writes
-        if resume and (done := finished_report(output)) is not None:
-            run.notify(f"the run had finished: {output} is its result")
-            return done
+    finished = resume and may_be_finished(output)
+    if launched()[0] == 0 and not finished:  # of several processes, the first alone writes
         check_no_journal(output, resume=resume)
         for notice in check_target(output, source=folder, overwrite=overwrite):
             run.notify(notice)
@@ -109,6 +107,11 @@ def quantize_checkpoint(
         batches = calibration_batches(calibration, tokenizer, config, builtin, run)
     elif calibration.dataset is not None:
         check_source(calibration.dataset)  # not read, but a misspelled name shouldn't pass for a used one
+    parts = made_of(source, plan, batches, dtype, prepared.min_kv_scale)
+    parts |= {"calibrate_all_experts": str(calibration.all_experts), "checkpoint format": str(scheme_options.export)}
+    if finished:
+        run.notify(f"the run had finished: {output} is its result")
+        return finished_report(output, parts)
     will = cost(plan, source, dtype, samples_of(plan, calibration), timed=False)
     limit = calibration.memory_budget or available_memory_bytes()
     spill = spills(will, calibration.memory_budget, limit)
@@ -145,8 +148,6 @@ def quantize_checkpoint(
         journal = kept_by = None
         if streams or by_blocks:
             model = None
-            parts = made_of(source, plan, batches, dtype, prepared.min_kv_scale)
-            parts["calibrate_all_experts"] = str(calibration.all_experts)
             alike = {name: part for name, part in parts.items() if not name.startswith("file ")}  # files have dates
             check_same(str(alike), "model, data or options")
             if first:
@@ -214,6 +215,7 @@ def quantize_checkpoint(
                     output_dir=str(output),
                     layout=out.layout,
                     verification=verified,
+                    made_of=parts,
                 )
                 report.write(out.folder)
                 add_to_manifest(out.folder, REPORT_NAME)
