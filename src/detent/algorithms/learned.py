@@ -22,7 +22,7 @@ from detent.errors import DetentError
 from detent.formats import FloatScale, Format, Integer, Scales, float32
 from detent.formats.elements import Element
 from detent.formats.granularity import from_tiles, to_tiles
-from detent.formats.qtensor import tile_scale
+from detent.formats.stored_scales import tile_scale
 from detent.formats.tiles import multiplier
 
 #: Elements rounded at once: float64 intermediates then stay in the processor's cache.

@@ -18,7 +18,7 @@ from detent.errors import DetentError
 from detent.formats import FloatScale, Format, PowerOfTwoScale, QTensor, Scales, decode, encode, float32
 from detent.formats.granularity import from_tiles, to_tiles
 from detent.formats.kernels import simulate_static
-from detent.formats.qtensor import tile_scale
+from detent.formats.stored_scales import tile_scale
 from detent.formats.tiles import TileScale, multiplier
 from detent.statistics import SiteStatistics
 from detent.statistics.products import fast_products

@@ -12,21 +12,13 @@ from detent.formats.format import (
     nf4,
     nvfp4,
     progressive,
+    searched,
     small_float,
 )
 from detent.formats.granularity import Granularity, per_block, per_channel, per_group, per_tensor, per_token
-from detent.formats.qtensor import (
-    QTensor,
-    Scales,
-    decode,
-    encode,
-    encode_packed,
-    fake_quantize,
-    same_bits,
-    scales_from_range,
-    tile_scale,
-)
-from detent.formats.scales import FloatScale, PowerOfTwoScale
+from detent.formats.qtensor import QTensor, decode, encode, encode_packed, fake_quantize, same_bits
+from detent.formats.scales import FloatScale, PowerOfTwoScale, SearchedScale
+from detent.formats.stored_scales import Scales, scales_from_range, tile_scale
 
 __all__ = [
     "E2M1",
@@ -44,6 +36,7 @@ __all__ = [
     "PowerOfTwoScale",
     "QTensor",
     "Scales",
+    "SearchedScale",
     "Table",
     "all_finite",
     "bfp16",
@@ -65,6 +58,7 @@ __all__ = [
     "progressive",
     "same_bits",
     "scales_from_range",
+    "searched",
     "small_float",
     "tile_scale",
 ]

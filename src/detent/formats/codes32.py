@@ -29,7 +29,7 @@ from detent.formats import tiles as tl
 from detent.formats.elements import Element, Float, Integer, power_of_two
 from detent.formats.format import Format
 from detent.formats.memory import in_parts
-from detent.formats.scales import PowerOfTwoScale
+from detent.formats.scales import FloatScale, PowerOfTwoScale, SearchedScale
 from detent.formats.tiles import TileScale
 
 #: Significant bits of what is quantized.
@@ -46,6 +46,7 @@ class Divisor(NamedTuple):
     Attributes:
         value: the divisor, or for power-of-two scales the factor; for small floats in units of float16.
         zero_point: what is added to rounded quotients, or None.
+        minimum: what is subtracted before, or None.
         regular: bool: whether float32 arithmetic is safe for the tile (its scale is neither tiny nor huge).
         check: whether quotients can be false ties.
         cut: whether quotients have more bits than `_small_float_codes` can take.
@@ -53,16 +54,17 @@ class Divisor(NamedTuple):
 
     value: Tensor
     zero_point: Tensor | None
+    minimum: Tensor | None
     regular: Tensor
     check: bool
     cut: bool
 
     def rows(self, rows: slice) -> Divisor:
         """The part of some tiles; what belongs to all of them stays."""
-        value, zero_point, regular = (t if t is None or len(t) == 1 else t[rows] for t in self[:3])
+        value, zero_point, minimum, regular = (t if t is None or len(t) == 1 else t[rows] for t in self[:4])
         assert value is not None
         assert regular is not None
-        return Divisor(value, zero_point, regular, self.check, self.cut)
+        return Divisor(value, zero_point, minimum, regular, self.check, self.cut)
 
 
 def supports(fmt: Format) -> bool:
@@ -95,14 +97,19 @@ def divisor_of(fmt: Format, scale: TileScale, dtype: torch.dtype, length: int) -
         factor, regular = in_parts(
             lambda e: ((power_of_two(-one - e) / fold).float(), (e + one).abs() <= 100), scale.value
         )
-        return Divisor(factor, None, regular, False, cut)
+        return Divisor(factor, None, None, regular, False, cut)
     unit = tl.multiplier(fmt, scale)
     regular = (unit >= 2.0**-60) & (unit <= 2.0**60)
+    if isinstance(fmt.scale, SearchedScale):  # of any sign, and x / inf has the code of 0
+        unit, regular = torch.where(unit == 0, torch.inf, unit), (unit == 0) | (unit.abs() >= 2.0**-60)
+    zero_point, minimum = (None, scale.zero_point) if fmt.zero_point == "minimum" else (scale.zero_point, None)
+    if minimum is not None:
+        dtype = torch.float32  # of the difference
     tie_bits = _tie_bits(fmt)
     check = False
     if int((unit.view(torch.int32) & ((1 << (24 - _SHORT + tie_bits)) - 1)).amax()) != 0:
         together = tie_bits + _BITS[dtype]
-        if together > _APART:
+        if together > _APART or isinstance(fmt.scale, SearchedScale):
             check = True
         elif scale.outer is not None:
             unit, check = _apart_by_code(fmt, scale, unit, tie_bits, together)
@@ -110,7 +117,7 @@ def divisor_of(fmt: Format, scale: TileScale, dtype: torch.dtype, length: int) -
             unit = _apart(unit, tie_bits, together)
         else:  # more ties to look at than numbers
             check = True
-    return Divisor(unit * fold, scale.zero_point, regular, check, True)
+    return Divisor(unit * fold, zero_point, minimum, regular, check, True)
 
 
 def codes(x: Tensor, fmt: Format, divisor: Divisor, room: Scratch, out: Tensor) -> None:
@@ -144,12 +151,14 @@ def _quotients(x: Tensor, fmt: Format, divisor: Divisor, room: Scratch) -> Tenso
     """`x` over its scales, on no other side of a tie than the exact quotients."""
     v = room.floats[: x.numel()].view(x.shape)
     v.copy_(x)
+    if divisor.minimum is not None:
+        v.sub_(divisor.minimum)
     if isinstance(fmt.scale, PowerOfTwoScale):
         v.mul_(divisor.value)
     else:
         v.div_(divisor.value)
     if divisor.check:
-        _without_false_ties(v, x, divisor.value, _tie_bits(fmt), room)
+        _without_false_ties(v, x, divisor, _tie_bits(fmt), room)
     return v
 
 
@@ -234,13 +243,16 @@ def _round_to_odd(v: Tensor, keep: int, room: Scratch) -> None:
     bits.bitwise_or_(lost.add_(low)).bitwise_and_(~low)
 
 
-def _without_false_ties(v: Tensor, x: Tensor, divisor: Tensor, tie_bits: int, room: Scratch) -> None:
+def _without_false_ties(v: Tensor, x: Tensor, divisor: Divisor, tie_bits: int, room: Scratch) -> None:
     low = room.more[: v.numel()].view(v.shape).view(torch.int32)
     torch.bitwise_and(v.view(torch.int32), (1 << (24 - tie_bits)) - 1, out=low)
     if int(low.amin()) == 0:  # numbers with as few bits as a tie are rare, but for the largest of a tile
         rows, columns = (low == 0).nonzero(as_tuple=True)
-        own = divisor.view(-1)[rows if len(divisor) > 1 else torch.zeros_like(rows)]
-        v[rows, columns] = float32.off_false_ties(v[rows, columns], x[rows, columns].to(torch.float32), own)
+        tile = rows if len(divisor.value) > 1 else torch.zeros_like(rows)
+        own = x[rows, columns].to(torch.float32)
+        if divisor.minimum is not None:
+            own = own - divisor.minimum.view(-1)[tile]
+        v[rows, columns] = float32.off_false_ties(v[rows, columns], own, divisor.value.view(-1)[tile])
 
 
 def _tie_bits(fmt: Format) -> int:
@@ -274,6 +286,7 @@ def _apart(unit: Tensor, tie_bits: int, together: int) -> Tensor:
 def _apart_by_code(fmt: Format, scale: TileScale, unit: Tensor, tie_bits: int, together: int) -> tuple[Tensor, bool]:
     """The same for scales of 8 bits under an outer one, which are few: (divisors, whether quotients need a check)."""
     assert scale.outer is not None
+    assert isinstance(fmt.scale, FloatScale)
     stored = fmt.scale.store(scale.value).view(torch.uint8)
     every = torch.arange(256, dtype=torch.uint8, device=unit.device).view(fmt.scale.stored_dtype).reshape(-1, 1)
     values = fmt.scale.load(every)

@@ -273,6 +273,11 @@ NF4 = Table(
     ),
 )
 
+#: The values of llama.cpp's IQ4_NL and IQ4_XS.
+IQ4 = Table("iq4", tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))))
+#: A sign and no more.
+SIGN = Table("sign", (-1.0, 1.0))
+
 _NATIVE = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
 
 

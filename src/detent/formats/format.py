@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from detent.errors import DetentError
 from detent.formats import elements as el
 from detent.formats.elements import Element, Float, Integer, Table
 from detent.formats.granularity import Granularity, per_channel, per_group, per_tensor
-from detent.formats.scales import Exponent, FloatScale, PowerOfTwoScale, ScaleDtype, ScaleRule
+from detent.formats.scales import Exponent, FloatScale, PowerOfTwoScale, ScaleDtype, ScaleRule, SearchedScale
 
 #: How codes relate to zero. ``none``: value = code * scale. ``midpoint``: unsigned codes around 2^(b-1). ``int`` and
 #: ``float``: value = (code - zero_point) * scale with a stored zero point per tile, rounded to a code or not.
-ZeroPoint = Literal["none", "midpoint", "int", "float"]
+#: ``minimum``: value = code * scale + minimum, the minimum stored like the scale.
+ZeroPoint = Literal["none", "midpoint", "int", "float", "minimum"]
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,13 @@ class Format:
 
     def __post_init__(self) -> None:
         integer = isinstance(self.element, Integer)
-        if self.zero_point not in ("none", "midpoint", "int", "float"):
-            raise DetentError(f"unknown zero point {self.zero_point!r}; known: none, midpoint, int, float")
-        if self.zero_point != "none" and not (integer and isinstance(self.scale, FloatScale)):
+        if self.zero_point not in get_args(ZeroPoint):
+            raise DetentError(f"unknown zero point {self.zero_point!r}; known: {', '.join(get_args(ZeroPoint))}")
+        if isinstance(self.scale, SearchedScale):
+            self._check_searched(self.scale)
+        elif self.zero_point == "minimum":
+            raise DetentError(f"a minimum is stored under searched scales, not under a {self.scale}")
+        elif self.zero_point != "none" and not (integer and isinstance(self.scale, FloatScale)):
             raise DetentError(f"a zero point needs an integer element with a float scale, not {self.element.name}")
         if self.zero_point == "midpoint" and not (isinstance(self.element, Integer) and not self.element.signed):
             raise DetentError("a midpoint belongs to unsigned symmetric integers")
@@ -69,9 +74,18 @@ class Format:
             if run and (group is None or group % run):
                 raise DetentError(f"micro-exponents need groups of multiples of {run} elements, not {self.granularity}")
         elif self.zero_point in ("int", "float") and self.scale.bits == 8:
-            raise DetentError(f"a stored zero point needs a float32, bfloat16 or float16 scale, not {self.scale.dtype}")
+            raise DetentError(f"a stored zero point needs a float32, bfloat16 or float16 scale, not {self.scale}")
         if self.base is not None:
             self._check_base(self.base)
+
+    def _check_searched(self, rule: SearchedScale) -> None:
+        lowest = self.element.minimum
+        if self.zero_point not in ("none", "minimum") or isinstance(self.element, Float):
+            raise DetentError("a searched scale is for integers and tables, with a stored minimum or without")
+        if (self.zero_point == "minimum") != (lowest == 0) or (lowest == 0 and not isinstance(self.element, Integer)):
+            raise DetentError("a stored minimum and unsigned integers belong together under a searched scale")
+        if rule.tiles and self.granularity.kind != "per_group":
+            raise DetentError(f"super-blocks are made of groups, not of tiles {self.granularity}")
 
     def _check_base(self, base: Format) -> None:
         one_float = base.granularity == per_tensor() and base.scale == FloatScale()
@@ -102,11 +116,15 @@ class Format:
         For a `shape` exact, a scale that covers the whole tensor included; without one, whatever covers a whole axis
         or tensor counts nothing (NVFP4 4.5, MXFP4 4.25, MX6 6, MX9 9, BFP16 9).
         """
-        per_scale = self.scale.bits
+        per_scale: float = self.scale.bits
         if self.zero_point == "int":
             per_scale += self.element.bits
         elif self.zero_point == "float":
             per_scale += 32
+        elif self.zero_point == "minimum":
+            per_scale *= 2
+        if isinstance(self.scale, SearchedScale) and self.scale.tiles:
+            per_scale += (32 if self.zero_point == "minimum" else 16) / self.scale.tiles
         shared = self.granularity.elements_per_scale(shape)
         bits = self.element.bits + (0.0 if math.isinf(shared) else per_scale / shared if shared else 0.0)
         if self.scale.micro:
@@ -157,7 +175,7 @@ class Format:
                 granularity=Granularity(
                     granularity["kind"], tuple((a, n) for a, n in granularity["blocks"]), granularity["rest"]
                 ),
-                scale={"FloatScale": FloatScale, "PowerOfTwoScale": PowerOfTwoScale}[scale.pop("type")](**scale),
+                scale=_RULES[scale.pop("type")](**scale),
                 zero_point=description["zero_point"],
                 dynamic=description["dynamic"],
                 base=None if base is None else Format.from_dict(base),
@@ -168,12 +186,15 @@ class Format:
             raise DetentError(f"not a format description: {description!r} ({error})") from error
 
     def __str__(self) -> str:
-        asymmetric = {"int": " asymmetric", "float": " asymmetric (float zero point)"}
+        asymmetric = {"int": " asymmetric", "float": " asymmetric (float zero point)", "minimum": " with a minimum"}
         symmetry = {"none": "", "midpoint": " symmetric", **asymmetric}
         parts = f"{self.element.name}{symmetry[self.zero_point]} {self.granularity}, {self.scale}"
         if self.dynamic:
             parts += ", dynamic"
         return parts + (f", on the codes of [{self.base}]" if self.base else "")
+
+
+_RULES: dict[str, type[ScaleRule]] = {rule.__name__: rule for rule in (FloatScale, PowerOfTwoScale, SearchedScale)}
 
 
 def integer(
@@ -240,6 +261,14 @@ def micro_exponent(bits: int, *, dynamic: bool = False) -> Format:
 def progressive(bits: int = 4, base: Format | None = None) -> Format:
     """Integers per output channel on the codes of an FP8 per-tensor format."""
     return replace(integer(bits, per_channel(0)), base=base or fp8())
+
+
+def searched(
+    element: Element, group: int, *, scale_bits: int = 16, signed_scale: bool = True, tiles: int = 0
+) -> Format:
+    """The formats of GGUF: see `SearchedScale`. Unsigned integers have a stored minimum."""
+    zero_point: ZeroPoint = "minimum" if element.minimum == 0 else "none"
+    return Format(element, per_group(group), SearchedScale(scale_bits, signed_scale, tiles), zero_point)
 
 
 def _float_named(kind: str) -> Float:

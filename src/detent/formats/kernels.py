@@ -235,7 +235,8 @@ class _Decoder:
         self._largest = torch.finfo(dtype).max
         #: No code is further from a zero point than 2^bits, or the largest value of a float.
         reach = max(2.0**fmt.element.bits, fmt.element.maximum) * float(self._exact.abs().amax())
-        self._clamps = fmt.zero_point == "float" or not reach < self._largest
+        self._minimum = fmt.zero_point == "minimum"
+        self._clamps = fmt.zero_point in ("float", "minimum") or not reach < self._largest
 
     def __call__(self, codes: Tensor, rows: slice, room: codes32.Scratch, out: Tensor) -> None:
         values = room.floats[: codes.numel()].view(codes.shape)
@@ -251,9 +252,13 @@ class _Decoder:
     def finish(self, values: Tensor, rows: slice, out: Tensor) -> None:
         """Scale values, in place, and write them into `out`."""
         zero_point, unit = self._scale.zero_point, self._exact
-        if zero_point is not None:
-            values.sub_(zero_point if len(zero_point) == 1 else zero_point[rows])
+        if zero_point is not None and len(zero_point) > 1:
+            zero_point = zero_point[rows]
+        if zero_point is not None and not self._minimum:
+            values.sub_(zero_point)
         values.mul_(unit if len(unit) == 1 else unit[rows])
+        if zero_point is not None and self._minimum:
+            values.add_(zero_point)
         out.copy_(values.clamp_(-self._largest, self._largest) if self._clamps else values)
 
 

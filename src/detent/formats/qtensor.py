@@ -29,32 +29,12 @@ from detent.formats.kernels import (
     simulate_dynamic,
     simulate_static,
 )
-from detent.formats.memory import in_parts, new_tensor
+from detent.formats.memory import new_tensor
 from detent.formats.packing import pack
-from detent.formats.scales import PowerOfTwoScale
+from detent.formats.scales import PowerOfTwoScale, SearchedScale
+from detent.formats.search import search_scales
+from detent.formats.stored_scales import Scales, stored_scales, tile_scale
 from detent.formats.tiles import TileScale
-
-
-@dataclass(frozen=True, eq=False)
-class Scales:
-    """The stored scales of one tensor, in the shape that `Granularity.grid` gives (one per tensor: shape ()).
-
-    Attributes:
-        scale: float32/bfloat16/float16, float8_e4m3fn, or uint8 (a power-of-two exponent + 127; UE5M3 bit patterns).
-        zero_point: int32 for ``int``, float32 for ``float``, else None (a midpoint is not stored).
-        outer_scale: float32 scalar: the scale of the scales, or the scale of the base format; else None.
-    """
-
-    scale: Tensor
-    zero_point: Tensor | None = None
-    outer_scale: Tensor | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Scales:
-        """`function` of each tensor that there is."""
-        return Scales(*(None if t is None else function(t) for t in vars(self).values()))  # type: ignore[arg-type]
-
-    def to(self, device: torch.device | str) -> Scales:
-        return self.map(lambda t: t.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +109,7 @@ class QTensor:
         def cut(name: str, x: Tensor) -> Tensor:
             if name in ("codes", "micro"):
                 return x[start:stop]
-            return x[start // tall : -(-stop // tall)] if x.dim() == len(self.shape) else x
+            return x[start // tall : -(-stop // tall)] if x.dim() and x.dim() >= len(self.shape) else x
 
         return QTensor(self.format, shape, **{name: cut(name, x) for name, x in self.tensors().items()})
 
@@ -146,30 +126,6 @@ def _bits(x: Tensor) -> Tensor:
     if x.numel() % 8 == 0 and x.is_contiguous() and x.storage_offset() % 8 == 0:
         return x.reshape(-1).view(torch.int64)  # eight bytes at a time
     return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
-
-
-def scales_from_range(fmt: Format, low: Tensor, high: Tensor, *, amax_tensor: Tensor | None = None) -> Scales:
-    """Scales for calibrated ranges.
-
-    Args:
-        fmt: the format; of a progressive format the range is that of the base's code values.
-        low, high: float tensors of the grid's shape: smallest and largest value of each tile. ``-amax`` and ``amax``
-            where only magnitudes are known.
-        amax_tensor: for a format with an outer scale: the largest magnitude of the whole tensor, a scalar; by default
-            the largest of the ranges.
-
-    Raises:
-        DetentError: a range isn't finite, or a low is above its high.
-    """
-    low, high = low.to(torch.float32), high.to(torch.float32)
-    if not bool((torch.isfinite(low) & torch.isfinite(high) & (low <= high)).all()):
-        raise DetentError("calibrated ranges must be finite with low <= high; was the calibration data finite?")
-    outer = None
-    if fmt.scale.outer:
-        if amax_tensor is None:
-            amax_tensor = torch.maximum(-low, high).amax() if low.numel() else low.new_zeros(())
-        outer = tl.outer_scale_of(fmt, amax_tensor)
-    return _stored(fmt, tl.scale_from_range(fmt, low, high, outer), tuple(low.shape))
 
 
 def encode(
@@ -340,10 +296,12 @@ def _fake_quantize(x: Tensor, fmt: Format, scales: Scales | None, outer_scale: T
         return x.clone()
     x = x.detach()
     tiles = _tiles(x, fmt)
-    if tl.needs_nonnegative(fmt):
+    if tl.needs_nonnegative(fmt) or isinstance(fmt.scale, SearchedScale):
         check_values(x, fmt, name)
+    if scales is None and isinstance(fmt.scale, SearchedScale):
+        scales = Scales(*search_scales(x, fmt))
     if scales is not None:
-        check_scale(None if scales is None else scales.scale, fmt, x, name)
+        check_scale(scales.scale, fmt, x, name)
         out, largest = simulate_static(tiles, fmt, tile_scale(fmt, scales))
     else:
         out, largest = simulate_dynamic(tiles, fmt, outer_scale)
@@ -366,39 +324,23 @@ def _scaled_tiles(
         check_values(x, fmt, name)
     if scales is not None:
         return tiles, tile_scale(fmt, scales), scales
+    if isinstance(fmt.scale, SearchedScale):
+        check_values(x, fmt, name)
+        scales = Scales(*search_scales(x, fmt))
+        return tiles, tile_scale(fmt, scales), scales
     if not x.numel():
         empty = tl.scale_tiles(tiles, fmt, _outer_of_nothing(fmt, outer_scale, x.device))
-        return tiles, empty, _stored(fmt, empty, grid)
+        return tiles, empty, stored_scales(fmt, empty, grid)
     scale, largest = own_scale(tiles, fmt, outer_scale)
     if not bool(torch.isfinite(largest)):
         raise not_finite(name, x)
-    return tiles, scale, _stored(fmt, scale, grid)
+    return tiles, scale, stored_scales(fmt, scale, grid)
 
 
 def _outer_of_nothing(fmt: Format, given: Tensor | None, device: torch.device) -> Tensor | None:
     if not fmt.scale.outer or given is not None:
         return given
     return torch.ones((), dtype=torch.float32, device=device)
-
-
-def _stored(fmt: Format, scale: TileScale, shape: tuple[int, ...]) -> Scales:
-    zero_point = None
-    if scale.zero_point is not None and fmt.zero_point != "midpoint":
-        dtype = torch.int32 if fmt.zero_point == "int" else torch.float32
-        zero_point = scale.zero_point.to(dtype).reshape(shape)
-    (stored,) = in_parts(lambda value: (fmt.scale.store(value),), scale.value)
-    return Scales(stored.reshape(shape), zero_point, scale.outer)
-
-
-def tile_scale(fmt: Format, scales: Scales) -> TileScale:
-    """Stored scales as the tile functions take them (`detent.formats.tiles`)."""
-    zero_point = scales.zero_point
-    value = fmt.scale.load(scales.scale).reshape(-1, 1)
-    if fmt.zero_point == "midpoint":
-        zero_point = torch.full_like(value, 2.0 ** (fmt.element.bits - 1))
-    elif zero_point is not None:
-        zero_point = zero_point.reshape(-1, 1).to(torch.float32)
-    return TileScale(value, zero_point, None if fmt.base is not None else scales.outer_scale)
 
 
 def _decode_micro(q: QTensor, micro: Tensor) -> Tensor:

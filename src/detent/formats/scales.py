@@ -198,4 +198,55 @@ def _mantissa_bits(element: Element) -> int:
     return element.mantissa_bits if isinstance(element, Float) else element.bits
 
 
-ScaleRule = FloatScale | PowerOfTwoScale
+@dataclass(frozen=True)
+class SearchedScale:
+    """The scale of least squared error, of either sign: the formats of GGUF (`detent.formats.search`).
+
+    With 16 `bits` it is a float16. With fewer it is an integer, `signed` or not, that multiplies a float16 shared by
+    `tiles` neighbouring tiles, a *super-block*; a stored minimum is then an unsigned integer of as many bits, and what
+    is subtracted is that integer times a second float16 of the super-block. A scale of 0 is valid: every code then
+    stands for the same number.
+    """
+
+    bits: int = 16
+    signed: bool = True
+    tiles: int = 0
+
+    outer = False
+    four_over_six = False
+    micro = 0
+
+    def __post_init__(self) -> None:
+        if not (self.bits == 16 and self.signed and not self.tiles or 2 <= self.bits <= 8 and self.tiles > 0):
+            raise DetentError(
+                "a searched scale is a float16, or an integer of 2 to 8 bits in a super-block of 1 tile or more; not"
+                f" {self.bits} bits in super-blocks of {self.tiles}"
+            )
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        if not self.tiles:
+            return torch.float16
+        return torch.int8 if self.signed else torch.uint8
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The least and the largest integer scale."""
+        least = -(1 << (self.bits - 1)) if self.signed else 0
+        return least, least + (1 << self.bits) - 1
+
+    def blocks(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """How many super-blocks lie along each axis of a grid of tiles; the last of a row may be short."""
+        return (*grid[:-1], -(-grid[-1] // self.tiles))
+
+    def spread(self, shared: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """One float16 for each super-block as a float32 for each tile."""
+        return shared.to(torch.float32).repeat_interleave(self.tiles, -1)[..., : grid[-1]]
+
+    def __str__(self) -> str:
+        if not self.tiles:
+            return "searched float16 scale"
+        return f"searched {'' if self.signed else 'u'}int{self.bits} scales, {self.tiles} under a float16"
+
+
+ScaleRule = FloatScale | PowerOfTwoScale | SearchedScale

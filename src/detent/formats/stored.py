@@ -12,8 +12,9 @@ from torch import Tensor
 from detent.errors import DetentError
 from detent.formats.elements import Integer, Table
 from detent.formats.format import Format
-from detent.formats.qtensor import QTensor, Scales
-from detent.formats.scales import PowerOfTwoScale
+from detent.formats.qtensor import QTensor
+from detent.formats.scales import PowerOfTwoScale, SearchedScale
+from detent.formats.stored_scales import Scales
 
 #: The byte that stands for NaN in E8M0 (OCP MX 1.0). Block floating point (``carry``) has a number there.
 _E8M0_NAN = 255
@@ -22,13 +23,23 @@ _E8M0_NAN = 255
 def stored_layout(fmt: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """(shape, dtype) of each tensor of a `QTensor` of this format and shape, by the name of its field."""
     grid = fmt.granularity.grid(shape)
-    layout = {"codes": (shape, fmt.element.storage_dtype), "scale": (grid, fmt.scale.stored_dtype)}
-    if fmt.zero_point in ("int", "float"):
-        layout["zero_point"] = (grid, torch.int32 if fmt.zero_point == "int" else torch.float32)
-    if fmt.has_outer_scale:
-        layout["outer_scale"] = ((), torch.float32)
+    layout = {"codes": (shape, fmt.element.storage_dtype), **scales_layout(fmt, grid)}
     if isinstance(fmt.scale, PowerOfTwoScale) and fmt.scale.micro:
         layout["micro"] = ((*shape[:-1], math.ceil(shape[-1] / fmt.scale.micro)), torch.uint8)
+    return layout
+
+
+def scales_layout(fmt: Format, grid: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of each tensor of the `Scales` of a grid of tiles, by the name of its field."""
+    layout = {"scale": (grid, fmt.scale.stored_dtype)}
+    zero_points = {"int": torch.int32, "float": torch.float32, "minimum": fmt.scale.stored_dtype}
+    if fmt.zero_point in zero_points:
+        layout["zero_point"] = (grid, zero_points[fmt.zero_point])
+    if isinstance(fmt.scale, SearchedScale) and fmt.scale.tiles:
+        shared = fmt.scale.blocks(grid)
+        layout["outer_scale"] = ((*shared, 2) if fmt.zero_point == "minimum" else shared, torch.float16)
+    elif fmt.has_outer_scale:
+        layout["outer_scale"] = ((), torch.float32)
     return layout
 
 
@@ -46,6 +57,9 @@ def check_scales(fmt: Format, scales: Scales, where: str, *, of_weight: bool = F
         DetentError: naming `where`, and what was found.
     """
     stored = scales.scale
+    if isinstance(fmt.scale, SearchedScale):
+        _check_searched(fmt.scale, scales, where)
+        return
     if isinstance(fmt.scale, PowerOfTwoScale):
         if fmt.scale.rounding != "carry" and bool((stored == _E8M0_NAN).any()):
             raise DetentError(f"{where}: a scale is NaN (byte {_E8M0_NAN}); the file is damaged")
@@ -65,6 +79,16 @@ def check_scales(fmt: Format, scales: Scales, where: str, *, of_weight: bool = F
         raise DetentError(
             f"{where}: zero points from {low:g} to {high:g}; {fmt.element.name} takes {least:g} to {most:g}"
         )
+
+
+def _check_searched(rule: SearchedScale, scales: Scales, where: str) -> None:
+    for name, stored in vars(scales).items():
+        if stored is None or not stored.numel():
+            continue
+        low, high = (float(bound) for bound in torch.aminmax(stored.float()))
+        least, most = (-math.inf, math.inf) if stored.dtype == torch.float16 else rule.limits
+        if not (least <= low and high <= most and math.isfinite(low) and math.isfinite(high)):
+            raise DetentError(f"{where}: {name} from {low:g} to {high:g}; {rule} takes {least:g} to {most:g}")
 
 
 def check_codes(fmt: Format, codes: Tensor, where: str) -> None:

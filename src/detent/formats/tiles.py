@@ -14,7 +14,7 @@ from torch import Tensor
 
 from detent.formats.elements import floor_log2, power_of_two, round_to_even
 from detent.formats.format import Format
-from detent.formats.scales import FloatScale, PowerOfTwoScale, divide
+from detent.formats.scales import FloatScale, PowerOfTwoScale, SearchedScale, divide
 
 
 class TileScale(NamedTuple):
@@ -22,8 +22,8 @@ class TileScale(NamedTuple):
 
     Attributes:
         value: the scale before any outer scale, as a float32 number that its dtype can store; an int64 exponent for a
-            power-of-two scale.
-        zero_point: float32 zero points, or None.
+            power-of-two scale; with what super-blocks share multiplied in.
+        zero_point: float32 zero points, or minimums for formats that store these, or None.
         outer: the float32 scalar on top, or None.
     """
 
@@ -71,6 +71,7 @@ def scale_from_range(
     if isinstance(fmt.scale, PowerOfTwoScale):
         return TileScale(fmt.scale.exponent(low, high, fmt.element))
     element = fmt.element
+    assert isinstance(fmt.scale, FloatScale)
     if fmt.zero_point in ("int", "float"):
         return _affine_scale(fmt, fmt.scale, low, high)
     zero = 2.0 ** (element.bits - 1) if fmt.zero_point == "midpoint" else 0.0
@@ -114,6 +115,11 @@ def multiplier(fmt: Format, scale: TileScale) -> Tensor:
     return scale.value if scale.outer is None else scale.value * scale.outer
 
 
+def may_vanish(fmt: Format) -> bool:
+    """Whether the multiplier can be 0: where a product underflows, or an integer scale is 0."""
+    return fmt.scale.outer or isinstance(fmt.scale, SearchedScale)
+
+
 def micro_exponents(tiles: Tensor, fmt: Format, exponent: Tensor) -> Tensor:
     """For MX4/6/9: [tiles, ceil(n / micro)] int64, 1 where all of a run of neighbours are below 2^exponent."""
     assert isinstance(fmt.scale, PowerOfTwoScale)
@@ -132,12 +138,15 @@ def round_tiles(tiles: Tensor, fmt: Format, scale: TileScale) -> tuple[Tensor, T
     For a zero point the grid values are codes, zero point included; `rebuild` takes it off again.
     """
     unit, micro = multiplier(fmt, scale), None
+    if fmt.zero_point == "minimum":
+        assert scale.zero_point is not None
+        tiles, scale = tiles.to(torch.float32) - scale.zero_point, scale._replace(zero_point=None)
     if isinstance(fmt.scale, PowerOfTwoScale) and fmt.scale.micro:
         micro = micro_exponents(tiles, fmt, scale.value)
         steps = power_of_two(scale.value + fmt.scale.unit_exponent(fmt.element) - micro)
         unit = steps.repeat_interleave(fmt.scale.micro, 1)[:, : tiles.shape[1]]
-    # Where scale times outer scale underflows to 0, every code stands for 0: x / inf picks the code of 0.
-    divisor = torch.where(unit == 0, torch.inf, unit.double()) if scale.outer is not None else unit.double()
+    # Where a scale is 0, every code stands for the same number: x / inf picks the code of 0.
+    divisor = torch.where(unit == 0, torch.inf, unit.double()) if may_vanish(fmt) else unit.double()
     quotient = tiles.double() / divisor
     if scale.zero_point is None:
         return fmt.element.nearest(quotient), unit, micro
@@ -150,6 +159,8 @@ def round_tiles(tiles: Tensor, fmt: Format, scale: TileScale) -> tuple[Tensor, T
 
 def rebuild(grid: Tensor, fmt: Format, scale: TileScale, unit: Tensor) -> Tensor:
     """The float32 values that grid values stand for: the arithmetic of `decode`."""
+    if fmt.zero_point == "minimum" and scale.zero_point is not None:
+        return (grid.to(torch.float32) * unit).add_(scale.zero_point)
     if scale.zero_point is not None:
         grid = grid.to(torch.float32) - scale.zero_point
     if unit.dtype == torch.float64:  # powers of two: exact in float64 even where 2^e is below float32's range

@@ -20,6 +20,7 @@ from detent.formats import (
     Granularity,
     Integer,
     PowerOfTwoScale,
+    SearchedScale,
     fp8,
     integer,
     mx,
@@ -143,6 +144,8 @@ def _element_args(fmt: Format) -> Args:
         if fmt.element not in _MX_LAYOUTS or fmt.scale.micro or fmt.granularity.group_size != 32:
             raise NotHeld(f"{fmt}: of the power-of-two formats, only MXFP4, MXFP6 E2M3 and MXFP8 E4M3 in blocks of 32")
         return _args(fmt.element, strategy="group", group_size=32, scale_dtype="torch.uint8", zp_dtype="torch.uint8")
+    if isinstance(fmt.scale, SearchedScale):
+        raise NotHeld(f"{fmt}: a format of GGUF")
     if fmt.scale.outer:
         if fmt.element != E2M1 or fmt.scale.dtype != "e4m3" or fmt.granularity.group_size != 16:
             raise NotHeld(f"{fmt}: under an outer scale, only FP4 in groups of 16 with E4M3 scales")
