@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from detent.errors import DetentError
+from detent.formats.exporting import exporting
 from detent.formats.format import Format
 from detent.formats.tiles import needs_nonnegative
 
@@ -25,8 +26,8 @@ def all_finite(x: Tensor) -> bool:
 
 
 def check_values(x: Tensor, fmt: Format, name: str) -> None:
-    """Refuse what no format can hold; `x` may be empty."""
-    if x.numel() == 0:
+    """Refuse what no format can hold; `x` may be empty. While a graph is made it has no values."""
+    if x.numel() == 0 or exporting():
         return
     if not all_finite(x):
         raise not_finite(name, x)

@@ -20,22 +20,29 @@ import torch
 from torch import Tensor
 
 from detent.errors import DetentError
+from detent.formats.exporting import exporting, floor_log2_by_arithmetic
 
 _F64_EXPONENT = 0x7FF0000000000000
 
 
 def power_below(v: Tensor) -> Tensor:
     """2^floor(log2|v|) of a float64 tensor, 0 where v is 0: the mantissa and sign bits cleared."""
+    if exporting():
+        return torch.where(v == 0, 0.0, torch.exp2(floor_log2_by_arithmetic(v)))
     return (v.view(torch.int64) & _F64_EXPONENT).view(torch.float64)
 
 
 def floor_log2(v: Tensor) -> Tensor:
     """floor(log2|v|) of a float64 tensor as int64; -1023 where v is 0 (float32 subnormals are normal in float64)."""
+    if exporting():
+        return floor_log2_by_arithmetic(v).to(torch.int64)
     return ((v.view(torch.int64) >> 52) & 0x7FF) - 1023
 
 
 def power_of_two(e: Tensor) -> Tensor:
     """2^e as float64, exactly, for an int64 tensor e in [-1022, 1023]."""
+    if exporting():
+        return torch.exp2(e.to(torch.float64))
     return ((e + 1023) << 52).view(torch.float64)
 
 
@@ -153,7 +160,8 @@ class Float:
     def nearest(self, v: Tensor) -> Tensor:
         v = torch.clamp(v, self.minimum, self.maximum)
         step = torch.clamp_min(power_below(v), 2.0**self.min_exponent) * 2.0**-self.mantissa_bits
-        return torch.copysign(round_to_even(v.abs(), step), v)
+        magnitude = round_to_even(v.abs(), step)
+        return torch.where(v < 0, -magnitude, magnitude) if exporting() else torch.copysign(magnitude, v)
 
     def encode(self, grid: Tensor) -> Tensor:
         """Codes of grid values: sign, then the magnitude's index, as an 8-bit pattern of the storage dtype."""

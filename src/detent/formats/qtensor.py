@@ -19,6 +19,7 @@ from detent.errors import DetentError
 from detent.formats import tiles as tl
 from detent.formats.checks import check_input, check_scale, check_values, not_finite
 from detent.formats.elements import power_of_two
+from detent.formats.exporting import exporting
 from detent.formats.format import Format
 from detent.formats.granularity import from_tiles, rows_suffice, to_tiles
 from detent.formats.kernels import (
@@ -266,7 +267,7 @@ def fake_quantize(
         tensor([[1., 1., 1., 1.]])
     """
     check_input(x, name)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if torch.is_grad_enabled() and x.requires_grad and not exporting():
         through: Callable[..., Tensor] = _StraightThrough.apply
         return through(x, fmt, scales, outer_scale, clip, name)
     return _fake_quantize(x, fmt, scales, outer_scale, name)
@@ -300,6 +301,9 @@ def _fake_quantize(x: Tensor, fmt: Format, scales: Scales | None, outer_scale: T
         check_values(x, fmt, name)
     if scales is None and isinstance(fmt.scale, SearchedScale):
         scales = Scales(*search_scales(x, fmt))
+    if exporting():
+        scale = tl.own_scales(tiles, fmt, outer_scale) if scales is None else tile_scale(fmt, scales)
+        return from_tiles(tl.simulate(tiles, fmt, scale), fmt.granularity, tuple(x.shape))
     if scales is not None:
         check_scale(scales.scale, fmt, x, name)
         out, largest = simulate_static(tiles, fmt, tile_scale(fmt, scales))

@@ -165,7 +165,7 @@ class PowerOfTwoScale:
             emax = 0
         e = floor_log2(amax)
         if self.rounding in ("ceil", "fit"):
-            e = e + ((amax.view(torch.int64) & ((1 << 52) - 1)) != 0)
+            e = e + (power_below(amax) != amax)
         e = (e - emax).clamp(-127, 127)
         if self.rounding == "carry":
             e = e + (high.double() >= (element.maximum + 0.5) * power_of_two(e + unit))

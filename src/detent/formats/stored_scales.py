@@ -10,6 +10,7 @@ from torch import Tensor
 
 from detent.errors import DetentError
 from detent.formats import tiles as tl
+from detent.formats.exporting import exporting
 from detent.formats.format import Format
 from detent.formats.memory import in_parts
 from detent.formats.scales import SearchedScale
@@ -57,7 +58,7 @@ def scales_from_range(fmt: Format, low: Tensor, high: Tensor, *, amax_tensor: Te
     if isinstance(fmt.scale, SearchedScale):
         raise DetentError(f"scales of [{fmt}] follow from values, not from a range; use encode, or fake_quantize")
     low, high = low.to(torch.float32), high.to(torch.float32)
-    if not bool((torch.isfinite(low) & torch.isfinite(high) & (low <= high)).all()):
+    if not exporting() and not bool((torch.isfinite(low) & torch.isfinite(high) & (low <= high)).all()):
         raise DetentError("calibrated ranges must be finite with low <= high; was the calibration data finite?")
     outer = None
     if fmt.scale.outer:

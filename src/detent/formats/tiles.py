@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from detent.formats.elements import floor_log2, power_of_two, round_to_even
+from detent.formats.exporting import exporting
 from detent.formats.format import Format
 from detent.formats.scales import FloatScale, PowerOfTwoScale, SearchedScale, divide
 
@@ -42,7 +43,7 @@ def tile_range(tiles: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
 
 def low_and_high(tiles: Tensor, with_sign: bool) -> tuple[Tensor, Tensor]:
     """`tile_range` of tiles that aren't empty; without sign (-largest magnitude, largest magnitude)."""
-    if tiles.shape[0] == 1:  # one pass, and no copy of what may be the whole tensor
+    if tiles.shape[0] == 1 and not exporting():  # one pass, and no copy of what may be the whole tensor
         low, high = (bound.reshape(1, 1).to(torch.float32) for bound in torch.aminmax(tiles))
     elif with_sign:
         low, high = (bound.to(torch.float32) for bound in (tiles.amin(1, keepdim=True), tiles.amax(1, keepdim=True)))
@@ -191,6 +192,13 @@ def scale_tiles(tiles: Tensor, fmt: Format, outer: Tensor | None = None) -> Tile
     if fmt.scale.four_over_six:
         return choose_four_or_six(tiles, fmt, low, high, outer)
     return scale_from_range(fmt, low, high, outer)
+
+
+def own_scales(tiles: Tensor, fmt: Format, outer: Tensor | None = None) -> TileScale:
+    """`scale_tiles` with the scale of the scales, where it isn't given, that the largest magnitude asks for."""
+    if outer is None and fmt.scale.outer:
+        outer = outer_scale_of(fmt, tiles.abs().amax((0, 1)))
+    return scale_tiles(tiles, fmt, outer)
 
 
 def simulate(tiles: Tensor, fmt: Format, scale: TileScale) -> Tensor:

@@ -19,6 +19,7 @@ from detent.config.base import shown
 from detent.distributed import all_reduce_max
 from detent.errors import DetentError
 from detent.formats import FloatScale, Format, Scales, scales_from_range
+from detent.formats.exporting import exporting
 
 #: What ModelOpt pins an FP8 range to under ``use_constant_amax``.
 _CONSTANT_AMAX = 448.0
@@ -258,6 +259,8 @@ class CalibratedState(nn.Module):
         bounds = self._bounds()
         if bounds is None or self._outer_only:
             return None
+        if exporting():  # of tensors without values or addresses
+            return scales_from_range(self._format, *bounds, amax_tensor=self._global_amax)
         used = self._range_tensors()
         key = (self._revision, *(stamp(t) for t in used))
         if self._cached_scales is None or self._cached_scales[0] != key:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from detent.distributed import ParallelState
 from detent.errors import DetentError
 from detent.formats import Format, QTensor, decode
+from detent.formats.exporting import exporting
+from detent.nn import onnx_nodes
 from detent.nn.kept_weight import KeptWeight
 from detent.nn.packed_weight import pack_codes, packed_layout, unpack_codes
-from detent.nn.sequential import Quantizer, SequentialQuantizer
+from detent.nn.sequential import Quantizer, SequentialQuantizer, members_of
 from detent.nn.tensor_quantizer import TensorQuantizer
 
 
@@ -40,6 +42,34 @@ class QuantModule(nn.Module):
         raise DetentError(
             f"{type(self).__name__} has no _setup method; it must create the quantizers that forward calls"
         )
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module. That of an ONNX exporter is where weights are made ready for its graph, as codes."""
+        if onnx_nodes.preparing():
+            self._prepare_for_onnx()
+        return super().named_modules(*args, **kwargs)
+
+    @torch.no_grad()
+    def _prepare_for_onnx(self) -> None:
+        for name, quantizer in quantizers_of(self):
+            parameter = self._parameters.get(name.removesuffix("_quantizer"))
+            member = next((member for member in members_of(quantizer) if member.is_enabled), None)
+            if parameter is None or member is None or not member.is_quantizing or parameter.is_meta:
+                continue
+            kept: KeptWeight | None = self.__dict__.get(f"_kept_{name}")
+            ready = onnx_nodes.prepared(member)
+            if ready is None or kept is None or not kept.is_current(parameter, quantizer, handed_out=True):
+                self.__dict__[f"_kept_{name}"] = KeptWeight(parameter, quantizer, parameter)
+                onnx_nodes.prepare_weight(member, self._codes_of(parameter, quantizer, member))
+
+    def _codes_of(self, parameter: Tensor, quantizer: Quantizer, member: TensorQuantizer) -> QTensor:
+        """The codes that `member`, the first of a quantizer's that is on, makes of a parameter."""
+        weight = self.to_output_first(parameter, self) if isinstance(self, QuantWeightBase) else parameter
+        for before in members_of(quantizer):
+            if before is member:
+                break
+            weight = before(weight)
+        return member.quantize_to_codes(member.centred(member.transform(weight)))
 
 
 class QuantInputBase(QuantModule):
@@ -151,6 +181,12 @@ class QuantWeightBase(QuantModule):
         self._parameters.pop("weight", None)
         self._packed_format, self._packed_shape, self._packed_dtype = fmt, shape, dtype
 
+    def _prepare_for_onnx(self) -> None:
+        super()._prepare_for_onnx()
+        packed = self.packed_weight
+        if packed is not None and not packed.codes.is_meta:
+            onnx_nodes.prepare_weight(members_of(self.weight_quantizer)[0], packed)
+
     # ---- the weight in use ------------------------------------------------------------------------------------------
 
     def refresh_weight(self) -> None:
@@ -160,6 +196,10 @@ class QuantWeightBase(QuantModule):
     def quantized_weight(self) -> Tensor:
         """The weight as the forward pass uses it."""
         if self.is_packed:
+            first = members_of(self.weight_quantizer)[0]
+            if onnx_nodes.in_graph() and (ready := onnx_nodes.prepared(first)) is not None:
+                values = onnx_nodes.weight_in_graph(self._packed_format, ready)  # type: ignore[arg-type]
+                return self.from_output_first(values.to(self._packed_dtype), self)
             return self.weight
         quantizer = self.weight_quantizer
         parameter = self.weight_parameter
@@ -168,7 +208,7 @@ class QuantWeightBase(QuantModule):
         if not quantizer.transforms:
             return parameter
         may_change = self.training or (torch.is_grad_enabled() and parameter.requires_grad)
-        if may_change or torch.compiler.is_compiling() or _is_observing(quantizer):
+        if may_change or torch.compiler.is_compiling() or exporting() or _is_observing(quantizer):
             return self.quantize_weight(parameter)
         handed_out, self.__dict__["weight_handed_out"] = self.weight_handed_out, False
         kept: KeptWeight | None = self.__dict__.get("_kept_weight")

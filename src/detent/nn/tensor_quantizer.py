@@ -15,6 +15,8 @@ from torch import Tensor
 from detent.config.attributes import QuantizerAttributeConfig, RotateConfig, merged
 from detent.errors import DetentError
 from detent.formats import FloatScale, Format, QTensor, all_finite, encode, fake_quantize, per_tensor
+from detent.formats.exporting import exporting
+from detent.nn import onnx_nodes
 from detent.nn.backends import run_backend
 from detent.nn.bias import BiasObserver, bias_of, is_static
 from detent.nn.calibrated_state import CalibratedState, is_plain, kind_of
@@ -317,7 +319,7 @@ class TensorQuantizer(CalibratedState):
         x = self.transform(x)
         if not self.is_enabled:
             return x
-        if self._if_calib:
+        if self._if_calib and not exporting():
             self._observe(x)
         y = self._quantize(x) if self._if_quant else x
         rotation = self.rotation
@@ -373,6 +375,8 @@ class TensorQuantizer(CalibratedState):
         return (self._fake_quantize(x.float() - bias) + bias).to(x.dtype)
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
+        if onnx_nodes.in_graph():
+            return onnx_nodes.simulated(self, x)
         scales = self.scales_for(x)
         clip = None if self.attributes.pass_through_bwd else self._clip(scales)
         return fake_quantize(x, self._format, scales, outer_scale=self._outer_on(x), clip=clip, name=self.name)
@@ -391,6 +395,14 @@ class TensorQuantizer(CalibratedState):
         if self._bias_value is not None:
             return self._bias_value.to(x.device)
         return bias_of(self.attributes.bias, x.detach())
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module. That of an ONNX exporter is where scales are made ready for its graph."""
+        if not torch.onnx.is_in_onnx_export():
+            onnx_nodes.keep(self, None)
+        elif onnx_nodes.preparing() and ((ready := onnx_nodes.prepared(self)) is None or ready.codes is None):
+            onnx_nodes.prepare_scales(self)
+        return super().named_modules(*args, **kwargs)
 
     # ---- show -------------------------------------------------------------------------------------------------------
 
