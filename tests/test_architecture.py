@@ -27,6 +27,7 @@ LAYERS = (
     "transforms",
     "algorithms",
     "structure",
+    "onnx",
     "model",
     "pretrained",
     "checkpoints",

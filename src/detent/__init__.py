@@ -63,6 +63,7 @@ _HOMES = {
     "modelopt_state": "detent.model.state",
     "restore_from_detent_state": "detent.model.state",
     "restore_from_modelopt_state": "detent.model.state",
+    "export_onnx": "detent.onnx",
     "use_reporter": "detent.progress",
     "plan_checkpoint": "detent.runs.plan",
     "quantize_checkpoint": "detent.runs.quantize",
@@ -85,6 +86,7 @@ _SUBMODULES = {
     "formats",
     "model",
     "nn",
+    "onnx",
     "plan",
     "pretrained",
     "report",
@@ -143,6 +145,7 @@ if TYPE_CHECKING:
         unregister,
         unregister_quant_backend,
     )
+    from detent.onnx import export_onnx
     from detent.progress import use_reporter
     from detent.runs.evaluate import evaluate_checkpoint
     from detent.runs.options import (

@@ -459,7 +459,8 @@ def _node(
 ) -> Tensor:
     """A node with one output, of type `kind`. `stored`: the type of what it reads, where it writes another."""
     if torch.jit.is_tracing():
-        return _TracedNode.apply(op, attributes, kind, *inputs)  # type: ignore[no-any-return]
+        given = [x for x in inputs if x is not None]  # only the last may be None
+        return _TracedNode.apply(op, attributes, kind, *given)  # type: ignore[no-any-return]
     (y,) = _nodes(op, inputs, attributes, [(kind, shape)], stored or kind)
     return y
 
