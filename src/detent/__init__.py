@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from detent._version import __version__
+from detent.external.on_import import once_imported
 
 #: Public name -> the module that defines it. Presets (``*_CFG``, ``*_CONFIG``) come from `detent.config.presets`.
 _HOMES = {
@@ -65,6 +66,7 @@ _HOMES = {
     "restore_from_modelopt_state": "detent.model.state",
     "export_onnx": "detent.onnx",
     "use_reporter": "detent.progress",
+    "enable_huggingface_checkpointing": "detent.runs.hf_quantizer",
     "plan_checkpoint": "detent.runs.plan",
     "quantize_checkpoint": "detent.runs.quantize",
     "evaluate_checkpoint": "detent.runs.evaluate",
@@ -148,6 +150,7 @@ if TYPE_CHECKING:
     from detent.onnx import export_onnx
     from detent.progress import use_reporter
     from detent.runs.evaluate import evaluate_checkpoint
+    from detent.runs.hf_quantizer import enable_huggingface_checkpointing
     from detent.runs.options import (
         AlgorithmOptions,
         CalibrationOptions,
@@ -159,6 +162,9 @@ if TYPE_CHECKING:
     from detent.runs.plan import plan_checkpoint
     from detent.runs.quantize import quantize_checkpoint
     from detent.structure import find_structure
+
+
+once_imported("transformers.quantizers.auto", "detent.runs.hf_quantizer")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,10 @@
-"""`save_pretrained` of a quantized model refuses, and what goes through `state_dict` works."""
+"""`save_pretrained` of a quantized model writes it with its quantizers, and what goes through `state_dict` works."""
 
 from __future__ import annotations
 
 import copy
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,10 @@ def test_a_quantized_model_is_not_written_as_a_float_one(how: str, tmp_path: Pat
         model = torch.load(buffer, weights_only=False)
     elif how == "packed":
         detent.compress(model)
-    with pytest.raises(
-        DetentError, match=r"is quantized, but save_pretrained would write a float model; .*detent\.save"
-    ):
-        model.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["quantization_config"] == {"quant_method": "detent_state"}
+    assert detent.detent_state(type(model).from_pretrained(tmp_path)) == detent.detent_state(model)
 
 
 def test_folded_weights_can_be_written_and_load_as_they_compute(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def load_quantized(
     trust_remote_code: bool = False,
     notify: Callable[[str], None] = _log.warning,
     config: Any = None,
+    cut: bool = True,
     decoded: Callable[[str, QTensor, torch.dtype], Tensor] | None = None,
 ) -> nn.Module:
     """The simulated model of a quantized checkpoint: weights decoded, activations and cache quantized as calibrated.
@@ -49,14 +50,14 @@ def load_quantized(
         data_type: the dtype to hold it in: a key of `DTYPES`, or ``auto`` for what config.json says.
         dtype: the same, where it is known.
         device, attention, trust_remote_code, notify: as for `load_model`.
-        config: a transformers configuration in place of the folder's: of a model with fewer blocks.
+        config: a transformers configuration in place of the folder's; `cut`: it is that of a model with fewer blocks.
         decoded: gives the decoded weight of a layer, by its name in the file; `decode` by default.
 
     Raises:
         DetentError: the checkpoint isn't readable or doesn't fit its model.
     """
     checkpoint = open_quantized(folder)
-    cut = config is not None
+    cut = cut and config is not None
     config = config or load_config(folder, trust_remote_code=trust_remote_code)
     stored = Stored(
         checkpoint.source, checkpoint.formats, checkpoint.kept, checkpoint.layer, checkpoint.tensor, decoded
