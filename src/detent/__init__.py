@@ -70,6 +70,7 @@ _HOMES = {
     "plan_checkpoint": "detent.runs.plan",
     "quantize_checkpoint": "detent.runs.quantize",
     "evaluate_checkpoint": "detent.runs.evaluate",
+    "convert_checkpoint": "detent.runs.convert",
     "AlgorithmOptions": "detent.runs.options",
     "CalibrationOptions": "detent.runs.options",
     "EvaluationOptions": "detent.runs.options",
@@ -149,6 +150,7 @@ if TYPE_CHECKING:
     )
     from detent.onnx import export_onnx
     from detent.progress import use_reporter
+    from detent.runs.convert import convert_checkpoint
     from detent.runs.evaluate import evaluate_checkpoint
     from detent.runs.hf_quantizer import enable_huggingface_checkpointing
     from detent.runs.options import (

@@ -11,6 +11,7 @@ import typer
 from detent._version import __version__
 from detent.cli import console
 from detent.cli.arguments import normalize
+from detent.cli.convert import convert
 from detent.cli.evaluate import evaluate
 from detent.cli.inspect import inspect
 from detent.cli.plan import plan
@@ -50,6 +51,7 @@ app.command(epilog=epilog())(quantize)
 app.command(epilog=epilog())(plan)
 app.command()(schemes)
 app.command()(evaluate)
+app.command()(convert)
 app.command()(inspect)
 app.command()(structure)
 

@@ -17,6 +17,7 @@ from detent.formats.format import (
 )
 from detent.formats.granularity import Granularity, per_block, per_channel, per_group, per_tensor, per_token
 from detent.formats.qtensor import QTensor, decode, encode, encode_packed, fake_quantize, same_bits
+from detent.formats.restate import restate
 from detent.formats.scales import FloatScale, PowerOfTwoScale, SearchedScale
 from detent.formats.stored_scales import Scales, scales_from_range, tile_scale
 
@@ -56,6 +57,7 @@ __all__ = [
     "per_tensor",
     "per_token",
     "progressive",
+    "restate",
     "same_bits",
     "scales_from_range",
     "searched",
