@@ -11,6 +11,7 @@ from detent.checkpoints.quantized import (
     choose,
     layouts,
     open_quantized,
+    open_stored,
     wanted_layouts,
 )
 from detent.checkpoints.records import Activation, LayerCheckpoint, LayerFormats, ModelFormats
@@ -33,6 +34,7 @@ __all__ = [
     "layouts",
     "open_quantized",
     "open_source",
+    "open_stored",
     "quant_method",
     "wanted_layouts",
 ]

@@ -25,6 +25,8 @@ from torch import Tensor
 
 from detent.checkpoints.compressed_tensors.layout import CompressedTensorsReader
 from detent.checkpoints.detent_layout import DetentReader
+from detent.checkpoints.gguf.reader import GgufReader, open_stored
+from detent.checkpoints.layout import LayoutReader
 from detent.checkpoints.source import Source, TensorInfo, quant_method
 from detent.errors import DetentError
 from detent.external.files import shown
@@ -64,7 +66,7 @@ def open_source(path: str | Path) -> Source:
     Raises:
         DetentError: as `Source`; or it is quantized in a way that Detent can't decode.
     """
-    source = Source(path, quantized=True)
+    source = open_stored(path)
     return source if quant_method(source.config) is None else DecodedSource(source)
 
 
@@ -94,10 +96,12 @@ class DecodedSource(Source):
             self._weights = _read_by_layout(stored, CompressedTensorsReader(stored, reordered=True))
         elif method == "detent":
             self._weights = _read_by_layout(stored, DetentReader(stored))
+        elif method == "gguf":
+            self._weights = _read_by_layout(stored, GgufReader(stored))
         else:
             raise DetentError(
                 f"{self.path} is quantized already, with {method}, which Detent does not decode; it decodes"
-                f" compressed-tensors, detent, {', '.join(_BESIDE)}. Quantize the original checkpoint instead"
+                f" compressed-tensors, detent, gguf, {', '.join(_BESIDE)}. Quantize the original checkpoint instead"
             )
         self.tensors, dropped = self._view()
         self.notes = [
@@ -178,7 +182,7 @@ def _dtype_of(config: dict[str, Any]) -> torch.dtype:
 # ---- layouts with readers -------------------------------------------------------------------------------------------
 
 
-def _read_by_layout(stored: Source, reader: CompressedTensorsReader | DetentReader) -> dict[str, _Weight]:
+def _read_by_layout(stored: Source, reader: LayoutReader) -> dict[str, _Weight]:
     parts: dict[str, list[str]] = {}
     for part in (name for name in stored if name in reader.used):
         parts.setdefault(part.rpartition(".")[0].removesuffix(".weight"), []).append(part)
@@ -202,9 +206,7 @@ def _read_by_layout(stored: Source, reader: CompressedTensorsReader | DetentRead
     return weights
 
 
-def _decode_layer(
-    stored: Source, reader: CompressedTensorsReader | DetentReader, name: str, dtype: torch.dtype
-) -> Tensor:
+def _decode_layer(stored: Source, reader: LayoutReader, name: str, dtype: torch.dtype) -> Tensor:
     q, order_name = reader.layer(name).weight, f"{name}.weight_g_idx"
     assert q is not None
     if order_name not in stored.tensors:

@@ -7,16 +7,18 @@ entry for each in `detent.checkpoints.quantized`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from detent.checkpoints.folder import CheckpointWriter
 from detent.checkpoints.records import LayerCheckpoint, ModelFormats, describe, parse_description
 from detent.checkpoints.source import Source
 from detent.config import Scheme
 from detent.external.files import parse_json
-from detent.formats import Scales
+from detent.formats import Format, Scales
 
 #: The key of the safetensors header metadata under which Detent leaves what a layout has no place for: the exact
 #: formats (scale rules, signedness), and the outer scales, where the layout stores something rounded.
@@ -29,19 +31,38 @@ class Layout:
     Attributes:
         name: as users know it.
         engines: the engines that load it, for `detent formats` and for messages.
+        fuses: whether its engines run layers with the same input as one, which then need the same format.
+        notes: what the user should know of the checkpoint as this layout has it.
     """
 
     name = ""
     engines: tuple[str, ...] = ()
+    fuses = True
+    notes: Sequence[str] = ()
 
     def with_details(self, **details: Any) -> Layout:
         """This layout with what a user may choose of it, such as an order of packing; what it doesn't know is left."""
+        return self
+
+    def of(self, source: Source) -> Layout:
+        """This layout, with what it has to know of a checkpoint. Raises DetentError where it can't hold such a one."""
         return self
 
     def adapt(self, scheme: Scheme) -> Scheme:
         """`scheme` as this layout stores it, where that is another grid or another dtype of scales. It is asked before
         anything is simulated, so that what is simulated is what is written."""
         return scheme
+
+    def types(self, layers: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Format | None, str]] | None:
+        """The formats of all weights, where the layout decides instead of the scheme; None where it doesn't.
+
+        Args:
+            layers: {name in the file: shape} of linear layers and embeddings.
+
+        Returns:
+            {name: (format, or None for what stays; the reason why it stays)}.
+        """
+        return None
 
     def can_hold(self, formats: ModelFormats) -> str | None:
         """None, or why this layout can't hold the model: the first layer's reason, and what to do about it."""
@@ -58,6 +79,18 @@ class Layout:
     def exact(self, layer: LayerCheckpoint) -> dict[str, str]:
         """Scalars of a layer that the layout rounds, as exact hexadecimal numbers."""
         return {}
+
+    def stores(self, tensor: str) -> bool:
+        """Whether a tensor that isn't quantized has a place in the file."""
+        return True
+
+    def settled(self, tensor: str, value: Tensor) -> Tensor:
+        """A tensor that isn't quantized, with the values and in the dtype that a reader of the file gets."""
+        return value
+
+    def folder_writer(self, out_dir: str | Path, formats: ModelFormats, **options: Any) -> CheckpointWriter:
+        """What writes tensors into a folder; `options` as for `CheckpointWriter`."""
+        return CheckpointWriter(out_dir, **options)
 
     def metadata(self, formats: ModelFormats, exact: Mapping[str, dict[str, str]]) -> dict[str, str]:
         """The header metadata that makes this layout exact for Detent's own reader."""

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from detent.checkpoints.compressed_tensors.layout import CompressedTensorsLayout, CompressedTensorsReader
 from detent.checkpoints.detent_layout import DetentLayout, DetentReader
-from detent.checkpoints.folder import MAX_SHARD_SIZE, CheckpointWriter
+from detent.checkpoints.folder import MAX_SHARD_SIZE
+from detent.checkpoints.gguf.layout import GgufLayout
+from detent.checkpoints.gguf.reader import GgufReader, open_stored
 from detent.checkpoints.layout import Layout, LayoutReader
 from detent.checkpoints.records import LayerCheckpoint, ModelFormats
 from detent.checkpoints.source import Source, quant_method
@@ -20,12 +22,13 @@ from detent.errors import DetentError
 from detent.formats import Scales
 
 #: Every layout by its name; `hf_format` takes the first of `PREFERRED` that holds the model.
-layouts: dict[str, Layout] = {layout.name: layout for layout in (CompressedTensorsLayout(), DetentLayout())}
+layouts: dict[str, Layout] = {layout.name: layout for layout in (CompressedTensorsLayout(), DetentLayout(), GgufLayout())}
 PREFERRED = ("compressed-tensors", "detent")
 #: Readers by the "quant_method" of config.json.
 _READERS: dict[str, Callable[[Source], LayoutReader]] = {
     "compressed-tensors": CompressedTensorsReader,
     "detent": DetentReader,
+    "gguf": GgufReader,
 }
 
 
@@ -122,8 +125,8 @@ class QuantizedWriter:
         self.source = source
         self._missing = set(formats.layers)
         self._exact: dict[str, dict[str, str]] = {}
-        self._folder = CheckpointWriter(
-            out_dir, source=source, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress
+        self._folder = self.layout.folder_writer(
+            out_dir, formats, source=source, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress
         )
 
     def __enter__(self) -> QuantizedWriter:
@@ -240,7 +243,7 @@ class QuantizedCheckpoint:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.source = Source(path, quantized=True)
+        self.source = open_stored(path)
         self.path = self.source.path
         method = quant_method(self.source.config)
         if method is None:

@@ -198,6 +198,13 @@ def make_plan(
                 quant_cfg.append({**entry, "quantizer_name": f"{pattern}.{entry['quantizer_name'].lstrip('*')}"})
     if experts_second_step is not None:
         quant_cfg.extend(second_step(structure, scheme, experts_second_step))
+    decided = _decided(model, names, wanted)
+    if decided is not None:
+        for name, (fmt, _) in decided.items():
+            setting = {"enable": False} if fmt is None else {"cfg": {"format": fmt}}
+            quant_cfg.append({"quantizer_name": f"{name}.weight_quantizer", **setting})
+        patterns, why = (patterns, why) if exclude else ([*more], more)
+        why = {name: reason for name, (fmt, reason) in decided.items() if fmt is None} | why
     quant_cfg.extend({"quantizer_name": f"{pattern}.*", "enable": False} for pattern in patterns)
     if kv_cache is not None:
         elsewhere = check_attention(model, structure)
@@ -228,7 +235,7 @@ def make_plan(
     weights = _weight_tensors(source, model, names, formats)
     weights |= {f"{name}.weight": math.prod(layer.shape) for name, layer in carried.formats.items()}
     kept = {name: reason_kept(name, model, names, why) for name in source.tensors if name not in weights}
-    if structure is not None and not allow_unfused:
+    if structure is not None and not allow_unfused and all(layout.fuses for layout in wanted or ()):
         check_fused(structure, layers, linears)
     if messages := refusals(algorithms, layers):
         raise DetentError("; ".join(messages))
@@ -252,6 +259,21 @@ def make_plan(
         algorithms=algorithms,
         carried=carried,
     )
+
+
+def _decided(
+    model: nn.Module, names: CheckpointNames, wanted: Sequence[Layout] | None
+) -> dict[str, tuple[Format | None, str]] | None:
+    """{module: (format, or None where it stays; the reason)} where the on-disk format decides by itself."""
+    if wanted is None or len(wanted) != 1:
+        return None
+    module_of = {
+        names.layer(name) or name: (name, tuple(module.to_output_first(module.weight, module).shape))
+        for name, module in model.named_modules()
+        if isinstance(module, QuantWeightBase) and isinstance(module, (nn.Linear, nn.Embedding))
+    }
+    found = wanted[0].types({layer: shape for layer, (_, shape) in module_of.items()})
+    return None if found is None else {module_of[layer][0]: decided for layer, decided in found.items()}
 
 
 def _structure(model: nn.Module, needed: bool, overrides: str | Path | None) -> tuple[Structure | None, list[str]]:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from detent.checkpoints import QuantizedCheckpoint, Source, open_quantized, quant_method
+from detent.checkpoints import QuantizedCheckpoint, open_quantized, open_stored, quant_method
 from detent.errors import DetentError
 
 
@@ -20,7 +20,7 @@ def contents(folder: str | Path) -> dict[str, Any]:
     Raises:
         DetentError: the folder isn't a readable checkpoint.
     """
-    source = Source(folder, quantized=True)
+    source = open_stored(folder)
     method = quant_method(source.config)
     tensors: list[dict[str, Any]] = []
     kept = list(source.tensors)

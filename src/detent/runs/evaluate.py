@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from detent.checkpoints import Source, open_quantized, open_source, quant_method
+from detent.checkpoints import Source, open_quantized, open_source, open_stored, quant_method
 from detent.errors import DetentError
 from detent.pretrained.loading import load_config, load_model, load_tokenizer, model_dtype
 from detent.report.resources import available_memory_bytes
@@ -44,7 +44,7 @@ def evaluate_checkpoint(
     run = run or Run()
     evaluation = evaluation or EvaluationOptions()
     folder, builtin = model_folder(model_options)
-    source = Source(folder, quantized=quantized is not False)
+    source = Source(folder) if quantized is False else open_stored(folder)
     if not builtin:
         run.tell_about_texts(None, evaluation)
     method = quant_method(source.config)

@@ -76,7 +76,8 @@ def prepare(
     config = load_config(folder, trust_remote_code=model.trust_remote_code)
     bare = without_weights and holds_no_weights(folder)
     source = _imagined(folder, config, model, run) if bare else open_source(folder)
-    for note in source.notes:
+    wanted = [layout.of(source) for layout in wanted]
+    for note in [*source.notes, *(note for layout in wanted for note in layout.notes)]:
         run.notify(note)
     dtype = model_dtype(model.data_type, config, source)
     chosen = _as_stored(chosen, dtype, wanted)

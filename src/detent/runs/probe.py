@@ -103,7 +103,7 @@ def compare_few_blocks(
         in_file(quantized.formats, plan.names),
         list(out.kept),
         lambda name: replace(quantized.layer(module_of[name], measured=False).record, name=name),
-        lambda name: kept_tensor(name, out.kept[name], source),
+        lambda name: kept_tensor(name, out.kept[name], source, out.layout),
         decoded,
     )
     kv = {plan.names.container(module): pair for module, pair in quantized.kv.items()}

@@ -141,9 +141,9 @@ def _simulate_layer(
     weight = module.to_output_first(module.weight.detach(), module).contiguous()
     simulated = layer_as_quantized(name, module, plan, weight, outcomes, error)
     assert simulated.record.weight is not None
-    # A tied weight gets memory of its own, so that its twin does not change.
+    # A tied weight gets memory of its own, so that its twin doesn't change: unless it is what the file has for both.
     value = module.from_output_first(decode(simulated.record.weight, weight.dtype).to(weight.device), module)
-    edit.put(module, "weight", value, name, untie=True)
+    edit.put(module, "weight", value, name, untie=not isinstance(module, nn.Embedding))
     module.weight_quantizer.disable()
     return simulated
 

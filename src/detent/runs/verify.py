@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detent.checkpoints import LayerCheckpoint, ModelFormats, QuantizedCheckpoint, Source, open_quantized
+from detent.checkpoints import LayerCheckpoint, Layout, ModelFormats, QuantizedCheckpoint, Source, open_quantized
 from detent.checkpoints.folder import digest
 from detent.checkpoints.records import ATTENTION_SIDES
 from detent.errors import DetentError
@@ -89,8 +89,8 @@ def verify(folder: Path, expected: Expected, source: Source) -> int:
     return len(tensors)
 
 
-def kept_tensor(name: str, how: Kept, source: Source) -> Tensor:
-    """A tensor that is not quantized, as it will be written.
+def kept_tensor(name: str, how: Kept, source: Source, layout: Layout) -> Tensor:
+    """A tensor that is not quantized, as it will be written, and read.
 
     Raises:
         DetentError: a value is not finite, or too large for the dtype that it is cast to.
@@ -98,15 +98,13 @@ def kept_tensor(name: str, how: Kept, source: Source) -> Tensor:
     if isinstance(how, Tensor):
         if not all_finite(how):
             raise DetentError(f"{name} became NaN or infinite while the model was changed, so it is not written")
-        return how.cpu()
+        return layout.settled(name, how.cpu())
     tensor = source.tensor(name)
     if tensor.dtype in _CHECKED and not all_finite(tensor):
         raise damaged(source, name)
-    if how is None or how == tensor.dtype:
-        return tensor
-    cast = tensor.to(how)
-    if how.is_floating_point and not all_finite(cast):
-        raise does_not_fit(name, tensor, how)
+    cast = layout.settled(name, tensor if how is None else tensor.to(how))
+    if cast.is_floating_point() and not all_finite(cast):
+        raise does_not_fit(name, tensor, cast.dtype)
     return cast
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from detent.algorithms.outcome import Outcome
-from detent.checkpoints import LayerCheckpoint, LayerFormats, ModelFormats, QuantizedWriter, Source, choose
+from detent.checkpoints import LayerCheckpoint, LayerFormats, Layout, ModelFormats, QuantizedWriter, Source, choose
 from detent.checkpoints.folder import digest
 from detent.external.schemas import WrittenTensor
 from detent.plan.plan import Plan
@@ -51,6 +51,11 @@ class Written:
     kept: dict[str, Kept]
     expected: Expected
     _writer: QuantizedWriter
+
+    @property
+    def layout(self) -> Layout:
+        """The on-disk format."""
+        return self._writer.layout
 
     def examined(self) -> AbstractContextManager[None]:
         """For looking at the folder: errors name it as the user did, and say that nothing was written."""
@@ -99,14 +104,15 @@ def written(
         DetentError: the folder can't be written; a value that stays is not finite, or not in its new dtype.
     """
     names, layers = plan.names, dict[str, LayerResult]()
-    formats, kept = in_file(quantized.formats, names), _kept(plan, quantized, held)
+    formats = in_file(quantized.formats, names)
     kv = {names.container(module): pair for module, pair in quantized.kv.items()}
     examples: dict[LayerFormats, LayerCheckpoint] = {}
     module_of = {f"{names.layer(name) or name}.weight": name for name in quantized.formats.layers}
-    place = {tensor: index for index, tensor in enumerate(source.tensors)}
-    order = sorted(module_of.keys() | kept.keys(), key=lambda tensor: (place.get(tensor, len(place)), tensor))
     # Algorithms may have left something that the plan doesn't know of: a rotation at run time, a low-rank branch.
     layout = plan.layout if plan.layout.can_hold(formats) is None else choose(formats, plan.wanted)[0]
+    kept = {tensor: how for tensor, how in _kept(plan, quantized, held).items() if layout.stores(tensor)}
+    place = {tensor: index for index, tensor in enumerate(source.tensors)}
+    order = sorted(module_of.keys() | kept.keys(), key=lambda tensor: (place.get(tensor, len(place)), tensor))
     done = {} if journal is None else journal.written()
     with QuantizedWriter(
         out_dir,
@@ -137,14 +143,16 @@ def written(
                 if before and before.digest is not None and writer.has(tensor):
                     same[tensor] = before.digest
                     continue
-                value = kept_tensor(tensor, kept[tensor], source)
+                value = kept_tensor(tensor, kept[tensor], source, layout)
                 writer.add_tensor(tensor, value)
                 same[tensor] = digest(value)
                 note(WrittenTensor(tensor=tensor, names=[tensor], digest=same[tensor]))
         for module, (key, value_scales, *more) in kv.items():
             writer.add_kv(module, key, value_scales, *more)
         folder = writer.close(_config(source, plan, quantized, dtype))
-        parts = frozenset(plan.parameters.keys() - module_of.keys())
+        parts = frozenset(
+            [*(plan.parameters.keys() - module_of.keys()), *(name for name in plan.kept if not layout.stores(name))]
+        )
         expected = Expected(formats, list(examples.values()), same, kv, dict(writer.digests), parts)
         yield Written(folder, layers, kept, expected, writer)
 
