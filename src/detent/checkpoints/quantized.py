@@ -22,7 +22,9 @@ from detent.errors import DetentError
 from detent.formats import Scales
 
 #: Every layout by its name; `hf_format` takes the first of `PREFERRED` that holds the model.
-layouts: dict[str, Layout] = {layout.name: layout for layout in (CompressedTensorsLayout(), DetentLayout(), GgufLayout())}
+layouts: dict[str, Layout] = {
+    layout.name: layout for layout in (CompressedTensorsLayout(), DetentLayout(), GgufLayout())
+}
 PREFERRED = ("compressed-tensors", "detent")
 #: Readers by the "quant_method" of config.json.
 _READERS: dict[str, Callable[[Source], LayoutReader]] = {

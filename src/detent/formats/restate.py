@@ -9,7 +9,8 @@ from torch import Tensor
 
 from detent.formats.elements import Integer
 from detent.formats.format import Format
-from detent.formats.qtensor import QTensor, Scales, decode, encode, same_bits
+from detent.formats.qtensor import QTensor, decode, encode, same_bits
+from detent.formats.stored_scales import Scales
 
 
 def restate(q: QTensor, fmt: Format, *, exact: bool = True) -> QTensor | None:

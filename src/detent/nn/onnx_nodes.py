@@ -25,7 +25,8 @@ from detent.formats import tiles as tl
 from detent.formats.elements import UE5M3, Float
 from detent.formats.exporting import exporting
 from detent.formats.granularity import from_tiles, to_tiles
-from detent.formats.qtensor import fake_quantize, tile_scale
+from detent.formats.qtensor import fake_quantize
+from detent.formats.stored_scales import tile_scale
 
 #: Types of ONNX by name: their numbers (onnx.proto), and what PyTorch holds their codes in.
 TYPES = {
@@ -347,7 +348,9 @@ def _own_scales(fmt: Format, x: Tensor, outer: Tensor | None) -> tuple[Tensor, T
     unit = tl.multiplier(fmt, scale).to(torch.float32).reshape(shape)
     kind = _rounded_as(fmt)
     assert kind is not None
-    return unit, zero.reshape(shape).to(TYPES[kind][1]) if zero is not None else None if shape else _plain_zero(kind, unit)
+    return unit, zero.reshape(shape).to(TYPES[kind][1]) if zero is not None else None if shape else _plain_zero(
+        kind, unit
+    )
 
 
 def _own_operators(fmt: Format, x: Tensor, outer: Tensor | None) -> Tensor | None:
@@ -356,7 +359,9 @@ def _own_operators(fmt: Format, x: Tensor, outer: Tensor | None) -> Tensor | Non
         return None
     if _is_mxfp8(fmt):
         attributes = {"axis": -1, "block_size": 32}
-        codes, scale = _two_nodes("trt::TRT_MXFP8DynamicQuantize", (x,), {**attributes, "output_dtype": 17}, "UINT8", 32)
+        codes, scale = _two_nodes(
+            "trt::TRT_MXFP8DynamicQuantize", (x,), {**attributes, "output_dtype": 17}, "UINT8", 32
+        )
         more = {**attributes, "output_dtype": _FLOAT}
         return _node("trt::TRT_MXFP8DequantizeLinear", (codes, scale), more, "FLOAT", x.shape)
     if fmt.element == E2M1 and fmt.scale.outer and fmt.granularity.group_size == 16:

@@ -73,7 +73,9 @@ def _check_external(path: Path, tensor: Any, onnx: Any) -> None:
     with as_detent_error(lambda error: f"{path}: {tensor.name}: its place in {place.name} is {told}"):
         end = int(told.get("offset", 0)) + int(told["length"])
     if end > place.stat().st_size:
-        raise DetentError(f"{place}: {tensor.name} ends at byte {end}, and the file at {place.stat().st_size}; copy it again")
+        raise DetentError(
+            f"{place}: {tensor.name} ends at byte {end}, and the file at {place.stat().st_size}; copy it again"
+        )
 
 
 def unusual_operators(path: Path) -> list[str]:

@@ -18,7 +18,7 @@ from detent.errors import DetentError
 from detent.external.mistakes import as_detent_error, first_line
 from detent.formats import E2M1
 from detent.nn import TensorQuantizer
-from detent.nn.onnx_nodes import BLOCKS_OPSET, FP4_OPSET, STORED_AS, TYPES, Target, made_for
+from detent.nn.onnx_nodes import BLOCKS_OPSET, FP4_OPSET, STORED_AS, Target, made_for
 from detent.nn.quant_module import check_module
 from detent.onnx.check import check_onnx, library, run_in_onnxruntime
 
@@ -109,7 +109,12 @@ def export_onnx(
     if not path.parent.is_dir():
         raise DetentError(f"{path.parent}: there is no such folder")
     target = Target(opset or _least_opset(model), dialect == "tensorrt")
-    with made_for(target), torch.no_grad(), _quiet(), as_detent_error(lambda error: _told(path, error), more=(Exception,)):
+    with (
+        made_for(target),
+        torch.no_grad(),
+        _quiet(),
+        as_detent_error(lambda error: _told(path, error), more=(Exception,)),
+    ):
         program = torch.onnx.export(
             model,
             inputs,

@@ -213,7 +213,7 @@ def quantize_checkpoint(
                     layers=[layer_report(name, layer) for name, layer in out.layers.items()],
                     calibration=None if batches is None else calibration_report(batches),
                     output_dir=str(output),
-                    layout=out.layout,
+                    layout=out.layout.name,
                     verification=verified,
                     made_of=parts,
                 )

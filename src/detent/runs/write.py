@@ -62,11 +62,6 @@ class Written:
         return self._writer.examined()
 
     @property
-    def layout(self) -> str:
-        """The name of the layout."""
-        return self._writer.layout.name
-
-    @property
     def nbytes(self) -> int:
         """The size of all tensors in bytes."""
         return self._writer.nbytes

@@ -129,7 +129,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "starcoder2": Architecture("starcoder2", _GELU),
     "stablelm": Architecture("stablelm", head="required", expects={"qk_layernorm": (False,)}),
     "nemotron": Architecture("nemotron", ("relu2",), shifted=True, head="required"),
-    "gpt_oss": Architecture("gpt-oss", head="required", window=2, more={"expert_feed_forward_length": ("intermediate_size",)}),
+    "gpt_oss": Architecture(
+        "gpt-oss", head="required", window=2, more={"expert_feed_forward_length": ("intermediate_size",)}
+    ),
     "deepseek_v2": Architecture("deepseek2", **_DEEPSEEK, defaults={"expert_gating_func": 1}),
     "deepseek_v3": Architecture("deepseek2", **_DEEPSEEK, defaults={"expert_gating_func": 2}),
 }
@@ -247,7 +249,10 @@ def _rotation(arch: Architecture, config: Any) -> dict[str, Any]:
     if not rope:
         return {}
     share = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
-    values = {"rope.freq_base": float(rope.get("rope_theta", 10000.0)), "rope.dimension_count": int(head_size(config) * share)}
+    values = {
+        "rope.freq_base": float(rope.get("rope_theta", 10000.0)),
+        "rope.dimension_count": int(head_size(config) * share),
+    }
     if local:
         values["rope.freq_base_swa"] = float(local.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", "default")

@@ -27,7 +27,6 @@ from detent.checkpoints.layout import Layout
 from detent.checkpoints.records import LayerCheckpoint, ModelFormats
 from detent.checkpoints.source import Source
 from detent.config import Scheme
-from detent.errors import DetentError
 from detent.formats import Format, Integer, per_group
 
 
@@ -89,9 +88,7 @@ class GgufLayout(Layout):
         tokens, notes = vocabulary(source.path, config.vocab_size)
         return replace(
             self,
-            checkpoint=_Checkpoint(
-                arch, config, names, tensors, values | tokens, [*notes, *notes_on(arch, config)]
-            ),
+            checkpoint=_Checkpoint(arch, config, names, tensors, values | tokens, [*notes, *notes_on(arch, config)]),
         )
 
     @property
@@ -125,7 +122,9 @@ class GgufLayout(Layout):
 
     def can_hold(self, formats: ModelFormats) -> str | None:
         if formats.kv_cache is not None or formats.attention is not None:
-            return "GGUF has no place for scales of keys and values; llama.cpp chooses the type of its cache at run time"
+            return (
+                "GGUF has no place for scales of keys and values; llama.cpp chooses the type of its cache at run time"
+            )
         for name, layer in formats.layers.items():
             if layer.input is not None or layer.output is not None:
                 return f"{name}: GGUF holds weights alone, no formats of activations; leave them out of the scheme"
@@ -210,6 +209,8 @@ def as_gguf(fmt: Format) -> Format:
     """A format as a type of GGUF has it, where one has codes of the same numbers in groups of the same size."""
     element = fmt.element
     if fmt.granularity == per_group(32) and isinstance(element, Integer):
-        kind = {4: ("Q4_0", "Q4_1"), 5: ("Q5_0", "Q5_1"), 8: ("Q8_0", None)}.get(element.bits, (None, None))[not fmt.symmetric]
+        kind = {4: ("Q4_0", "Q4_1"), 5: ("Q5_0", "Q5_1"), 8: ("Q8_0", None)}.get(element.bits, (None, None))[
+            not fmt.symmetric
+        ]
         return fmt if kind is None else BLOCKS[kind].format or fmt
     return fmt

@@ -31,7 +31,9 @@ _INSTEAD = {
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
 }
-_NOT_QUANTIZED = re.compile(r"(_norm|ffn_gate_inp|ffn_gate_inp_shexp|position_embd|attn_k_b|attn_v_b|attn_sinks)\.|\.bias$")
+_NOT_QUANTIZED = re.compile(
+    r"(_norm|ffn_gate_inp|ffn_gate_inp_shexp|position_embd|attn_k_b|attn_v_b|attn_sinks)\.|\.bias$"
+)
 
 
 @dataclass(frozen=True)

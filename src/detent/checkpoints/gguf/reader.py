@@ -7,7 +7,6 @@ that Detent has no format for, or is a part of a larger tensor, is decoded as it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,9 @@ class GgufSource(Source):
         self.path, self.file, self.metadata, self._open = file.parent, file, {}, {}
         header = read_header(file)
         if int(header.values.get("split.count", 1)) > 1:
-            raise DetentError(f"{file} is one of {header.values['split.count']} parts; join them: llama-gguf-split --merge")
+            raise DetentError(
+                f"{file} is one of {header.values['split.count']} parts; join them: llama-gguf-split --merge"
+            )
         self._entries = header.tensors
         self.config = _config(file) | {"quantization_config": {"quant_method": "gguf"}}
         arch, config = architecture_of(self.config)
@@ -121,7 +122,9 @@ class GgufSource(Source):
         """Whether a tensor is given as the bytes of its codes."""
         entry, _ = self.entry(name)
         block = BLOCKS.get(entry.kind)
-        return block is not None and block.format is not None and len(entry.shape) > 1 and self._names.split(name) is None
+        return (
+            block is not None and block.format is not None and len(entry.shape) > 1 and self._names.split(name) is None
+        )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The logical shape of a coded tensor."""

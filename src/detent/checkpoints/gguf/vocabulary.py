@@ -77,13 +77,17 @@ def vocabulary(folder: Path, size: int) -> tuple[dict[str, Any], list[str]]:
 
 
 def _refused(rules: dict[str, Any]) -> dict[str, Any]:
-    raise DetentError(f"a tokenizer of type {rules['model']['type']} can't be written as GGUF: llama.cpp has none like it")
+    raise DetentError(
+        f"a tokenizer of type {rules['model']['type']} can't be written as GGUF: llama.cpp has none like it"
+    )
 
 
 def _tokens(rules: dict[str, Any], model: str, size: int) -> tuple[list[str], list[int]]:
     """(texts, types) of all tokens, by number; rows of the embedding that have none get names."""
     vocab = rules["model"]["vocab"]
-    known = {i: pair[0] for i, pair in enumerate(vocab)} if isinstance(vocab, list) else {i: t for t, i in vocab.items()}
+    known = (
+        {i: pair[0] for i, pair in enumerate(vocab)} if isinstance(vocab, list) else {i: t for t, i in vocab.items()}
+    )
     unknown = rules["model"].get("unk_token") or known.get(rules["model"].get("unk_id"))
     byte = bool(rules["model"].get("byte_fallback"))
     added = {token["id"]: token for token in rules["added_tokens"]}
@@ -134,7 +138,9 @@ def _unigram(rules: dict[str, Any]) -> dict[str, Any]:
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.scores": {text: float(score) for text, score in rules["model"]["vocab"]},
         "tokenizer.ggml.add_space_prefix": _adds_space(rules),
-        "tokenizer.ggml.remove_extra_whitespaces": any(part["type"] == "Replace" for part in _parts(rules, "normalizer")),
+        "tokenizer.ggml.remove_extra_whitespaces": any(
+            part["type"] == "Replace" for part in _parts(rules, "normalizer")
+        ),
     }
     for part in _parts(rules, "normalizer"):
         if part["type"] == "Precompiled":
