@@ -201,6 +201,14 @@ def test_quantized_already(place: Workplace, tmp_path: Path) -> None:
     refused(detent("quantize", *reload), "not quantized")
 
 
+def test_reloading_as_another_file_format(place: Workplace) -> None:
+    place.quantize("--skip_evaluation")
+    reload = ["--model_reload", "--import_model_dir", place.out, "--eval_dataset", place.evaluation, "--device", "cpu"]
+    for wrong in ("quark_format", "gguf"):
+        message = f"is of hf_format (compressed-tensors), not of {wrong}"
+        refused(detent("quantize", *reload, "--import_file_format", wrong), message)
+
+
 class TestOutputFolder:
     def test_source_itself_inside_and_around(self, copy: Workplace) -> None:
         before = contents(copy.model)

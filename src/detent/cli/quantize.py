@@ -223,7 +223,9 @@ def quantize(
     for notice in notices:
         run.notify(notice)
     if only_evaluate:
-        report = evaluate_checkpoint(asked.model, asked.evaluation, quantized=model_reload, run=run)
+        report = evaluate_checkpoint(
+            asked.model, asked.evaluation, quantized=model_reload, file_format=import_file_format, run=run
+        )
     else:
         report = quantize_checkpoint(
             asked.model,

@@ -16,12 +16,16 @@ from detent.runs.options import EvaluationOptions, ModelOptions
 from detent.runs.parts import stored_parts
 from detent.runs.run import BUILTIN_MODEL, Run, model_folder
 
+#: What users call the format of files in which weights of these methods are.
+_FILE_FORMATS = {"quark": "quark_format", "gguf": "gguf"}
+
 
 def evaluate_checkpoint(
     model_options: ModelOptions,
     evaluation: EvaluationOptions | None = None,
     *,
     quantized: bool | None = None,
+    file_format: str | None = None,
     run: Run | None = None,
 ) -> RunReport:
     """Measure the perplexity of a checkpoint. The result is ``perplexity.after`` for a quantized checkpoint
@@ -30,6 +34,8 @@ def evaluate_checkpoint(
     Args:
         model_options, evaluation: what to measure, on what.
         quantized: whether the checkpoint has to be quantized, or must not be; None takes both.
+        file_format: what a quantized checkpoint has to be: ``quark_format``, ``gguf``, or ``hf_format`` for one with a
+            config.json that says how its safetensors are read; None for whatever the folder says.
         run: the run in progress.
 
     Raises:
@@ -50,6 +56,11 @@ def evaluate_checkpoint(
     method = quant_method(source.config)
     if quantized and method is None:
         raise DetentError(f"{folder} is not quantized: its config.json has no quantization_config")
+    found = _FILE_FORMATS.get(method or "", "hf_format")
+    if file_format not in (None, found) and not (file_format == "hf_format" and found == "quark_format"):
+        raise DetentError(
+            f"{folder} is of {found} ({method}), not of {file_format}; leave the file format out, or name that"
+        )
     trust = model_options.trust_remote_code
     checkpoint = None if method is None else open_quantized(folder)
     config = load_config(folder, trust_remote_code=trust)
