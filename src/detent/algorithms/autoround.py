@@ -57,14 +57,19 @@ class OffsetWeight(GridWeight):
 
     def forward(self) -> Tensor:
         unit, zero_point = self._affine()
-        position = self._tiles / torch.where(unit == 0, 1.0, unit)
+        tiles, minimum = self._tiles, None
+        if self._minimum is not None and zero_point is not None:
+            minimum, zero_point = zero_point, None
+            tiles = tiles - minimum
+        position = tiles / torch.where(unit == 0, 1.0, unit)
         if zero_point is not None:
             position = position + zero_point
         position = position + self.offset * _gap(position.detach(), self._fmt.element)
         grid = nearest(position, self._fmt.element)
         if zero_point is not None:
             grid = grid - zero_point
-        return from_tiles(grid * unit, self._fmt.granularity, self._shape)
+        tiles = grid * unit if minimum is None else grid * unit + minimum
+        return from_tiles(tiles, self._fmt.granularity, self._shape)
 
     def _affine(self) -> tuple[Tensor, Tensor | None]:
         # The formula of `formats.tiles` for a range's scale and zero point, written out with a gradient.
@@ -74,6 +79,11 @@ class OffsetWeight(GridWeight):
             return passed_on(self._unit * self.high, self._fmt), self._zero_point
         element, zero_point = self._fmt.element, self._zero_point
         assert zero_point is not None
+        if self._minimum is not None:
+            low = self._minimum * self.low
+            high = (self._minimum + element.maximum * self._unit) * self.high
+            stored = low.detach().to(torch.float16).to(torch.float32)
+            return passed_on((high - low) / element.maximum, self._fmt), low + (stored - low.detach())
         low = (element.minimum - zero_point) * self._unit * self.low
         high = (element.maximum - zero_point) * self._unit * self.high
         scale = passed_on((high - low) / (element.maximum - element.minimum), self._fmt)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from detent.algorithms.objective import check_elementwise, has_free_scale, requantize
 from detent.errors import DetentError
-from detent.formats import FloatScale, Format, Integer, Scales, float32
+from detent.formats import FloatScale, Format, Integer, Scales, SearchedScale, float32
 from detent.formats.elements import Element
 from detent.formats.granularity import from_tiles, to_tiles
 from detent.formats.stored_scales import tile_scale
@@ -53,6 +53,8 @@ class GridWeight(nn.Module):
         self.free = has_free_scale(fmt)
         scale = tile_scale(fmt, scales)
         self._zero_point = scale.zero_point
+        #: A stored minimum, where the format has one: it isn't trained.
+        self._minimum = scale.zero_point if fmt.zero_point == "minimum" else None
         self._unit = multiplier(fmt, scale).to(torch.float32)
 
     def _affine(self) -> tuple[Tensor, Tensor | None]:
@@ -64,7 +66,7 @@ class GridWeight(nn.Module):
         """(the values, float32 [out, in]; their scales): encoding the values under the scales is exact."""
         scales = self._scales
         if self.free:
-            assert isinstance(self._fmt.scale, FloatScale)
+            assert isinstance(self._fmt.scale, FloatScale | SearchedScale)
             unit, zero_point = self._affine()
             stored, zeros = self._fmt.scale.store(unit).reshape(scales.scale.shape), scales.zero_point
             if zeros is not None and zero_point is not None:
@@ -105,14 +107,19 @@ class LearnedWeight(GridWeight):
 
     def _position(self, weight: Tensor) -> Tensor:
         tiles = to_tiles(weight, self._fmt.granularity).double()
+        if self._minimum is not None:
+            tiles = tiles - self._minimum
         quotient = torch.where(self._unit == 0, 0.0, tiles / self._unit.double())
-        if self._zero_point is not None:
+        if self._zero_point is not None and self._minimum is None:
             quotient += self._zero_point
         return quotient.float()
 
     def forward(self) -> Tensor:
         scale, zero_point = self._affine()
-        tiles = _on_grid(self.position, scale, zero_point, self._fmt.element)
+        if self._minimum is not None:
+            tiles = _on_grid(self.position, scale, None, self._fmt.element) + self._minimum
+        else:
+            tiles = _on_grid(self.position, scale, zero_point, self._fmt.element)
         return from_tiles(tiles, self._fmt.granularity, self._shape)
 
     def _affine(self) -> tuple[Tensor, Tensor | None]:
@@ -132,9 +139,11 @@ class LearnedWeight(GridWeight):
     def latent(self) -> Tensor:
         """The weight whose positions these are, float32 in the weight's shape."""
         scale, zero_point = self._affine()
-        return from_tiles(
-            (self.position - (0.0 if zero_point is None else zero_point)) * scale, self._fmt.granularity, self._shape
-        )
+        if self._minimum is not None:
+            tiles = self.position * scale + self._minimum
+        else:
+            tiles = (self.position - (0.0 if zero_point is None else zero_point)) * scale
+        return from_tiles(tiles, self._fmt.granularity, self._shape)
 
 
 def passed_on(scale: Tensor, fmt: Format) -> Tensor:
@@ -144,7 +153,7 @@ def passed_on(scale: Tensor, fmt: Format) -> Tensor:
 
 def storable(scale: Tensor, fmt: Format) -> Tensor:
     """The float32 scale nearest to `scale` that the format can store; its sign is kept."""
-    assert isinstance(fmt.scale, FloatScale)
+    assert isinstance(fmt.scale, FloatScale | SearchedScale)
     return torch.copysign(fmt.scale.quantize(scale.abs(), None), scale)
 
 

@@ -97,11 +97,12 @@ def check_elementwise(fmt: Format, algorithm: str) -> None:
 class Units:
     """What the codes of a weight [out, in] mean, column by column.
 
-    ``element.nearest(w / unit + zero_point)`` is the code of w, and ``(code - zero_point) * unit`` its value.
+    ``element.nearest(w / unit + zero_point)`` is the code of w, and ``(code - zero_point) * unit`` its value; where
+    minimums are stored, ``element.nearest((w - minimum) / unit)`` and ``code * unit + minimum``.
 
     Attributes:
         unit: float32 [n, out]; columns that share their scales share a row here.
-        zero_point: the same for zero points, or None.
+        zero_point: the same for zero points or minimums, or None.
         at: int64 [in], which row belongs to each column.
     """
 
@@ -155,6 +156,10 @@ def nearest_values(weight: Tensor, fmt: Format, unit: Tensor, zero_point: Tensor
     Each is exactly the value of its code. A quotient that float32 rounds to the midpoint between two codes may take
     either.
     """
+    if fmt.zero_point == "minimum":
+        assert zero_point is not None
+        quotient = (weight - zero_point).div_(torch.where(unit == 0, torch.inf, unit))
+        return float32.nearest(fmt.element, quotient, over=True).mul_(unit).add_(zero_point)
     if not float32.supports(fmt):
         quotient = weight.double() / unit
         if zero_point is None:
@@ -202,7 +207,7 @@ def rounded_under(weight: Tensor, fmt: Format, scale: TileScale) -> Tensor:
 
 def has_free_scale(fmt: Format) -> bool:
     """Whether a scale of this format can take (nearly) any value: a float of 16 bits or more, none on top of it."""
-    return isinstance(fmt.scale, FloatScale) and not fmt.scale.outer and fmt.scale.bits > 8
+    return not fmt.scale.outer and fmt.scale.bits > 8
 
 
 def requantize(weight: Tensor, fmt: Format, scales: Scales) -> Tensor:

@@ -22,11 +22,11 @@ from torch import Tensor
 from detent.algorithms.layer import Layer
 from detent.algorithms.max import weight_range
 from detent.algorithms.mse import e4m3_ranges
-from detent.algorithms.objective import PIECE, has_free_scale, quick_tile_values
+from detent.algorithms.objective import PIECE, has_free_scale, quick_tile_values, rounded_to_nearest
 from detent.algorithms.outcome import Outcome
 from detent.algorithms.site_work import SiteWork
 from detent.errors import DetentError
-from detent.formats import FloatScale, Format, Integer, Scales, float32, scales_from_range
+from detent.formats import FloatScale, Format, Integer, Scales, SearchedScale, encode, float32, scales_from_range
 from detent.formats.granularity import to_tiles
 from detent.formats.tiles import TileScale, multiplier, scale_from_range
 from detent.statistics import SiteStatistics
@@ -47,6 +47,7 @@ class RangeChoice:
         before, after: the objective, summed over all tiles, of the range of round-to-nearest and of this one.
         turned: bool in the shape of the scales: which tiles are better off with a negative scale; None where that
             wasn't asked.
+        found: the scales themselves, of formats that search them.
     """
 
     low: Tensor
@@ -54,9 +55,12 @@ class RangeChoice:
     before: float
     after: float
     turned: Tensor | None = None
+    found: Scales | None = None
 
     def scales(self, fmt: Format, amax_tensor: Tensor | None = None) -> Scales:
         """The scales that the ranges give, in the shape that the ranges have."""
+        if self.found is not None:
+            return self.found
         scales = scales_from_range(fmt, self.low, self.high, amax_tensor=amax_tensor)
         if self.turned is None:
             return scales
@@ -67,7 +71,8 @@ def can_turn(fmt: Format) -> bool:
     """Whether a negative scale can be better: signed integers with a code to spare below zero, and a free scale."""
     element = fmt.element
     lopsided = isinstance(element, Integer) and element.signed and not element.narrow
-    return lopsided and has_free_scale(fmt) and fmt.zero_point == "none" and fmt.base is None
+    free = isinstance(fmt.scale, FloatScale) and has_free_scale(fmt)
+    return lopsided and free and fmt.zero_point == "none" and fmt.base is None
 
 
 def range_factors(fmt: Format, count: int) -> list[float]:
@@ -136,6 +141,8 @@ def weighted_range(
     """
     rule = fmt.scale
     low, high = weight_range(weight, fmt)
+    if isinstance(rule, SearchedScale):
+        return _format_search(weight, fmt, moment, low, high)
     outer = None
     if isinstance(rule, FloatScale) and rule.outer:
         outer = rule.outer_scale(weight.detach().abs().amax() if global_amax is None else global_amax, fmt.element)
@@ -164,6 +171,20 @@ def weighted_range(
         sum(float(best.error.sum(dtype=torch.float64)) for best in found),
         torch.cat([best.negative for best in found]).reshape(low.shape) if turn else None,
     )
+
+
+def _format_search(weight: Tensor, fmt: Format, moment: Tensor, low: Tensor, high: Tensor) -> RangeChoice:
+    """What a format that searches its scales finds under the diagonal of `moment`, if it is better than without it."""
+    wide = weight.detach().float()
+    diagonal = moment if moment.dim() == 1 else moment.diagonal(dim1=1, dim2=2).flatten()[: weight.shape[1]]
+    measure = _block_error(moment) if moment.dim() == 3 else _diagonal_error(weight, fmt, moment)
+    found, errors = [], []
+    for importance in (None, diagonal.clamp_min(0.0)):
+        scales = encode(wide, fmt, importance=importance).scales
+        difference = to_tiles(rounded_to_nearest(wide, fmt, scales).sub_(wide), fmt.granularity)
+        found.append(scales)
+        errors.append(float(measure(slice(0, len(difference)), difference).sum(dtype=torch.float64)))
+    return RangeChoice(low, high, errors[0], min(errors), found=found[errors[1] < errors[0]])
 
 
 @dataclass(frozen=True)
@@ -312,7 +333,7 @@ def take_ranges(site: SiteWork, layer: Layer, algorithm: str, weighing: Tensor, 
     """Give a layer the ranges that a search found."""
     objective = "error weighed by G's " + ("blocks" if weighing.dim() == 3 else "diagonal")
     site.note(layer, Outcome(algorithm, objective, choice.before, choice.after))
-    if choice.turned is None:
+    if choice.turned is None and choice.found is None:
         site.set_range(layer, choice.low, choice.high)
     else:
         site.set_scales(layer, choice.scales(layer.format))

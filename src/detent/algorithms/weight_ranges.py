@@ -10,7 +10,7 @@ from detent.algorithms.mse import least_error_range
 from detent.algorithms.registry import handler_of
 from detent.config import QuantizeAlgorithmConfig
 from detent.errors import DetentError
-from detent.formats import FloatScale
+from detent.formats import FloatScale, PowerOfTwoScale, SearchedScale
 from detent.formats.checks import all_finite
 from detent.nn import QuantWeightBase, TensorQuantizer, quantizers_of
 from detent.nn.sequential import Quantizer, members_of
@@ -57,8 +57,12 @@ def _improve(quantizer: TensorQuantizer, weight: Tensor, config: QuantizeAlgorit
     if fmt.dynamic or not isinstance(rule, FloatScale):
         if handler is not None and handler.searches_weights:
             assert config is not None
-            kind = "dynamic scales" if isinstance(rule, FloatScale) else "scales that are powers of two"
-            notify(f"{config.method} changed nothing for {fmt}: {kind} follow from the largest magnitude")
+            reason = "dynamic scales follow from the largest magnitude"
+            if isinstance(rule, PowerOfTwoScale):
+                reason = "scales that are powers of two follow from the largest magnitude"
+            elif isinstance(rule, SearchedScale):
+                reason = "its scales are those of least squared error anyway"
+            notify(f"{config.method} changed nothing for {fmt}: {reason}")
         return
     if rule.outer:
         quantizer.global_amax = weight.abs().amax()

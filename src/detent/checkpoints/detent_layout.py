@@ -28,9 +28,9 @@ from detent.checkpoints.records import (
 )
 from detent.checkpoints.source import Source
 from detent.errors import DetentError
-from detent.formats import Format, Integer, PowerOfTwoScale, QTensor, Scales
+from detent.formats import Format, Integer, PowerOfTwoScale, QTensor, Scales, SearchedScale
 from detent.formats.packing import pack, unpack
-from detent.formats.stored import check_scales, check_stored
+from detent.formats.stored import check_scales, check_stored, scales_layout
 
 
 class DetentLayout(Layout):
@@ -79,13 +79,22 @@ class DetentLayout(Layout):
 
 
 def _scale_tensors(side: str, fmt: Format, scales: Scales) -> dict[str, Tensor]:
-    tensors = {f"{side}.scale": scales.scale} if scales.scale.numel() or scales.outer_scale is None else {}
-    if scales.zero_point is not None:
-        packed = fmt.zero_point == "int"
-        tensors[f"{side}.zero_point"] = _pack_bits(scales.zero_point, fmt.element.bits) if packed else scales.zero_point
+    tensors = {}
+    widths = _packed_widths(fmt)
+    if scales.scale.numel() or scales.outer_scale is None:
+        tensors[f"{side}.scale"] = _pack_bits(scales.scale, widths["scale"]) if "scale" in widths else scales.scale
+    if (zero := scales.zero_point) is not None:
+        tensors[f"{side}.zero_point"] = _pack_bits(zero, widths["zero_point"]) if "zero_point" in widths else zero
     if scales.outer_scale is not None:
         tensors[f"{side}.outer_scale"] = scales.outer_scale
     return tensors
+
+
+def _packed_widths(fmt: Format) -> dict[str, int]:
+    """The bits of scales and zero points that are integers, by field."""
+    if isinstance(fmt.scale, SearchedScale) and fmt.scale.tiles:
+        return {"scale": fmt.scale.bits, "zero_point": fmt.scale.bits}
+    return {"zero_point": fmt.element.bits} if fmt.zero_point == "int" else {}
 
 
 def _as_rows(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -225,16 +234,15 @@ class DetentReader:
         return check_stored(q, f"{self.source.path}: {name}")
 
     def _scales(self, prefix: str, fmt: Format, grid: tuple[int, ...]) -> Scales:
-        scale = self._tensor(f"{prefix}.scale", grid, fmt.scale.stored_dtype)
-        zero_point = None
-        if fmt.zero_point == "float":
-            zero_point = self._tensor(f"{prefix}.zero_point", grid, torch.float32)
-        elif fmt.zero_point == "int":
-            assert isinstance(fmt.element, Integer)
-            name = f"{prefix}.zero_point"
-            zero_point = self._codes(name, grid, fmt.element.bits, torch.int32, fmt.element.signed)
-        outer = self._tensor(f"{prefix}.outer_scale", (), torch.float32) if fmt.has_outer_scale else None
-        return self._checked(prefix, fmt, Scales(scale, zero_point, outer), of_weight=prefix.endswith(".weight"))
+        widths, found = _packed_widths(fmt), {}
+        for field, (shape, dtype) in scales_layout(fmt, grid).items():
+            name = f"{prefix}.{field}"
+            if field in widths:
+                signed = dtype == torch.int8 or (dtype == torch.int32 and fmt.element.minimum < 0)
+                found[field] = self._codes(name, shape, widths[field], dtype, signed)
+            else:
+                found[field] = self._tensor(name, shape, dtype)
+        return self._checked(prefix, fmt, Scales(**found), of_weight=prefix.endswith(".weight"))
 
     def _checked(self, prefix: str, fmt: Format, scales: Scales, *, of_weight: bool = False) -> Scales:
         check_scales(fmt, scales, f"{self.source.path}: {prefix}", of_weight=of_weight)

@@ -6,6 +6,7 @@ A name is an element followed by qualifiers in any order, joined by underscores:
     element   = int2..int8 | uint2..uint8 | fp8[_e4m3|_e5m2] | fp6[_e2m3|_e3m2] | fp4 | nf4
               | mxfp8[_e4m3|_e5m2] | mxfp6[_e2m3|_e3m2] | mxfp4 | mxint8 | mx4 | mx6 | mx9 | bfp16 | nvfp4
               | int2..int8 "_on_fp8"                              (integers on the codes of FP8)
+              | q4_0 | q4_1 | q5_0 | q5_1 | q8_0 | q2_k .. q6_k | iq4_nl | iq4_xs | tq1_0 | tq2_0 | q1_0   (GGUF's)
               | bfloat16 | float16                                (not quantized)
     qualifier = per_tensor | per_channel | per_group | per_token | g<size> | sym | asym | static | dynamic
               | mse | percentile | entropy                        (how a range is calibrated; default: its maximum)
@@ -24,6 +25,7 @@ from typing import Literal
 from detent.config.base import shown
 from detent.errors import DetentError
 from detent.formats import (
+    GGUF_FORMATS,
     Format,
     Granularity,
     bfp16,
@@ -48,11 +50,13 @@ _UNQUANTIZED = ("bfloat16", "float16")
 #: Formats that are one block of a certain size by definition.
 _FIXED_GROUPS = {"mx": 32, "micro": 16, "bfp16": 8, "two_stage": 16}
 _DEFAULT_GROUP = 128
+#: Tensor types of GGUF that no other name stands for.
+_GGUF = {name.lower(): fmt for name, fmt in GGUF_FORMATS.items() if not name.endswith("FP4")}
 _SCALE_NAMES = ("float32", "e4m3", "fp8", "ue5m3", "ue5m3_global")
 
 _ELEMENTS = (
     "int2 to int8, uint2 to uint8, fp8, fp6, fp4, nf4, mxfp8, mxfp6, mxfp4, mxint8, mx4, mx6, mx9, bfp16, nvfp4,"
-    " bfloat16"
+    " bfloat16, and GGUF's " + ", ".join(_GGUF)
 )
 
 
@@ -99,9 +103,12 @@ class FormatName:
 
     @property
     def family(self) -> str:
-        """``int``, ``float``, ``nf4``, ``mx``, ``micro``, ``bfp16``, ``two_stage``, ``progressive`` or ``none``."""
+        """``int``, ``float``, ``nf4``, ``mx``, ``micro``, ``bfp16``, ``two_stage``, ``progressive``, ``gguf`` or
+        ``none``."""
         if not self.quantized:
             return "none"
+        if self.element in _GGUF:
+            return "gguf"
         if self.element.endswith("_on_fp8"):
             return "progressive"
         if re.fullmatch(r"u?int[2-8]", self.element):
@@ -125,12 +132,14 @@ def parse_name(tokens: list[str]) -> FormatName:
     rest = iter(tokens)
     element = next(rest, "")
     tail = list(rest)
+    if tail and f"{element}_{tail[0]}" in _GGUF:
+        element = f"{element}_{tail.pop(0)}"
     if re.fullmatch(r"int[2-8]", element) and tail[:2] == ["on", "fp8"]:
         element, tail = f"{element}_on_fp8", tail[2:]
     plain = element.removeprefix("mx")
     if not (
         re.fullmatch(r"(mx)?fp[468]|u?int[2-8](_on_fp8)?|mxint8|mx[469]|nf4|nvfp4|bfp16", element)
-        or element in _UNQUANTIZED
+        or element in (*_UNQUANTIZED, *_GGUF)
     ):
         what = f"{shown(element)} is not the name of a format" if element else "the name of a format is missing"
         raise DetentError(f"{what}; known: {_ELEMENTS}")
@@ -176,9 +185,14 @@ def _qualifiers(tokens: list[str]) -> Iterator[tuple[str, str | int | bool]]:
 
 def takes_group_size(name: FormatName, role: Role = "weight") -> int | bool:
     """True where a group size can be chosen, False where there are no groups, else the one possible size."""
-    if name.family in _FIXED_GROUPS:
-        return _FIXED_GROUPS[name.family]
+    if size := _fixed_group(name):
+        return size
     return name.quantized and _granularity_word(name, role) == "per_group"
+
+
+def _fixed_group(name: FormatName) -> int | None:
+    """The size of groups where a format has one by definition."""
+    return _GGUF[name.element].granularity.group_size if name.family == "gguf" else _FIXED_GROUPS.get(name.family)
 
 
 def takes_scale_format(name: FormatName, role: Role = "weight") -> bool:
@@ -201,6 +215,8 @@ def build_format(name: FormatName, role: Role, options: Options) -> Format | Non
 
 def _family_format(name: FormatName, role: Role, options: Options) -> Format:
     family = name.family
+    if family == "gguf":
+        return _GGUF[name.element]
     if family == "mx":
         plain = name.element.removeprefix("mx")
         kind = "int8" if plain == "int8" else name.variant or _VARIANTS[plain][0]
@@ -259,7 +275,7 @@ def _group_size(name: FormatName, options: Options) -> int:
 
 
 def _always_dynamic(name: FormatName, role: Role) -> bool:
-    return name.family in _FIXED_GROUPS or _granularity_word(name, role) in ("per_token", "per_group")
+    return _fixed_group(name) is not None or _granularity_word(name, role) in ("per_token", "per_group")
 
 
 def _check(name: FormatName, role: Role) -> None:
@@ -273,10 +289,11 @@ def _check(name: FormatName, role: Role) -> None:
         raise DetentError("dynamic describes activations; a weight doesn't change, so it has static scales")
     if role == "activation" and name.dynamic is False and _always_dynamic(name, role):
         raise DetentError(f"static: activations in {what} have one scale per token or block, not known in advance")
-    if family in _FIXED_GROUPS:
-        size = _FIXED_GROUPS[family]
-        if name.granularity not in (None, "per_group") or name.group_size not in (None, size):
-            raise DetentError(f"{what} has blocks of {size} along the last axis and no other granularity")
+    size = _fixed_group(name)
+    if size and (name.granularity not in (None, "per_group") or name.group_size not in (None, size)):
+        raise DetentError(f"{what} has blocks of {size} along the last axis and no other granularity")
+    if family == "gguf" and role == "activation":
+        raise DetentError(f"{what} is a format of weights")
     if family == "progressive" and (role == "activation" or name.granularity not in (None, "per_channel")):
         raise DetentError(f"{what} is a format of weights, with one scale per channel")
     if name.group_size is not None and name.granularity not in (None, "per_group"):

@@ -20,7 +20,7 @@ from detent.config.base import nearest, shown
 from detent.config.format_names import FormatName, Options, Role, build_format, check_options, parse_name
 from detent.config.quant_cfg import QuantCfg
 from detent.errors import DetentError
-from detent.formats import Format
+from detent.formats import GGUF_FORMATS, Format
 
 #: The schemes of AMD Quark's quantize_quark.py, in its order, as far as they are in the grammar.
 _QUARK = (
@@ -212,6 +212,8 @@ def canonical_name(name: str) -> str:
     name = str(name).strip().lower()
     if name in _ALIASES:
         return _ALIASES[name]
+    if name.startswith("gguf_"):
+        return f"w_{name.removeprefix('gguf_')}"
     if short := _SHORT.fullmatch(name):
         tiles = "per_channel" if short["tiles"] == "per_channel" else f"per_group_g{short['tiles']}"
         symmetry = "asym" if short["element"].startswith("u") else "sym"
@@ -225,7 +227,8 @@ def canonical_name(name: str) -> str:
 def scheme_aliases() -> dict[str, str]:
     """Older and shorter names, and the names of the grammar that they stand for."""
     short = [f"{e}_wo_{t}" for e in ("int4", "uint4") for t in ("32", "64", "128", "per_channel")] + ["int4_wa_64"]
-    return {alias: canonical_name(alias) for alias in (*_ALIASES, *short, *_DEPRECATED)}
+    gguf = [f"gguf_{name.lower()}" for name in GGUF_FORMATS]
+    return {alias: canonical_name(alias) for alias in (*_ALIASES, *short, *_DEPRECATED, *gguf)}
 
 
 def all_schemes(neighbours: bool = True) -> list[str]:
@@ -240,6 +243,7 @@ def all_schemes(neighbours: bool = True) -> list[str]:
         names += [f"w_fp8_{kind}_per_{t}" for kind in ("e4m3", "e5m2") for t in ("tensor", "channel", "group")]
         names += ["w_fp6_e3m2_per_group", "w_fp6_e2m3_per_group", "w_nf4_per_group", "w_nf4_per_channel"]
         names += ["w_mxfp8_e5m2", "w_mxfp8_e5m2_a_mxfp8_e5m2", "w_mxint8_a_mxint8", "w_mx4", "w_mx4_a_mx4", "w_mx9"]
+        names += [canonical_name(f"gguf_{name}") for name in GGUF_FORMATS]
         names += ["w_int4_on_fp8", "w_int4_per_group_a_fp8_per_tensor", "w_int4_per_group_a_int8_per_token_dynamic"]
     return list(dict.fromkeys(names))
 

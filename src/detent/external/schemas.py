@@ -197,12 +197,15 @@ class ScaleDescription(Description):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    type: Literal["FloatScale", "PowerOfTwoScale"]
+    type: Literal["FloatScale", "PowerOfTwoScale", "SearchedScale"]
     dtype: str | None = None
     rule: str | None = None
     outer: bool | None = None
     four_over_six: bool | None = None
     rounding: str | None = None
+    bits: int | None = None
+    signed: bool | None = None
+    tiles: Annotated[int, Field(ge=0, le=MAX_SIZE)] | None = None
     micro: Annotated[int, Field(ge=0, le=MAX_SIZE)] | None = None
 
 

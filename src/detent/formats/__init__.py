@@ -15,6 +15,7 @@ from detent.formats.format import (
     searched,
     small_float,
 )
+from detent.formats.gguf import GGUF_FORMATS
 from detent.formats.granularity import Granularity, per_block, per_channel, per_group, per_tensor, per_token
 from detent.formats.qtensor import QTensor, decode, encode, encode_packed, fake_quantize, same_bits
 from detent.formats.restate import restate
@@ -27,6 +28,7 @@ __all__ = [
     "E3M2",
     "E4M3",
     "E5M2",
+    "GGUF_FORMATS",
     "NF4",
     "UE5M3",
     "Float",

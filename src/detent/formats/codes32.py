@@ -26,7 +26,7 @@ from torch import Tensor
 
 from detent.formats import float32
 from detent.formats import tiles as tl
-from detent.formats.elements import Element, Float, Integer, power_of_two
+from detent.formats.elements import Element, Float, Integer, Table, power_of_two
 from detent.formats.format import Format
 from detent.formats.memory import in_parts
 from detent.formats.scales import FloatScale, PowerOfTwoScale, SearchedScale
@@ -123,7 +123,9 @@ def divisor_of(fmt: Format, scale: TileScale, dtype: torch.dtype, length: int) -
 def codes(x: Tensor, fmt: Format, divisor: Divisor, room: Scratch, out: Tensor) -> None:
     """Write the codes of `x` [tiles, n], finite, into `out`: contiguous, of the element's storage dtype."""
     element, v = fmt.element, _quotients(x, fmt, divisor, room)
-    if isinstance(element, Integer):
+    if isinstance(element, Table):
+        out.copy_(float32.table_codes(element, v))
+    elif isinstance(element, Integer):
         _integer_codes(v, element, divisor.zero_point, out)
     elif _is_small(element):
         _small_float_codes(v, element, divisor.cut, room, out)
@@ -138,12 +140,14 @@ def values(x: Tensor, fmt: Format, divisor: Divisor, room: Scratch) -> Tensor:
         # Adding the zero point, or 0, makes -0 a +0.
         zero_point = divisor.zero_point
         return v.round_().add_(0.0 if zero_point is None else zero_point).clamp_(element.minimum, element.maximum)
+    if isinstance(element, Table):
+        return float32.nearest(element, v, over=True)
     if _is_small(element):
         bits, _ = _rounded_bits(v, element, divisor.cut, room)
         bits.bitwise_and_(-1 << 10 - element.mantissa_bits)
         return v.copy_(bits.view(torch.float16)).mul_(1 / _unit(element))
     stored = room.codes[: x.numel()].view(x.shape).view(element.storage_dtype)
-    small_float_values(stored.copy_(v.clamp_(element.minimum, element.maximum)), element, room, v)  # type: ignore[arg-type]
+    small_float_values(stored.copy_(v.clamp_(element.minimum, element.maximum)), element, room, v)
     return v
 
 
@@ -259,7 +263,8 @@ def _tie_bits(fmt: Format) -> int:
     """Significant bits of the middle between two neighbours of the grid."""
     if isinstance(fmt.element, Integer):
         return fmt.element.bits + (fmt.zero_point != "none")
-    assert isinstance(fmt.element, Float)
+    if isinstance(fmt.element, Table):
+        return int(max(-2 * fmt.element.minimum, 2 * fmt.element.maximum)).bit_length()
     return fmt.element.mantissa_bits + 2
 
 

@@ -222,6 +222,18 @@ class Table:
     def storage_dtype(self) -> torch.dtype:
         return torch.uint8
 
+    @property
+    def whole(self) -> bool:
+        """Whether all entries are whole numbers, so that twice every middle is one too."""
+        return all(entry == round(entry) for entry in self.entries)
+
+    def places(self) -> tuple[int, list[int]]:
+        """For whole entries: (first, codes), ``codes[floor(2 v) + ceil(2 v) - first]`` being the code of v within the
+        range, in float32 too: that index tells a middle from the numbers on either side of it."""
+        first = math.floor(4 * self.minimum)
+        points = torch.arange(first, math.ceil(4 * self.maximum) + 1, dtype=torch.float64) / 4
+        return first, [int(code) for code in self._index(points)]
+
     def _index(self, v: Tensor) -> Tensor:
         """Index of the nearest entry; a value just between two entries goes to the even index."""
         entries = torch.tensor(self.entries, dtype=torch.float64, device=v.device)

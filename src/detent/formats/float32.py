@@ -11,10 +11,12 @@ such a y and moves it to the side where the exact quotient lies. A quotient by a
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
-from detent.formats.elements import E4M3, E5M2, Element, Float, Integer
+from detent.formats.elements import E4M3, E5M2, Element, Float, Integer, Table
 from detent.formats.format import Format
 from detent.formats.scales import PowerOfTwoScale
 
@@ -34,6 +36,8 @@ def supports(fmt: Format) -> bool:
         return False
     if isinstance(element, Integer):
         return fmt.zero_point != "float"
+    if isinstance(element, Table):
+        return element.whole
     return isinstance(element, Float) and element.signed and (element in _CASTS or 1 <= element.exponent_bits <= 3)
 
 
@@ -66,6 +70,9 @@ def nearest(element: Element, v: Tensor, *, over: bool = False) -> Tensor:
     if isinstance(element, Integer):
         bounded = (v.clamp_ if over else v.clamp)(element.minimum, element.maximum)
         return bounded.add_(_TO_INTEGER).sub_(_TO_INTEGER)
+    if isinstance(element, Table):
+        table = element.table(v.device).index_select(0, table_codes(element, v).reshape(-1))
+        return table.view(v.shape) if not over else v.copy_(table.view(v.shape))
     assert isinstance(element, Float)
     if element in _CASTS:  # conversion instructions, or code as good, exist; they round to even but don't saturate
         return v.clamp(element.minimum, element.maximum).to(_CASTS[element]).to(torch.float32)
@@ -76,6 +83,19 @@ def nearest(element: Element, v: Tensor, *, over: bool = False) -> Tensor:
         below = _TO_INTEGER * 2.0 ** (exponent - 1 - element.mantissa_bits)
         magic = torch.where(magnitude < 2.0**exponent, below, magic)
     return torch.copysign((magnitude + magic) - magic, v)
+
+
+def table_codes(element: Table, v: Tensor) -> Tensor:
+    """The codes of numbers in a table of whole ones, int32 in the shape of `v`; see `Table.places`."""
+    first, codes = _places(element)
+    doubled = v.clamp(element.minimum, element.maximum).mul_(2.0)
+    index = doubled.ceil().add_(doubled.floor_()).sub_(first).to(torch.int32)
+    return torch.tensor(codes, dtype=torch.int32, device=v.device).index_select(0, index.reshape(-1)).view(v.shape)
+
+
+@cache
+def _places(element: Table) -> tuple[int, list[int]]:
+    return element.places()
 
 
 def off_false_ties(quotient: Tensor, x: Tensor, divisor: Tensor) -> Tensor:

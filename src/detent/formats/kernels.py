@@ -25,7 +25,7 @@ from detent.formats.tiles import TileScale
 _PIECE = 1 << 16
 #: The same where there are several threads: an operation on fewer than 2^15 elements runs in the thread that asked for
 #: it, so that threads share pieces, not each operation.
-_SHARED_PIECE = (1 << 15) - 8
+SHARED_PIECE = (1 << 15) - 8
 #: Tensors of fewer elements take the definition: their time is that of calling operations, and it calls fewer.
 _SMALL = 1 << 12
 #: Tiles from this length on have their largest magnitude found among integers, where they have 16 bits.
@@ -54,7 +54,7 @@ def own_scale(tiles: Tensor, fmt: Format, outer: Tensor | None = None) -> tuple[
         for rows, _ in pieces:
             value[rows] = tl.choose_four_or_six(tiles[rows], fmt, low[rows], high[rows], outer).value
 
-    _share(_pieces(tiles, by_columns=False), work)
+    share(_pieces(tiles, by_columns=False), work)
     return TileScale(value, None, outer), largest
 
 
@@ -83,7 +83,7 @@ def ranges(tiles: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
             else:
                 high[rows] = largest_magnitudes(piece, room)
 
-    _share(_pieces(tiles), work)
+    share(_pieces(tiles), work)
     return (low, high) if tl.needs_sign(fmt) else (torch.neg(high, out=low), high)
 
 
@@ -123,7 +123,7 @@ def encode_tiles(tiles: Tensor, fmt: Format, scale: TileScale) -> tuple[Tensor, 
             if micro is not None and exponents is not None:
                 micro[rows] = exponents
 
-    _share(_pieces(tiles, by_columns=micro is None), work)
+    share(_pieces(tiles, by_columns=micro is None), work)
     return out, micro
 
 
@@ -140,7 +140,7 @@ def encode_packed_tiles(tiles: Tensor, fmt: Format, scale: TileScale, out: Tenso
             encode(rows, columns, room, codes[:count].view(rows.stop - rows.start, -1))
             out[start * fmt.bits // 8 : (start + count) * fmt.bits // 8] = pack(codes[:count], fmt.bits, flip=flip)
 
-    _share(_pieces(tiles), work)
+    share(_pieces(tiles), work)
 
 
 def decode_tiles(codes: Tensor, fmt: Format, scale: TileScale, dtype: torch.dtype) -> Tensor:
@@ -154,7 +154,7 @@ def decode_tiles(codes: Tensor, fmt: Format, scale: TileScale, dtype: torch.dtyp
         for rows, columns in pieces:
             decode(part_of(codes, rows, columns), rows, room, part_of(out, rows, columns))
 
-    _share(_pieces(codes), work)
+    share(_pieces(codes), work)
     return out
 
 
@@ -192,7 +192,7 @@ def _simulate(tiles: Tensor, fmt: Format, scale: TileScale) -> Tensor:
             else:
                 decode.finish(codes32.values(piece, fmt, divisor, room), rows, part)
 
-    _share(_pieces(tiles, by_columns=not fmt.scale.micro), work)
+    share(_pieces(tiles, by_columns=not fmt.scale.micro), work)
     return out
 
 
@@ -272,7 +272,7 @@ def _takes_pieces(tiles: Tensor) -> bool:
 def _pieces(tiles: Tensor, by_columns: bool = True) -> list[Piece]:
     """Whole tiles, or parts of one tile where it fills a piece and `by_columns`."""
     count, length = tiles.shape
-    most = _PIECE if torch.get_num_threads() == 1 else min(_PIECE, _SHARED_PIECE)
+    most = _PIECE if torch.get_num_threads() == 1 else min(_PIECE, SHARED_PIECE)
     rows, columns = max(1, most // length), min(length, most) if by_columns else length
     return [
         (slice(top, min(top + rows, count)), slice(left, min(left + columns, length)))
@@ -292,7 +292,7 @@ def rows_of(scale: TileScale, rows: slice) -> TileScale:
     return TileScale(cut[0], cut[1], scale.outer)  # type: ignore[arg-type]
 
 
-def _share(pieces: list[Piece], work: Callable[[list[Piece]], None]) -> None:
+def share(pieces: list[Piece], work: Callable[[list[Piece]], None]) -> None:
     """Call `work` with all pieces, spread over as many threads as pay off."""
     inference = torch.is_inference_mode_enabled()
 

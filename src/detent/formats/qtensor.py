@@ -135,6 +135,7 @@ def encode(
     scales: Scales | None = None,
     *,
     outer_scale: Tensor | None = None,
+    importance: Tensor | None = None,
     name: str = "tensor",
 ) -> QTensor:
     """Codes of `x`, with `scales` or, by default, the scales that the values of `x` ask for.
@@ -145,11 +146,13 @@ def encode(
         scales: scales to use as they are (shape of the grid).
         outer_scale: for a format with an outer scale and no `scales`: the float32 scalar to use instead of the one that
             the largest magnitude of `x` asks for (calibrated once, or shared by several tensors).
+        importance: for a format that searches its scales (those of GGUF), in place of `scales`: float [n], what squared
+            errors in each of the n columns are weighed with, such as the mean square of the input that they multiply.
         name: what error messages call the tensor.
 
     Raises:
         DetentError: NaN or infinity in `x`; negative values for a format that holds none; an axis that `x` lacks;
-            scales for another shape.
+            scales for another shape; an importance that can't be used.
 
     Example:
         >>> import torch, detent
@@ -158,6 +161,11 @@ def encode(
         tensor([[ 7, -3,  1,  0]], dtype=torch.int8)
     """
     check_input(x, name)
+    if importance is not None:
+        if scales is not None or not isinstance(fmt.scale, SearchedScale):
+            raise DetentError(f"{name}: an importance is for scales that are searched, not for [{fmt}]")
+        check_values(x, fmt, name)
+        scales = Scales(*search_scales(x, fmt, importance))
     if fmt.base is not None:
         return _encode_progressive(x, fmt, scales, name)
     shape = tuple(x.shape)

@@ -235,6 +235,14 @@ class SearchedScale:
         least = -(1 << (self.bits - 1)) if self.signed else 0
         return least, least + (1 << self.bits) - 1
 
+    def quantize(self, scale: Tensor, outer: Tensor | None = None) -> Tensor:
+        """As `FloatScale.quantize`, for float16 scales."""
+        return FloatScale("float16").quantize(scale, None)
+
+    def store(self, scale: Tensor) -> Tensor:
+        """A value that `quantize` returned, in its stored dtype."""
+        return scale.to(self.stored_dtype)
+
     def blocks(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """How many super-blocks lie along each axis of a grid of tiles; the last of a row may be short."""
         return (*grid[:-1], -(-grid[-1] // self.tiles))

@@ -23,7 +23,7 @@ from detent.errors import DetentError
 from detent.external.files import check_as, is_file, parse_json, unreadable, user_path
 from detent.external.schemas import SavedState
 from detent.formats import Format, Scales
-from detent.formats.stored import check_scales, check_stored
+from detent.formats.stored import check_scales, check_stored, scales_layout
 from detent.model.conversion import is_quantized, named_quantizers, replace_quant_module
 from detent.model.rollback import unchanged_on_failure
 from detent.nn import QuantWeightBase, SequentialQuantizer, TensorQuantizer
@@ -327,8 +327,8 @@ def _dtype_of(quantizer: TensorQuantizer, buffer: str, tensor: Tensor) -> torch.
     """What dtype a calibrated tensor has; those that follow the model's may have any floating-point one."""
     fmt = quantizer.format
     known = dict.fromkeys(("_amax", "_low", "_high", "_global_amax", "_outer_scale"), torch.float32)
-    known |= {"_scale": fmt.scale.stored_dtype, "_fused_rotation": torch.int32}
-    known["_zero_point"] = torch.int32 if fmt.zero_point == "int" else torch.float32
+    known |= {f"_{name}": dtype for name, (_, dtype) in scales_layout(fmt, (1,)).items()}
+    known["_fused_rotation"] = torch.int32
     free = tensor.dtype if tensor.is_floating_point() and tensor.element_size() > 1 else torch.float32
     return known.get(buffer, free)
 
@@ -383,6 +383,9 @@ def _check_tiles(where: str, model: nn.Module, name: str, quantizer: TensorQuant
         return
     shape = tuple(owner.to_output_first(parameter, owner).shape)
     tiles = math.prod(quantizer.format.granularity.grid(shape))
+    shared = scales_layout(quantizer.format, quantizer.format.granularity.grid(shape)).get("outer_scale")
+    if shared is not None and "_outer_scale" in state and tuple(state["_outer_scale"].shape) != shared[0]:
+        raise DetentError(f"{where}._outer_scale is {tuple(state['_outer_scale'].shape)}, not {shared[0]}")
     for buffer in ("_amax", "_low", "_high", "_scale", "_zero_point"):
         if buffer in state and state[buffer].numel() != tiles:
             raise DetentError(

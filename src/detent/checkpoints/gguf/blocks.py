@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from detent.errors import DetentError
-from detent.formats import Format, Integer, QTensor, SearchedScale, mx, nvfp4, searched
-from detent.formats.elements import IQ4, SIGN
+from detent.formats import Format, Integer, QTensor, SearchedScale
+from detent.formats.gguf import GGUF_FORMATS, as_gguf, same_grid
 from detent.formats.stored import check_stored
+
+__all__ = ["BLOCKS", "Block", "Field", "as_gguf"]
 
 #: What a block consists of, by name, one row a block: ``codes`` and ``scales`` (with ``minimums`` after them) uint8,
 #: counted from their least value; ``d`` and ``m`` float16 [blocks, 1].
@@ -104,14 +106,6 @@ class Block:
                 parts[part] = parts[part] | found if part in parts else found
             start += field.size
         return check_stored(_tensor_of(self.format, parts, shape), name)
-
-
-def same_grid(a: Format, b: Format) -> bool:
-    """Whether codes and scales of two formats mean the same: only the rule by which scales are chosen may differ."""
-    if type(a.scale) is not type(b.scale) or isinstance(a.scale, SearchedScale):
-        return a == b
-    alike = (a.element, a.granularity, a.zero_point, a.base) == (b.element, b.granularity, b.zero_point, b.base)
-    return alike and a.scale.stored_dtype == b.scale.stored_dtype and a.scale.outer == b.scale.outer
 
 
 def _parts_of(q: QTensor, elements: int) -> Parts:
@@ -244,66 +238,47 @@ _PAIRS = _bits("codes", 256, 2, 32)
 _FIFTH = _bits("codes", 32, 1, 1, shift=4)
 
 
-def _integer(bits: int, group: int, scale_bits: int = 16, tiles: int = 0) -> Format:
-    """Unsigned integers with minimums, under unsigned scales where these are integers."""
-    return searched(Integer(bits, signed=False), group, scale_bits=scale_bits, signed_scale=not tiles, tiles=tiles)
-
-
-_TERNARY = searched(Integer(2, narrow=True), 256)
-
+#: Every tensor type: its number, how many elements a block has, and the fields of a block.
+_LAYOUTS: dict[str, tuple[int, int, tuple[Field, ...]]] = {
+    "Q4_0": (2, 32, (_D, _NIBBLES)),
+    "Q4_1": (3, 32, (_D, _M, _NIBBLES)),
+    "Q5_0": (6, 32, (_D, _FIFTH, _NIBBLES)),
+    "Q5_1": (7, 32, (_D, _M, _FIFTH, _NIBBLES)),
+    "Q8_0": (8, 32, (_D, _whole("codes", 32))),
+    "Q2_K": (10, 256, (_bits("scales", 32, 4, 16), _PAIRS, _D, _M)),
+    "Q3_K": (
+        11,
+        256,
+        (
+            _bits("codes", 256, 1, 32, shift=2),
+            _PAIRS,
+            _bits("scales", 16, 4, 8),
+            _bits("scales", 16, 2, 4, shift=4),
+            _D,
+        ),
+    ),
+    "Q4_K": (12, 256, (_D, _M, _SIX, _SUPER_NIBBLES)),
+    "Q5_K": (13, 256, (_D, _M, _SIX, _bits("codes", 256, 1, 32, shift=4), _SUPER_NIBBLES)),
+    "Q6_K": (14, 256, (_bits("codes", 256, 4, 64), _bits("codes", 256, 2, 32, shift=4), _whole("scales", 16), _D)),
+    "IQ4_NL": (20, 32, (_D, _NIBBLES)),
+    "IQ4_XS": (
+        23,
+        256,
+        (_D, _bits("scales", 8, 2, 1, shift=4), _bits("scales", 8, 4, 1), _bits("codes", 256, 4, 16)),
+    ),
+    "TQ1_0": (34, 256, (_trits(0, 5, 32), _trits(160, 5, 16), _trits(240, 4, 4), _D)),
+    "TQ2_0": (35, 256, (_PAIRS, _D)),
+    "MXFP4": (39, 32, (_whole("scales", 1), _NIBBLES)),
+    "NVFP4": (40, 64, (_whole("scales", 4), _bits("codes", 64, 4, 8))),
+    "Q1_0": (41, 128, (_D, _bits("codes", 128, 1, 1))),
+}
 #: Every tensor type, by name.
 BLOCKS: dict[str, Block] = {
-    block.name: block
-    for block in (
-        Block("F32", 0, None, 1, (), torch.float32),
-        Block("F16", 1, None, 1, (), torch.float16),
-        Block("BF16", 30, None, 1, (), torch.bfloat16),
-        Block("Q4_0", 2, searched(Integer(4), 32), 32, (_D, _NIBBLES)),
-        Block("Q4_1", 3, _integer(4, 32), 32, (_D, _M, _NIBBLES)),
-        Block("Q5_0", 6, searched(Integer(5), 32), 32, (_D, _FIFTH, _NIBBLES)),
-        Block("Q5_1", 7, _integer(5, 32), 32, (_D, _M, _FIFTH, _NIBBLES)),
-        Block("Q8_0", 8, searched(Integer(8), 32), 32, (_D, _whole("codes", 32))),
-        Block("Q2_K", 10, _integer(2, 16, 4, 16), 256, (_bits("scales", 32, 4, 16), _PAIRS, _D, _M)),
-        Block(
-            "Q3_K",
-            11,
-            searched(Integer(3), 16, scale_bits=6, tiles=16),
-            256,
-            (
-                _bits("codes", 256, 1, 32, shift=2),
-                _PAIRS,
-                _bits("scales", 16, 4, 8),
-                _bits("scales", 16, 2, 4, shift=4),
-                _D,
-            ),
-        ),
-        Block("Q4_K", 12, _integer(4, 32, 6, 8), 256, (_D, _M, _SIX, _SUPER_NIBBLES)),
-        Block(
-            "Q5_K",
-            13,
-            _integer(5, 32, 6, 8),
-            256,
-            (_D, _M, _SIX, _bits("codes", 256, 1, 32, shift=4), _SUPER_NIBBLES),
-        ),
-        Block(
-            "Q6_K",
-            14,
-            searched(Integer(6), 16, scale_bits=8, tiles=16),
-            256,
-            (_bits("codes", 256, 4, 64), _bits("codes", 256, 2, 32, shift=4), _whole("scales", 16), _D),
-        ),
-        Block("IQ4_NL", 20, searched(IQ4, 32), 32, (_D, _NIBBLES)),
-        Block(
-            "IQ4_XS",
-            23,
-            searched(IQ4, 32, scale_bits=6, tiles=8),
-            256,
-            (_D, _bits("scales", 8, 2, 1, shift=4), _bits("scales", 8, 4, 1), _bits("codes", 256, 4, 16)),
-        ),
-        Block("TQ1_0", 34, _TERNARY, 256, (_trits(0, 5, 32), _trits(160, 5, 16), _trits(240, 4, 4), _D)),
-        Block("TQ2_0", 35, _TERNARY, 256, (_PAIRS, _D)),
-        Block("MXFP4", 39, mx("e2m1"), 32, (_whole("scales", 1), _NIBBLES)),
-        Block("NVFP4", 40, nvfp4(), 64, (_whole("scales", 4), _bits("codes", 64, 4, 8))),
-        Block("Q1_0", 41, searched(SIGN, 128), 128, (_D, _bits("codes", 128, 1, 1))),
-    )
+    "F32": Block("F32", 0, None, 1, (), torch.float32),
+    "F16": Block("F16", 1, None, 1, (), torch.float16),
+    "BF16": Block("BF16", 30, None, 1, (), torch.bfloat16),
+    **{
+        name: Block(name, number, GGUF_FORMATS[name], elements, fields)
+        for name, (number, elements, fields) in _LAYOUTS.items()
+    },
 }
