@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cli.runner import Workplace, detent, logits, save_checkpoint, small
 from detent.runs.load import load_quantized
@@ -91,3 +92,24 @@ def test_recipes(options: tuple[str, ...], place: Workplace, tmp_path: Path) -> 
     place.quantize(*more, scheme=scheme)
     assert place.report["weights"]["quantized"] == 32
     assert place.evaluate()["perplexity"]["after"] == place.report["perplexity"]["after"]
+
+
+@pytest.mark.slow
+def test_reading_experts_makes_no_tensor_of_all_of_them(place: Workplace, tmp_path: Path) -> None:
+    """Of a large mixture, that would be a second copy of a block. (Memory that nothing is written to costs nothing.)"""
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            for tensor in made if isinstance(made, (list, tuple)) else [made]:
+                if isinstance(tensor, torch.Tensor) and not tensor.is_meta and "empty" not in str(func):
+                    Largest.numel = max(Largest.numel, tensor.numel())
+            return made
+
+    place = of(place, tmp_path, num_local_experts=36, num_hidden_layers=1)
+    place.quantize("--skip_evaluation", scheme="w_fp8_per_channel_static_a_fp8_per_token_dynamic")
+    with Largest():
+        load_quantized(place.out)
+    assert Largest.numel < 36 * 64 * 128

@@ -219,3 +219,22 @@ def test_the_first_blocks_show_a_folder_that_computes_something_else(folder: Pat
     assert "0.5" in path.read_text()
     with pytest.raises(DetentError, match="does not compute what"):
         compare_few_blocks(out, source, plan, stream, config, **options)
+
+
+def test_the_first_model_of_the_comparison_is_gone_when_the_second_is_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, plan, _, simulation = simulated(folder, "w_int8_per_channel_sym", torch.float32)
+    write(tmp_path / "out", source, plan, simulation, torch.float32)
+    models: list[nn.Module] = []
+
+    def seen(model: nn.Module) -> torch.Tensor:
+        assert all(p.is_meta for before in models for p in before.parameters())
+        models.append(model)
+        return probe_logits(model)
+
+    monkeypatch.setattr("detent.runs.probe.probe_logits", seen)
+    out: Any = SimpleNamespace(folder=tmp_path / "out", kept=dict.fromkeys(plan.kept))
+    options: Any = {"dtype": torch.float32, "trust_remote_code": False}
+    compare_few_blocks(out, source, plan, LayerStream(source, plan, torch.float32), load_config(folder), **options)
+    assert len(models) == 2

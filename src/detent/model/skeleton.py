@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from detent.errors import DetentError
 from detent.formats.checks import all_finite
 from detent.model import edit
 from detent.nn.experts_layout import take_experts_apart
-from detent.pretrained.loading import auto_class, damaged, quiet_transformers, too_large_for_float16
+from detent.pretrained.loading import auto_class, check_floating, quiet_transformers, read_tensor, too_large_for_float16
 from detent.pretrained.names import CheckpointNames
+from detent.progress import track
 
 
 def model_without_weights(
@@ -86,19 +88,33 @@ def _set_dtypes(model: Any, dtype: torch.dtype) -> None:
 class StreamedWeights:
     """The weights of a checkpoint, on their way into a model of `model_without_weights` and out of it.
 
-    A weight that is tied is one: wherever it is put, all modules that share it have it.
+    A weight that is tied is one: wherever it is put, all modules that share it have it. Where the file has several
+    tensors for it that differ, it isn't tied.
 
     Args:
         source: the checkpoint. names: of it, for this model.
         model: whose parameters are on the meta device.
         device: where weights go.
+        read: gives a tensor by its name in the file, in place of `source`.
+
+    Attributes:
+        parameters: of the model, each once, by the names that the file has something for.
 
     Raises:
         DetentError: the model has a parameter that the checkpoint has nothing for.
     """
 
-    def __init__(self, source: Source, names: CheckpointNames, model: nn.Module, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        source: Source,
+        names: CheckpointNames,
+        model: nn.Module,
+        device: str = "cpu",
+        *,
+        read: Callable[[str], Tensor] | None = None,
+    ) -> None:
         self._source, self._names, self._device = source, names, device
+        self._read = read or partial(read_tensor, source)
         tied: dict[int, list[str]] = {}
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}
         #: {parameter: that of its names which the file has something for}
@@ -106,16 +122,20 @@ class StreamedWeights:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             tied.setdefault(id(parameter), []).append(name)
         for together in tied.values():
-            stored = next((name for name in together if names.of_parameter(name) is not None), None)
-            if stored is None:
+            stored = [name for name in together if names.of_parameter(name) is not None]
+            if not stored:
                 raise DetentError(
                     f"{source.path}: the checkpoint lacks weights that its config.json calls for, for instance"
                     f" {together[0]}"
                 )
-            self._stored |= dict.fromkeys(together, stored)
-            self._places[stored] = [
-                (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in together
-            ]
+            own = [name for name in stored[1:] if not torch.equal(self._value(name), self._value(stored[0]))]
+            self._stored |= dict.fromkeys(together, stored[0]) | {name: name for name in own}
+            for name in together:
+                place = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+                self._places.setdefault(self._stored[name], []).append(place)
+            for name in own:  # tied by the configuration alone: transformers goes by the file, too
+                self._set(name, model.get_parameter(name).data)
+        self.parameters = list(self._places)
         buffers = dict(model.named_buffers())
         self._buffers = {name for name in buffers if names.of_parameter(name) is not None}
         self._model = model
@@ -124,21 +144,24 @@ class StreamedWeights:
         """The names that the file has something for, each once, of parameters."""
         return list(dict.fromkeys(self._stored[name] for name in parameters))
 
-    def put(self, parameters: Iterable[str]) -> None:
-        """Read parameters and put them in.
+    def put(self, parameters: Iterable[str], task: str = "") -> None:
+        """Read parameters and put them in; `task`: what progress calls it.
 
         Raises:
             DetentError: one can't be read, is of another shape than the model's, or holds NaN or infinity.
         """
-        wanted = set(self.stored(parameters))
-        while wanted:
-            made = self._names.to_model(min(wanted), self._read)
-            for name in wanted & made.keys():
-                module, attribute = self._places[name][0]
-                self._set(name, self._fitting(name, made[name], module._parameters[attribute]))
-            if not wanted & made.keys():  # pragma: no cover - a rule of transformers that makes something else
-                raise DetentError(f"{self._source.path}: {min(wanted)} can't be made from its tensors")
-            wanted -= made.keys()
+        wanted = self.stored(parameters)
+        left = set(wanted)
+        for name in track(wanted, task, len(wanted)) if task else wanted:
+            if name not in left:
+                continue
+            made = self._names.to_model(name, self._read)
+            if name not in made:  # pragma: no cover - a rule of transformers that makes something else
+                raise DetentError(f"{self._source.path}: {name} can't be made from its tensors")
+            for one in left & made.keys():
+                module, attribute = self._places[one][0]
+                self._set(one, self._fitting(one, made[one], module._parameters[attribute]))
+            left -= made.keys()
 
     def put_buffers(self) -> None:
         """Read the buffers that the checkpoint holds and put them in: they are small, and stay."""
@@ -157,17 +180,14 @@ class StreamedWeights:
             assert parameter is not None
             self._set(name, parameter.data.to("meta"))
 
+    def _value(self, parameter: str) -> Tensor:
+        return self._names.to_model(parameter, self._read)[parameter]
+
     def _set(self, name: str, value: Tensor) -> None:
         parameter = nn.Parameter(value, requires_grad=False)
         for module, attribute in self._places[name]:
             module._parameters[attribute] = parameter
             edit.refresh(module)
-
-    def _read(self, tensor: str) -> Tensor:
-        value = self._source.tensor(tensor)
-        if value.is_floating_point() and not all_finite(value):
-            raise damaged(self._source, tensor)
-        return value
 
     def _fitting(self, name: str, value: Tensor, place: Tensor | None) -> Tensor:
         assert place is not None
@@ -176,6 +196,7 @@ class StreamedWeights:
                 f"{self._source.path}: {name} has shape {tuple(value.shape)}, but config.json calls for"
                 f" {tuple(place.shape)}; one of the two belongs to another model"
             )
+        check_floating(self._source.path, name, value, place)
         new = value.to(self._device, place.dtype if place.is_floating_point() else None)
         if new.dtype == torch.float16 and not all_finite(new):
             raise too_large_for_float16(self._source, name)

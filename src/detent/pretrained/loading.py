@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -178,21 +178,16 @@ def model_dtype(data_type: str, config: Any, source: Source) -> torch.dtype:
     return dtype
 
 
-def read_weights(
-    source: Source, names: Iterable[str], *, tensor: Callable[[str], Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Tensors of a checkpoint by name. `tensor` reads one, in place of the source.
+def read_tensor(source: Source, name: str, read: Callable[[str], Tensor] | None = None) -> Tensor:
+    """A tensor of a checkpoint. `read` reads it, in place of the source.
 
     Raises:
-        DetentError: one can't be read, or holds NaN or infinity.
+        DetentError: it can't be read, or holds NaN or infinity.
     """
-    names = list(names)
-    state = {}
-    for name in track(names, "Reading weights", len(names)):
-        state[name] = value = (tensor or source.tensor)(name)
-        if value.dtype in _COMPUTED and not all_finite(value):
-            raise damaged(source, name)
-    return state
+    value = (read or source.tensor)(name)
+    if value.dtype in _COMPUTED and not all_finite(value):
+        raise damaged(source, name)
+    return value
 
 
 def damaged(source: Source, name: str) -> DetentError:
@@ -219,7 +214,6 @@ def load_model(
     device: str = "cpu",
     attention: str | None = None,
     trust_remote_code: bool = False,
-    state_dict: dict[str, Tensor] | None = None,
     notify: Callable[[str], None] = _log.warning,
 ) -> nn.Module:
     """The model of a checkpoint in eval mode, its weights frozen.
@@ -231,7 +225,6 @@ def load_model(
         device: where they go.
         attention: an attention implementation by name; None leaves the choice to transformers.
         trust_remote_code: whether Python code that comes with the checkpoint may run.
-        state_dict: weights in place of those of the checkpoint.
         notify: called with a notice about tensors that the model has no place for.
 
     Raises:
@@ -239,8 +232,9 @@ def load_model(
     """
     expected = model_on_meta(config, trust_remote_code=trust_remote_code)
     kind: Any = type(expected)
-    state = read_weights(source, source) if state_dict is None else state_dict
-    _check_floating(source.path, expected, state)
+    state = {name: read_tensor(source, name) for name in track(source, "Reading weights", len(source.tensors))}
+    for name, parameter in expected.named_parameters():
+        check_floating(source.path, name, state.get(name, parameter), parameter)
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     with quiet_transformers(str(source.path), trust_remote_code):
         model, info = kind.from_pretrained(
@@ -261,21 +255,21 @@ def load_model(
     if unused:
         notify(f"{len(unused)} tensors of the checkpoint have no place in the model and are ignored: {unused[0]}, ...")
     net: nn.Module = model.requires_grad_(False).to(device).eval()
-    _check_runs(source.path, net)
+    check_runs(source.path, net)
     return net
 
 
-def _check_floating(folder: Path, expected: nn.Module, state: dict[str, Tensor]) -> None:
-    for name, parameter in expected.named_parameters():
-        if parameter.is_floating_point() and name in state and state[name].dtype not in _COMPUTED:
-            raise DetentError(
-                f"{folder}: {name} is stored as {state[name].dtype}, not as floating-point numbers; if the checkpoint"
-                " is quantized, its config.json doesn't say how"
-            )
+def check_floating(folder: Path, name: str, value: Tensor, parameter: Tensor) -> None:
+    """Refuse codes in the place of floating-point numbers. Raises DetentError."""
+    if parameter.is_floating_point() and value.dtype not in _COMPUTED:
+        raise DetentError(
+            f"{folder}: {name} is stored as {value.dtype}, not as floating-point numbers; if the checkpoint"
+            " is quantized, its config.json doesn't say how"
+        )
 
 
 @torch.no_grad()
-def _check_runs(folder: Path, model: Any) -> None:
+def check_runs(folder: Path, model: Any) -> None:
     """A config.json with wrong numbers may build a model that takes all weights and yet cannot run."""
     ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
     with as_detent_error(

@@ -182,17 +182,6 @@ class CheckpointNames:
         made = converter.convert(first, model=self._model, config=getattr(self._model, "config", None))
         return self._taken_apart({name: v[0] if isinstance(v, list) else v for name, v in made.items()})
 
-    def joined(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of the file as transformers' model takes them: experts that it doesn't know one by one as one."""
-        made = dict(state)
-        for tensor in state:
-            parameter = self.parameter(tensor)
-            if parameter in self._pieces and self._rename(tensor)[1] is None:
-                piece, value = self._pieces[parameter], made.pop(tensor)
-                whole = made.setdefault(piece.tensor, value.new_empty(self._fused[piece.tensor]))
-                piece.select(whole).copy_(value)
-        return made
-
     def _taken_apart(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Values by parameter, with those that hold several experts as one for each."""
         made = {name: value for name, value in values.items() if name not in self._fused}

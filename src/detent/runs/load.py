@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,13 +19,13 @@ from detent.errors import DetentError
 from detent.formats import QTensor, Scales, decode
 from detent.model.attributes import set_quantizer_attribute
 from detent.model.conversion import replace_quant_module
+from detent.model.skeleton import StreamedWeights, model_without_weights
 from detent.nn import TensorQuantizer
 from detent.nn.attention import attention_modules, route_attention
 from detent.nn.own_linear import TRANSPOSED
 from detent.pretrained.facts import is_beside, is_multimodal, outside_language
-from detent.pretrained.loading import load_config, load_model, model_dtype, model_on_meta, read_weights
+from detent.pretrained.loading import check_runs, load_config, model_dtype, read_tensor
 from detent.pretrained.names import CheckpointNames
-from detent.progress import track
 from detent.runs.online import attach_online
 
 _log = logging.getLogger(__name__)
@@ -118,38 +119,60 @@ def simulated_model(
     Raises:
         DetentError: a layer is stored that the model doesn't have, or the other way round.
     """
-    where = stored.source.path
-    everything = dict.fromkeys([*stored.kept, *(f"{name}.weight" for name in stored.formats.layers)])
-    names = CheckpointNames(
-        model_on_meta(config, trust_remote_code=options.get("trust_remote_code", False)), list(everything)
-    )
-    if cut:
-        everything = {name: None for name in everything if names.of_tensor(name).parameters}
-    state = read_weights(stored.source, [n for n in stored.kept if n in everything], tensor=stored.tensor)
-    records = []
-    layers = [name for name in stored.formats.layers if f"{name}.weight" in everything]
-    for name in track(layers, "Decoding weights", len(layers)):
-        record = stored.layer(name)
-        if record.weight is not None:
-            codes = record.weight
-            weight = stored.decoded(name, codes, dtype) if stored.decoded else decode(codes, dtype)
-            state[f"{name}.weight"] = weight.t().contiguous() if record.kind == TRANSPOSED else weight
-        records.append(record)
-    model = load_model(stored.source, config, dtype=dtype, state_dict=names.joined(state), **options)
-    mine = [
-        record
-        for record in records
-        if names.of_tensor(f"{record.name}.weight").parameters or not is_beside(model, record.name)
-    ]
-    attach(model, stored.formats, kv_scales, names, [in_model(record, names, where) for record in mine], where)
+    where, layers = stored.source.path, stored.formats.layers
+    remote = {"attention": options.get("attention"), "trust_remote_code": options.get("trust_remote_code", False)}
+    model = model_without_weights(stored.source, config, dtype=dtype, **remote)
+    names = CheckpointNames(model, [*dict.fromkeys([*stored.kept, *(f"{name}.weight" for name in layers)])])
+    records: dict[str, LayerCheckpoint] = {}
+
+    def read(tensor: str) -> Tensor:
+        """A tensor as the model takes it; what else is known of a layer is put aside."""
+        name = tensor.removesuffix(".weight")
+        record = stored.layer(name) if tensor.endswith(".weight") and name in layers else None
+        if record is not None:
+            records[name] = replace(record, weight=None)
+        if record is None or record.weight is None:
+            return read_tensor(stored.source, tensor, stored.tensor)
+        weight = stored.decoded(name, record.weight, dtype) if stored.decoded else decode(record.weight, dtype)
+        return weight.t().contiguous() if record.kind == TRANSPOSED else weight
+
+    weights = StreamedWeights(stored.source, names, model, options.get("device", "cpu"), read=read)
+    weights.put(weights.parameters, "Decoding weights")
+    weights.put_buffers()
+    model.to(options.get("device", "cpu"))  # the buffers that no file holds
+    if not cut:
+        _check_places(model, names, stored, records, options.get("notify", _log.warning))
+    check_runs(where, model)
+    attach(model, stored.formats, kv_scales, names, [in_model(r, names, where) for r in records.values()], where)
     return model
+
+
+def _check_places(
+    model: nn.Module, names: CheckpointNames, stored: Stored, read: Mapping[str, Any], notify: Callable[[str], None]
+) -> None:
+    """Refuse layers that the model has no place for, and tell of other tensors."""
+    lost = next((n for n in stored.formats.layers if n not in read and not is_beside(model, n)), None)
+    if lost is not None:
+        raise _no_such_layer(lost, stored.source.path)
+    ignored: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    unused = [
+        name
+        for name in stored.kept
+        if not names.of_tensor(name).parameters and not any(re.search(pattern, name) for pattern in ignored)
+    ]
+    if unused:
+        notify(f"{len(unused)} tensors of the checkpoint have no place in the model and are ignored: {unused[0]}, ...")
+
+
+def _no_such_layer(name: str, folder: Path) -> DetentError:
+    return DetentError(f"{folder}: {name} is quantized, but the model of its config.json has no such layer")
 
 
 def in_model(record: LayerCheckpoint, names: CheckpointNames, folder: Path) -> LayerCheckpoint:
     """A record under the name of the module that it belongs to."""
     parameter = names.parameter(f"{record.name}.weight")
     if parameter is None:
-        raise DetentError(f"{folder}: {record.name} is quantized, but the model of its config.json has no such layer")
+        raise _no_such_layer(record.name, folder)
     return replace(record, name=parameter.removesuffix(".weight"))
 
 

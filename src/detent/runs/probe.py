@@ -107,9 +107,9 @@ def compare_few_blocks(
         decoded,
     )
     kv = {plan.names.container(module): pair for module, pair in quantized.kv.items()}
-    expected = probe_logits(
-        simulated_model(stored, few or config, lambda: kv, cut=few is not None, dtype=dtype, **options)
-    )
+    model = simulated_model(stored, few or config, lambda: kv, cut=few is not None, dtype=dtype, **options)
+    expected = probe_logits(model)
+    model.to("meta")  # never two models in memory, and this one has cycles that would keep it
     # The folder's own configuration, cut like the source's: what a user's model will be made of.
     its_own = load_config(out.folder, trust_remote_code=options["trust_remote_code"])
     cut = (
