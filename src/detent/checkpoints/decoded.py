@@ -1,19 +1,11 @@
 """Quantized checkpoints as sources: each weight is decoded to floating point when it is asked for.
 
-`open_source` gives a `Source` with the names, shapes and dtypes of the float model. What is on disk is of two kinds:
-
-* layouts that Detent reads in any case (compressed-tensors, Detent's own): their readers decode;
-* those in which tensors beside a weight tell how to decode it. ``N`` in FP8 has ``N_scale`` or ``N_scale_inv``: one for
-  the tensor, or for each row or block (DeepSeek, ModelOpt, Quark, FBGEMM). ``N`` in packed FP4 has ``N_scale`` in FP8
-  and ``N_scale_2`` (NVFP4 of ModelOpt), or exponents in ``N_scale`` (MXFP4 of ModelOpt and Quark). ``N_blocks`` has
-  ``N_scales``, and is transposed (MXFP4 of gpt-oss).
-
-Nothing is guessed: what isn't understood as a whole is refused before a weight is read.
+`open_source` gives a `Source` with the names, shapes and dtypes of the float model. The reader of its layout
+decodes: what that doesn't understand as a whole is refused before a weight is read.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,32 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detent.checkpoints.beside import OF_ACTIVATIONS, BesideReader, refuse_unexplained
 from detent.checkpoints.compressed_tensors.layout import CompressedTensorsReader
-from detent.checkpoints.detent_layout import DetentReader
-from detent.checkpoints.gguf.reader import GgufReader, open_stored
+from detent.checkpoints.gguf.reader import open_stored
 from detent.checkpoints.layout import LayoutReader
+from detent.checkpoints.mxfp4 import Mxfp4Reader
+from detent.checkpoints.quantized import readers
 from detent.checkpoints.source import Source, TensorInfo, quant_method
 from detent.errors import DetentError
-from detent.external.files import shown
-from detent.formats import Format, QTensor, all_finite, decode, fp8, mx, nvfp4, per_block, per_tensor
-from detent.formats.packing import unpack
-from detent.formats.scales import ScaleDtype
-from detent.formats.stored import check_stored, stored_layout
+from detent.formats import all_finite, decode
 
-#: Methods whose weights are told by the tensors beside them.
-_BESIDE = ("fp8", "fbgemm_fp8", "modelopt", "quark", "mxfp4")
-_FP8 = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
-_E8M0 = (torch.uint8, torch.float8_e8m0fnu)
-_SCALES: dict[torch.dtype, ScaleDtype] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
-#: In these no float model has tensors.
-_CODES = (*_FP8, torch.float8_e8m0fnu, torch.uint8, torch.int8, torch.int32)
-#: What belongs to activations: it says how the quantized model computes, not what its weights are.
-_DROPPED = tuple(
-    f"{side}_{part}"
-    for side in ("input", "output", "activation", "k", "v", "q", "kv", "prob")
-    for part in ("scale", "zero_point", "global_scale")
-)
 
 
 @dataclass(frozen=True)
@@ -90,19 +67,15 @@ class DecodedSource(Source):
         method = quant_method(stored.config)
         if not isinstance(stored.config.get("quantization_config"), dict):
             raise DetentError(f"{self.path}: quantization_config is not at the top level of config.json")
-        if method in _BESIDE:
-            self._weights = _told_by_tensors(stored)
-        elif method == "compressed-tensors":
-            self._weights = _read_by_layout(stored, CompressedTensorsReader(stored, reordered=True))
-        elif method == "detent":
-            self._weights = _read_by_layout(stored, DetentReader(stored))
-        elif method == "gguf":
-            self._weights = _read_by_layout(stored, GgufReader(stored))
-        else:
+        if method not in readers:
             raise DetentError(
                 f"{self.path} is quantized already, with {method}, which Detent does not decode; it decodes"
-                f" compressed-tensors, detent, gguf, {', '.join(_BESIDE)}. Quantize the original checkpoint instead"
+                f" {', '.join(readers)}. Quantize the original checkpoint instead"
             )
+        if method == "compressed-tensors":
+            self._weights = _read_by_layout(stored, CompressedTensorsReader(stored, reordered=True))
+        else:
+            self._weights = _read_by_layout(stored, readers[method](stored))
         self.tensors, dropped = self._view()
         self.notes = [
             f"the source is quantized ({method}): {len(self._weights)} weights are decoded to"
@@ -141,6 +114,7 @@ class DecodedSource(Source):
         """(the tensors of the float model in the order of the files, those that are left out)."""
         made = {weight.parts[0]: name for name, weight in self._weights.items()}
         parts = {part for weight in self._weights.values() for part in weight.parts}
+        refuse_unexplained(self._stored, parts)
         view: dict[str, TensorInfo] = {}
         dropped = []
         for name, info in self._stored.tensors.items():
@@ -151,14 +125,8 @@ class DecodedSource(Source):
                 continue
             elif name in self._weights:
                 raise DetentError(f"{self.path}: {name} is there quantized and in floating point; which one is meant?")
-            elif last in _DROPPED:
+            elif OF_ACTIVATIONS.fullmatch(last):
                 dropped.append(name)
-            elif info.dtype in _CODES or last.startswith(("weight_", "weight.", "pre_quant_")):
-                raise DetentError(
-                    f"{self.path / info.file}: {name} ({str(info.dtype).removeprefix('torch.')}, shape {info.shape})"
-                    " belongs to a quantized weight in a form that Detent does not decode; quantize the original"
-                    " checkpoint instead"
-                )
             else:
                 view[name] = info
         return view, dropped
@@ -179,10 +147,9 @@ def _dtype_of(config: dict[str, Any]) -> torch.dtype:
     return next((_FLOATS[name] for name in names if name in _FLOATS), torch.bfloat16)
 
 
-# ---- layouts with readers -------------------------------------------------------------------------------------------
-
-
 def _read_by_layout(stored: Source, reader: LayoutReader) -> dict[str, _Weight]:
+    if isinstance(reader, Mxfp4Reader):
+        return {name: _Weight(*known) for name, known in reader.stacked().items()}
     parts: dict[str, list[str]] = {}
     for part in (name for name in stored if name in reader.used):
         parts.setdefault(part.rpartition(".")[0].removesuffix(".weight"), []).append(part)
@@ -193,16 +160,21 @@ def _read_by_layout(stored: Source, reader: LayoutReader) -> dict[str, _Weight]:
                 f"{stored.path}: {name} computes with {'a rotated input' if layer.rotated else 'a low-rank branch'}, so"
                 " its codes are not the whole weight; quantize the original checkpoint instead"
             )
-        own = [part for part in parts.get(name, []) if part.removeprefix(f"{name}.").startswith("weight")]
-        if layer.weight is not None:
+        if layer.weight is None:
+            continue
+        if isinstance(reader, BesideReader):
+            own = [part for part in reader.weight_names(name) if part in stored.tensors]
+            codes = own[:1]
+        else:
+            own = [part for part in parts.get(name, []) if part.removeprefix(f"{name}.").startswith("weight")]
             codes = [
                 f"{name}.{part}" for part in ("weight_packed", "weight.codes", "weight") if f"{name}.{part}" in own
             ]
-            if not codes:
-                raise DetentError(f"{stored.path}: {name} is quantized, and its codes are missing; download it again")
-            others = (part for part in own if part not in codes)
-            decoded = partial(_decode_layer, stored, reader, name)
-            weights[f"{name}.weight"] = _Weight(layer.shape, (codes[0], *others), decoded)
+        if not codes:
+            raise DetentError(f"{stored.path}: {name} is quantized, and its codes are missing; download it again")
+        others = (part for part in own if part not in codes)
+        whole = name if codes[0] == name else f"{name}.weight"  # experts that are one tensor are named like a module
+        weights[whole] = _Weight(layer.shape, (codes[0], *others), partial(_decode_layer, stored, reader, name))
     return weights
 
 
@@ -220,74 +192,3 @@ def _decode_layer(stored: Source, reader: LayoutReader, name: str, dtype: torch.
         raise DetentError(f"{stored.path}: {order_name} does not give each group {size} columns, so it is damaged")
     values = decode(replace(q, codes=q.codes[:, order]), dtype)
     return torch.empty_like(values).index_copy_(1, order, values)
-
-
-# ---- weights that are told by the tensors beside them ---------------------------------------------------------------
-
-
-def _told_by_tensors(stored: Source) -> dict[str, _Weight]:
-    block = stored.config["quantization_config"].get("weight_block_size")
-    if block is not None and not (isinstance(block, list) and [type(n) is int and n > 0 for n in block] == [True] * 2):
-        raise DetentError(f"{stored.path / 'config.json'}: weight_block_size is two whole numbers, not {shown(block)}")
-    weights = {}
-    for name, info in stored.tensors.items():
-        float_name, outer = name.removesuffix("_blocks"), f"{name}_scale_2"
-        scale = next((full for end in ("_scale_inv", "_scale") if (full := name + end) in stored.tensors), None)
-        if float_name != name and f"{float_name}_scales" in stored.tensors and info.dtype == torch.uint8:
-            weights[float_name] = _packed(stored, name, (f"{float_name}_scales",), mx("e2m1"), transposed=True)
-        elif scale is None:
-            continue
-        elif info.dtype in _FP8:
-            weights[name] = _fp8(stored, name, scale, block)
-        elif info.dtype == torch.uint8 and stored.info(scale).dtype in _E8M0:
-            weights[name] = _packed(stored, name, (scale,), mx("e2m1"))
-        elif info.dtype == torch.uint8 and outer in stored.tensors:
-            weights[name] = _packed(stored, name, (scale, outer), nvfp4())
-    return weights
-
-
-def _packed(stored: Source, name: str, scales: tuple[str, ...], fmt: Format, *, transposed: bool = False) -> _Weight:
-    """FP4, two codes to a byte, the first in its lower half. `transposed`: of gpt-oss, whose blocks have an axis."""
-    packed = stored.info(name).shape
-    rows = packed[:-2] if transposed else packed[:-1]
-    shape = (*rows, 2 * math.prod(packed[len(rows) :]))
-    _expect(stored, scales[0], stored_layout(fmt, shape)["scale"][0])
-
-    def decoded(dtype: torch.dtype) -> Tensor:
-        codes = unpack(stored.tensor(name).reshape(*rows, -1), 4, shape[-1])
-        scale, *outer = (stored.tensor(part) for part in scales)
-        scale = scale.view(torch.uint8) if scale.dtype in _E8M0 else scale
-        q = QTensor(fmt, shape, codes, scale, outer_scale=outer[0].to(torch.float32).reshape(()) if outer else None)
-        values = decode(check_stored(q, f"{stored.path / stored.info(name).file}: {name}"), dtype)
-        return values.transpose(-1, -2).contiguous() if transposed else values
-
-    return _Weight((*shape[:-2], shape[-1], shape[-2]) if transposed else shape, (name, *scales), decoded)
-
-
-def _fp8(stored: Source, name: str, scale: str, block: list[int] | None) -> _Weight:
-    """FP8 under one scale for the tensor, or one for each block: `block`, one index, or a whole axis."""
-    info, found = stored.info(name), stored.info(scale)
-    shape, whole = info.shape, math.prod(found.shape) == 1
-    grid = (*found.shape, *(1,) * (len(shape) - len(found.shape)))
-    lengths = [None if n == 1 else max(1, size // max(1, n)) for n, size in zip(grid, shape, strict=False)]
-    if block is not None and scale.endswith("_scale_inv"):
-        whole, lengths[-2:] = False, block
-    fmt = fp8(_FP8[info.dtype], per_tensor() if whole else per_block(dict(enumerate(lengths, -len(shape)))))
-    if not whole:
-        _expect(stored, scale, fmt.granularity.grid(shape), grid)
-    if found.dtype not in (torch.float32, torch.float8_e8m0fnu, *_SCALES):
-        raise DetentError(f"{stored.path / found.file}: {scale} is {found.dtype}, which no scale of FP8 is")
-    fmt = fmt.with_scale_dtype(_SCALES.get(found.dtype, "float32"))
-
-    def decoded(dtype: torch.dtype) -> Tensor:
-        scales = stored.tensor(scale).to(fmt.scale.stored_dtype).reshape(() if whole else grid)
-        q = QTensor(fmt, shape, stored.tensor(name), scales)
-        return decode(check_stored(q, f"{stored.path / info.file}: {name}"), dtype)
-
-    return _Weight(shape, (name, scale), decoded)
-
-
-def _expect(stored: Source, name: str, shape: tuple[int, ...], found: tuple[int, ...] | None = None) -> None:
-    info = stored.info(name)
-    if (found or info.shape) != shape:
-        raise DetentError(f"{stored.path / info.file}: {name} has shape {info.shape}; its codes call for {shape}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,20 @@ from detent.formats import Format, Scales
 #: The key of the safetensors header metadata under which Detent leaves what a layout has no place for: the exact
 #: formats (scale rules, signedness), and the outer scales, where the layout stores something rounded.
 METADATA_KEY = "detent"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of a layer goes in one that holds those of several layers, such as experts.
+
+    Attributes:
+        whole: the name of the larger tensor. shape: its shape.
+        index: of the part in it.
+    """
+
+    whole: str
+    shape: tuple[int, ...]
+    index: tuple[int | slice, ...]
 
 
 class Layout:
@@ -71,6 +86,10 @@ class Layout:
     def layer_tensors(self, layer: LayerCheckpoint) -> dict[str, Tensor]:
         """The tensors of one layer, by their full names."""
         raise NotImplementedError
+
+    def stacks(self, formats: ModelFormats) -> dict[str, Place]:
+        """{name that `layer_tensors` gives: its place in a larger tensor}, for those that lie in one."""
+        return {}
 
     def kv_tensors(self, module: str, key: Scales, value: Scales, *more: Scales) -> dict[str, Tensor]:
         """The scales of one attention module's keys and values (and queries and probabilities), by full names."""

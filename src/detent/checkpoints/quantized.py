@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,9 +14,13 @@ from torch import Tensor
 from detent.checkpoints.compressed_tensors.layout import CompressedTensorsLayout, CompressedTensorsReader
 from detent.checkpoints.detent_layout import DetentLayout, DetentReader
 from detent.checkpoints.folder import MAX_SHARD_SIZE
+from detent.checkpoints.fp8 import Fp8Layout, Fp8Reader
 from detent.checkpoints.gguf.layout import GgufLayout
 from detent.checkpoints.gguf.reader import GgufReader, open_stored
 from detent.checkpoints.layout import Layout, LayoutReader
+from detent.checkpoints.modelopt import ModelOptLayout, ModelOptReader
+from detent.checkpoints.mxfp4 import Mxfp4Layout, Mxfp4Reader
+from detent.checkpoints.quark import QuarkLayout, QuarkReader
 from detent.checkpoints.records import LayerCheckpoint, ModelFormats
 from detent.checkpoints.source import Source, quant_method
 from detent.errors import DetentError
@@ -23,19 +28,36 @@ from detent.formats import Scales
 
 #: Every layout by its name; `hf_format` takes the first of `PREFERRED` that holds the model.
 layouts: dict[str, Layout] = {
-    layout.name: layout for layout in (CompressedTensorsLayout(), DetentLayout(), GgufLayout())
+    layout.name: layout
+    for layout in (
+        CompressedTensorsLayout(),
+        DetentLayout(),
+        GgufLayout(),
+        QuarkLayout(),
+        ModelOptLayout(),
+        Fp8Layout(),
+        Mxfp4Layout(),
+    )
 }
 PREFERRED = ("compressed-tensors", "detent")
 #: Readers by the "quant_method" of config.json.
-_READERS: dict[str, Callable[[Source], LayoutReader]] = {
+readers: dict[str, Callable[[Source], LayoutReader]] = {
     "compressed-tensors": CompressedTensorsReader,
     "detent": DetentReader,
     "gguf": GgufReader,
+    "quark": QuarkReader,
+    "modelopt": ModelOptReader,
+    "fp8": Fp8Reader,
+    "mxfp8": Fp8Reader,
+    "fbgemm_fp8": Fp8Reader,
+    "mxfp4": Mxfp4Reader,
 }
 
 
+#: Other names of layouts.
+_ALIASES = {"quark_format": "quark"}
 #: What "custom_mode" names, with "hf_format".
-CUSTOM_MODES: dict[str, str] = {}
+CUSTOM_MODES: dict[str, str] = {"quark": "quark", "fp8": "fp8"}
 
 
 def wanted_layouts(export: str, custom_mode: str | None = None, **details: Any) -> list[Layout]:
@@ -49,6 +71,7 @@ def wanted_layouts(export: str, custom_mode: str | None = None, **details: Any) 
     Raises:
         DetentError: an unknown name, or two that contradict each other.
     """
+    export = _ALIASES.get(export, export)
     if custom_mode is not None:
         if custom_mode not in CUSTOM_MODES:
             raise DetentError(f"unknown custom_mode {custom_mode!r}; known: {', '.join(CUSTOM_MODES)}")
@@ -83,6 +106,9 @@ def choose(
         if reason is None:
             return layout, reasons
         reasons.append(reason)
+    other = next((name for name in PREFERRED if layouts[name].can_hold(formats) is None), None)
+    if other is not None and wanted is not None:
+        reasons.append(f"the layout {other} holds the model")
     raise DetentError("; ".join(reasons))
 
 
@@ -126,6 +152,9 @@ class QuantizedWriter:
         self.formats = formats
         self.source = source
         self._missing = set(formats.layers)
+        self._places = self.layout.stacks(formats)
+        self._parts_left = Counter(place.whole for place in self._places.values())
+        self._open: dict[str, Tensor] = {}
         self._exact: dict[str, dict[str, str]] = {}
         self._folder = self.layout.folder_writer(
             out_dir, formats, source=source, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress
@@ -153,11 +182,25 @@ class QuantizedWriter:
         self._missing.remove(layer.name)
         tensors = self.layout.layer_tensors(layer)
         for name, tensor in tensors.items():
-            self._folder.add(name, tensor)
+            self._add(name, tensor)
         exact = self.layout.exact(layer)
         if exact:
             self._exact[layer.name] = exact
-        return list(tensors), exact
+        return [self._places[name].whole if name in self._places else name for name in tensors], exact
+
+    def _add(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor, or put it into the larger one that it is a part of, which is written with its last part."""
+        place = self._places.get(name)
+        if place is None:
+            self._folder.add(name, tensor)
+            return
+        if self._folder.has([place.whole]):  # finished by an earlier run
+            return
+        whole = self._open.setdefault(place.whole, tensor.new_empty(place.shape))
+        whole[place.index] = tensor
+        self._parts_left[place.whole] -= 1
+        if not self._parts_left[place.whole]:
+            self._folder.add(place.whole, self._open.pop(place.whole))
 
     def skip_layer(self, name: str, names: Sequence[str], exact: dict[str, str]) -> bool:
         """Leave out a layer whose tensors, `names`, are in files that an earlier run finished; False if they aren't.
@@ -250,12 +293,12 @@ class QuantizedCheckpoint:
         method = quant_method(self.source.config)
         if method is None:
             raise DetentError(f"{self.path} is not quantized: its config.json has no quantization_config")
-        if method not in _READERS:
-            raise DetentError(f"{self.path} is quantized with {method}; Detent reads {', '.join(_READERS)}")
+        if method not in readers:
+            raise DetentError(f"{self.path} is quantized with {method}; Detent reads {', '.join(readers)}")
         if not isinstance(self.source.config.get("quantization_config"), dict):
             raise DetentError(f"{self.path}: quantization_config is not at the top level of config.json")
         self.method = method
-        self._reader: LayoutReader = _READERS[method](self.source)
+        self._reader: LayoutReader = readers[method](self.source)
         self.formats, self.described = self._reader.formats, self._reader.described
         self.config = {key: value for key, value in self.source.config.items() if key != "quantization_config"}
         self.kept = [name for name in self.source if name not in self._reader.used]

@@ -8,7 +8,7 @@ A name is an element followed by qualifiers in any order, joined by underscores:
               | int2..int8 "_on_fp8"                              (integers on the codes of FP8)
               | q4_0 | q4_1 | q5_0 | q5_1 | q8_0 | q2_k .. q6_k | iq4_nl | iq4_xs | tq1_0 | tq2_0 | q1_0   (GGUF's)
               | bfloat16 | float16                                (not quantized)
-    qualifier = per_tensor | per_channel | per_group | per_token | g<size> | sym | asym | static | dynamic
+    qualifier = per_tensor | per_channel | per_group | per_block | per_token | g<size> | sym | asym | static | dynamic
               | mse | percentile | entropy                        (how a range is calibrated; default: its maximum)
               | scale_float32 | scale_e4m3 | scale_fp8 | scale_ue5m3 | scale_ue5m3_global
 
@@ -34,6 +34,7 @@ from detent.formats import (
     mx,
     nf4,
     nvfp4,
+    per_block,
     per_channel,
     per_group,
     per_tensor,
@@ -161,7 +162,7 @@ def _qualifiers(tokens: list[str]) -> Iterator[tuple[str, str | int | bool]]:
     rest = list(tokens)
     while rest:
         token = rest.pop(0)
-        if token == "per" and rest and rest[0] in ("tensor", "channel", "group", "token"):
+        if token == "per" and rest and rest[0] in ("tensor", "channel", "group", "block", "token"):
             yield "granularity", f"per_{rest.pop(0)}"
         elif token in ("sym", "asym"):
             yield "symmetric", token == "sym"
@@ -178,8 +179,9 @@ def _qualifiers(tokens: list[str]) -> Iterator[tuple[str, str | int | bool]]:
             yield "group_size", int(token[1:])
         else:
             raise DetentError(
-                f"unknown qualifier {shown(token)}; known: per_tensor, per_channel, per_group, per_token, g<size>, sym,"
-                " asym, static, dynamic, mse, percentile, entropy, " + ", ".join(f"scale_{s}" for s in _SCALE_NAMES)
+                f"unknown qualifier {shown(token)}; known: per_tensor, per_channel, per_group, per_block, per_token,"
+                " g<size>, sym, asym, static, dynamic, mse, percentile, entropy, "
+                + ", ".join(f"scale_{s}" for s in _SCALE_NAMES)
             )
 
 
@@ -187,7 +189,7 @@ def takes_group_size(name: FormatName, role: Role = "weight") -> int | bool:
     """True where a group size can be chosen, False where there are no groups, else the one possible size."""
     if size := _fixed_group(name):
         return size
-    return name.quantized and _granularity_word(name, role) == "per_group"
+    return name.quantized and _granularity_word(name, role) in ("per_group", "per_block")
 
 
 def _fixed_group(name: FormatName) -> int | None:
@@ -264,6 +266,9 @@ def _granularity(name: FormatName, role: Role, options: Options) -> Granularity:
     word = _granularity_word(name, role)
     if word == "per_group":
         return per_group(_group_size(name, options))
+    if word == "per_block":
+        size = _group_size(name, options)
+        return per_block({-1: size, -2: size})
     return {"per_tensor": per_tensor, "per_channel": per_channel, "per_token": per_token}[word]()
 
 
@@ -296,7 +301,9 @@ def _check(name: FormatName, role: Role) -> None:
         raise DetentError(f"{what} is a format of weights")
     if family == "progressive" and (role == "activation" or name.granularity not in (None, "per_channel")):
         raise DetentError(f"{what} is a format of weights, with one scale per channel")
-    if name.group_size is not None and name.granularity not in (None, "per_group"):
+    if name.granularity == "per_block" and (role == "activation" or what != "fp8"):
+        raise DetentError("per_block: square blocks share a scale in weights of fp8 alone")
+    if name.group_size is not None and name.granularity not in (None, "per_group", "per_block"):
         raise DetentError(f"g{name.group_size}: a group size goes with per_group, not {name.granularity}")
     if name.scale not in (None, "fp8"):
         if family != "float":

@@ -165,6 +165,79 @@ class CompressedTensorsConfig(Description):
     transform_config: dict[str, Any] | None = None
 
 
+# ---- quantization_config: Quark, ModelOpt, FP8 ----------------------------------------------------------------------
+
+
+class QuarkSpec(Description):
+    """How Quark quantizes one kind of tensor."""
+
+    dtype: str
+    qscheme: Literal["per_tensor", "per_channel", "per_group", "per_block"] | None = None
+    ch_axis: int | None = None
+    group_size: Annotated[int, Field(ge=1, le=MAX_SIZE)] | None = None
+    is_dynamic: bool = False
+    symmetric: bool | None = None
+    scale_format: str | None = None
+    zero_point_type: str | None = None
+    is_scale_quant: bool = False
+
+
+_QuarkSpecs = QuarkSpec | Annotated[list[QuarkSpec], Field(min_length=1, max_length=2)] | None
+
+
+class QuarkLayer(Description):
+    """The specifications of one layer, or two for two stages."""
+
+    weight: _QuarkSpecs = None
+    input_tensors: _QuarkSpecs = None
+    output_tensors: _QuarkSpecs = None
+
+
+class QuarkConfig(Description):
+    """``quantization_config`` where ``quant_method`` is ``quark``."""
+
+    global_quant_config: QuarkLayer | None = None
+    layer_quant_config: dict[str, QuarkLayer] | None = None
+    layer_type_quant_config: dict[str, Any] | None = None
+    kv_cache_quant_config: dict[str, QuarkLayer] | None = None
+    softmax_quant_spec: Any = None
+    exclude: list[str] | None = None
+
+
+class ModelOptLayer(Description):
+    """One of ``quantized_layers``."""
+
+    quant_algo: str
+
+
+class ModelOptConfig(Description):
+    """What ModelOpt says in ``quantization_config`` and, under other names, in ``hf_quant_config.json``."""
+
+    quant_algo: str | None = None
+    ignore: list[str] | None = None
+    exclude_modules: list[str] | None = None
+    quantized_layers: dict[str, ModelOptLayer] | None = None
+    kv_cache_scheme: dict[str, Any] | str | None = None
+    kv_cache_quant_algo: str | None = None
+
+
+class ModelOptFile(Description):
+    """``hf_quant_config.json``."""
+
+    quantization: ModelOptConfig
+
+
+class Fp8Config(Description):
+    """``quantization_config`` where ``quant_method`` is ``fp8`` or ``mxfp8``."""
+
+    activation_scheme: Literal["static", "dynamic"] = "dynamic"
+    weight_block_size: (
+        Annotated[list[Annotated[int, Field(ge=1, le=MAX_SIZE)]], Field(min_length=2, max_length=2)] | None
+    ) = None
+    ignored_layers: list[str] | None = None
+    modules_to_not_convert: list[str] | None = None
+
+
 # ---- formats, Detent's own layout, and the files of `detent.save` ---------------------------------------------------
 
 

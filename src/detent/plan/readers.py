@@ -13,6 +13,7 @@ from detent.checkpoints.compressed_tensors import schemes
 from detent.formats import Integer
 from detent.nn import TensorQuantizer
 from detent.nn.attention import attention_modules, interface_modules
+from detent.nn.experts import ExpertsLayout, QuantExperts
 from detent.nn.own_linear import QuantOwnLinear
 from detent.pretrained.facts import outside_language
 from detent.pretrained.names import CheckpointNames
@@ -75,7 +76,21 @@ def misread(model: nn.Module, formats: ModelFormats) -> dict[str, str]:
             for name, module in attention_modules(model)
             if _reads_cache_scales(module) and not _is_on(module, "k_bmm_quantizer")
         ][:1]
-    return {"compressed-tensors": reasons[0]} if reasons else {}
+    found = {"compressed-tensors": reasons[0]} if reasons else {}
+    unlike = [n for n, m in model.named_modules() if isinstance(m, QuantExperts) and not _as_gpt_oss(m.layout)]
+    if unlike:
+        found["mxfp4"] = (
+            f"mxfp4 does not hold {unlike[0]}: it has experts as gpt-oss holds them, and its readers don't"
+            f" look for any in a {type(model).__name__}"
+        )
+    return found
+
+
+def _as_gpt_oss(layout: ExpertsLayout) -> bool:
+    """Whether experts are held transposed, with the rows of gate and up in turn in one tensor, and with biases."""
+    parts = {p.name: (p.parameter, p.part.turned, p.part.interleaved, p.bias is not None) for p in layout.projections}
+    together = ("gate_up_proj", True, True, True)
+    return parts == {"gate_proj": together, "up_proj": together, "down_proj": ("down_proj", True, False, True)}
 
 
 def experts_apart(model: nn.Module, names: CheckpointNames, formats: ModelFormats) -> list[str]:
