@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from detent.checkpoints import layouts
+from detent.checkpoints import layouts, wanted_layouts
 
 TOOL = Path(__file__).parents[1] / "tools" / "verify_vllm"
 
@@ -52,3 +52,9 @@ def test_a_case_can_be_written(name: str, tmp_path: Path) -> None:
     cases.write_source(tmp_path / "source")
     cases.write_case(case, tmp_path / "source", tmp_path / "out")
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_what_detent_formats_says_of_vllm_is_what_the_table_says() -> None:
+    (layout,) = wanted_layouts("compressed-tensors")
+    says = {case.name: "vLLM" in layout.needs(case.formats) for case in cases.held_cases()}
+    assert says == {name: expected.rows_of(name)[0].scheme is not None for name in says}

@@ -290,6 +290,7 @@ def test_refusals(arguments: tuple[object, ...], message: str) -> None:
 KV = {
     "fp8": FP8,
     "fp8_dynamic": flt(E4M3, TENSOR, dynamic=True),
+    "fp8_per_head": flt(E4M3, per_channel(1)),
     "int8_per_tensor_static": INT8,
     "int8_per_tensor_dynamic": sym(8, TENSOR, True),
     "int8_per_token": sym(8, TOKEN, True),

@@ -7,7 +7,7 @@ A case is the formats of one block of the built-in sample model, whose matrices 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,39 @@ import torch
 from torch import nn
 
 import detent
-from detent.checkpoints import Activation, LayerCheckpoint, LayerFormats, ModelFormats, QuantizedWriter, Source, layouts
+from detent.checkpoints import (
+    Activation,
+    LayerCheckpoint,
+    LayerFormats,
+    ModelFormats,
+    QuantizedWriter,
+    Source,
+    wanted_layouts,
+)
+from detent.checkpoints.compressed_tensors.schemes import is_per_head
 from detent.checkpoints.records import exported_format
 from detent.config import all_schemes, kv_cache_format, kv_cache_types, parse_scheme
 from detent.data.builtin import sample_model_dir
 from detent.formats import Format, Scales, encode, scales_from_range
 from detent.nn import SequentialQuantizer, TensorQuantizer
+from detent.nn.hadamard import rotation_block
 
 KV = "--kv_cache_dtype "
+#: Asked for by name: it then holds what vLLM alone loads.
+(LAYOUT,) = wanted_layouts("compressed-tensors")
+#: Names of the grammar that `detent schemes` doesn't list.
+_MORE_SCHEMES = (
+    "w_int3_per_group_asym_a_int8_per_token_dynamic",
+    "w_int4_per_group_sym_a_int4_per_token_dynamic",
+    "w_int2_per_group_asym_a_int4_per_group_dynamic",
+    "w_int8_per_channel_sym_a_int4_per_token_dynamic",
+    "w_mxfp4_a_fp8_per_token_dynamic",
+    "w_int8_per_channel_a_int8_per_tensor_o_int8_per_tensor",
+    "w_int4_per_channel_a_int8_per_tensor_o_int8_per_tensor",
+    "w_int2_per_channel_a_int8_per_tensor_o_int8_per_tensor",
+    "w_int3_per_channel_a_int8_per_tensor_o_int8_per_tensor",
+)
+_LOOKED_UP = ("w_int8_per_channel_sym", "w_int4_per_group_sym", "w_int2_per_group_sym")
 
 
 @dataclass(frozen=True)
@@ -50,6 +75,9 @@ def all_cases() -> list[Case]:
     cases = [_case(name, _of_scheme(name)) for name in all_schemes() if name != "no_quant"]
     # The output embedding is a linear layer, too, which only exclusions leave out.
     cases.append(_case("w_int4_per_group_sym, lm_head too", _of_scheme("w_int4_per_group_sym", head=True)))
+    cases += [_case(name, _of_scheme(name)) for name in _MORE_SCHEMES]
+    cases += [_case(f"{name}, embeddings too", _with_embedding(name)) for name in _LOOKED_UP]
+    cases.append(_case("w_int8_a_int8_per_token_dynamic, down_proj rotated", _with_rotation()))
     for name in kv_cache_types():
         cases.append(_case(KV + name, ModelFormats({}, exported_format(kv_cache_format(name)), tuple(_linear()))))
     for name in sorted(detent.choices):
@@ -67,7 +95,7 @@ def held_cases() -> list[Case]:
 
 
 def _case(name: str, formats: ModelFormats) -> Case:
-    reason = layouts["compressed-tensors"].can_hold(formats)
+    reason = LAYOUT.can_hold(formats)
     return Case(name, formats) if reason is None else Case(name, reason=reason)
 
 
@@ -81,6 +109,20 @@ def _of_scheme(name: str, head: bool = False) -> ModelFormats:
         if head or path != "lm_head"
     }
     return ModelFormats(layers, ignored=tuple(path for path in linear if path not in layers))
+
+
+def _with_embedding(name: str) -> ModelFormats:
+    formats = _of_scheme(name)
+    shape = tuple(_model().get_parameter("model.embed_tokens.weight").shape)
+    embedding = LayerFormats(shape, parse_scheme(name).weight, kind="Embedding")
+    return replace(formats, layers={**formats.layers, "model.embed_tokens": embedding})
+
+
+def _with_rotation() -> ModelFormats:
+    """Inputs turned by a matrix of their full width, which isn't a power of two, as R4 does."""
+    formats = _of_scheme("w_int8_a_int8_per_token_dynamic")
+    name, layer = next((n, f) for n, f in formats.layers.items() if n.endswith("down_proj"))
+    return replace(formats, layers={**formats.layers, name: replace(layer, rotated=rotation_block(layer.shape[1]))})
 
 
 def _of_preset(name: str) -> ModelFormats:
@@ -159,7 +201,7 @@ def write_case(case: Case, source_dir: Path, out_dir: Path) -> None:
     assert case.formats is not None
     source = Source(source_dir)
     layers = case.formats.layers
-    with QuantizedWriter(out_dir, source=source, formats=case.formats, overwrite=True) as writer:
+    with QuantizedWriter(out_dir, source=source, formats=case.formats, layout=LAYOUT, overwrite=True) as writer:
         for name in source:
             module = name.removesuffix(".weight")
             if module in layers:
@@ -168,13 +210,16 @@ def write_case(case: Case, source_dir: Path, out_dir: Path) -> None:
                 writer.add_tensor(name, source.tensor(name))
         if case.formats.kv_cache is not None:
             scales = _calibrated(case.formats.kv_cache)
+            if is_per_head(case.formats.kv_cache):
+                scales = scales.map(lambda scale: scale.expand(1, _config().num_key_value_heads, 1, 1))
             writer.add_kv("model.layers.0.self_attn", scales, scales)
         writer.finish()
 
 
 def _record(name: str, formats: LayerFormats, weight: torch.Tensor) -> LayerCheckpoint:
     packed = None if formats.weight is None else encode(weight, formats.weight, name=name)
-    return LayerCheckpoint(name, formats.shape, packed, _activation(formats.input), _activation(formats.output))
+    activations = _activation(formats.input), _activation(formats.output)
+    return LayerCheckpoint(name, formats.shape, packed, *activations, formats.kind, formats.rotated)
 
 
 def _activation(fmt: Format | None) -> Activation | None:

@@ -46,8 +46,20 @@ TABLE = (
     Row(r"w_mxfp4_a_mxfp8", "W4A8Mxfp4", note="scales of inputs are float32, not powers of two"),
     Row(r"w_mxfp8_a_mxfp8|MXFP8_DEFAULT_CFG", "W8A8Mxfp8"),
     Row(r"w_mxfp8", "W8A8Mxfp8", note="a kernel that can also rounds inputs to MXFP8"),
-    Row(r"--kv_cache_dtype fp8|FP8_KV_CFG", ""),
+    Row(r"--kv_cache_dtype fp8(_per_head)?|FP8_KV_CFG", ""),
+    Row(r"w_int[38]_per_\w+_a_int8_per_token_dynamic", "WNA8Int"),
+    Row(r"w_int[248]_per_(group|channel)_a?sym_a_int4_per_(token|group)_dynamic", "WNA4Int"),
+    Row(r"w_int[248]_per_channel_a_int8_per_tensor_o_int8_per_tensor", "WNA8O8Int"),
+    Row(r"w_mxfp4_a_fp8_per_token_dynamic", "W4A8Mxfp4"),
+    Row(r"w_int[248]_per_(group|channel)_sym, embeddings too", "WNA16"),
+    Row(r"w_int8_a_int8_per_token_dynamic, down_proj rotated", "W8A8Int8"),
     # Refused
+    Row(
+        r"w_int3_per_channel_a_int8_per_tensor_o_int8_per_tensor",
+        None,
+        "Unsupported num_bits = 3 for WNA8O8Int",
+        "weights beside int8 inputs and outputs have 2, 4 or 8 bits",
+    ),
     Row(r"w_int8_per_tensor_sym", None, _NO_SCHEME, "integers alone need a scale per channel or group"),
     Row(
         r"w_int8(_per_channel)?_a_int8_per_tensor_sym_dynamic",

@@ -99,7 +99,9 @@ def load(config: VllmConfig, folder: Path, quantization_config: dict[str, Any]) 
     config = copy.copy(config)
     config.compilation_config.static_forward_context.clear()  # where vLLM registers attention layers by name
     try:
-        config.quant_config = CompressedTensorsConfig.from_config(quantization_config)
+        arch = config.model_config.model_arch_config  # as vLLM adds it to what it reads of config.json
+        heads = {"total_num_heads": arch.total_num_attention_heads, "total_num_kv_heads": arch.total_num_kv_heads}
+        config.quant_config = CompressedTensorsConfig.from_config({**quantization_config, **heads})
         with set_current_vllm_config(config), _faked_gpu():
             model = initialize_model(vllm_config=config)
         tensors = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}

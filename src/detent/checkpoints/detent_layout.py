@@ -37,7 +37,11 @@ class DetentLayout(Layout):
     """Writes Detent's own layout."""
 
     name = "detent"
-    engines = ("detent",)
+    engines = ("detent", "transformers")
+
+    def needs(self, formats: ModelFormats) -> dict[str, str]:
+        """transformers loads it once `detent` is imported."""
+        return {"detent": "", "transformers": "import detent first"}
 
     def can_hold(self, formats: ModelFormats) -> str | None:
         """None: it holds everything."""

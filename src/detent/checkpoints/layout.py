@@ -83,6 +83,11 @@ class Layout:
         """None, or why this layout can't hold the model: the first layer's reason, and what to do about it."""
         raise NotImplementedError
 
+    def needs(self, formats: ModelFormats) -> dict[str, str]:
+        """{engine: what it needs to load these formats, such as a kernel package or a kind of GPU; "" for nothing}, of
+        the engines that do."""
+        return dict.fromkeys(self.engines, "")
+
     def layer_tensors(self, layer: LayerCheckpoint) -> dict[str, Tensor]:
         """The tensors of one layer, by their full names."""
         raise NotImplementedError

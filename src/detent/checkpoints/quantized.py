@@ -84,7 +84,7 @@ def wanted_layouts(export: str, custom_mode: str | None = None, **details: Any) 
         names = [export]
     else:
         raise DetentError(f"unknown checkpoint format {export!r}; known: hf_format, {', '.join(layouts)}")
-    return [layouts[name].with_details(**details) for name in names]
+    return [layouts[name].with_details(alone=len(names) == 1, **details) for name in names]
 
 
 def choose(

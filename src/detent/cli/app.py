@@ -13,6 +13,7 @@ from detent.cli import console
 from detent.cli.arguments import normalize
 from detent.cli.convert import convert
 from detent.cli.evaluate import evaluate
+from detent.cli.formats import formats
 from detent.cli.inspect import inspect
 from detent.cli.plan import plan
 from detent.cli.quantize import epilog, quantize
@@ -50,6 +51,7 @@ def _root(
 app.command(epilog=epilog())(quantize)
 app.command(epilog=epilog())(plan)
 app.command()(schemes)
+app.command()(formats)
 app.command()(evaluate)
 app.command()(convert)
 app.command()(inspect)

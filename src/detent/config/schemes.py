@@ -20,7 +20,7 @@ from detent.config.base import nearest, shown
 from detent.config.format_names import FormatName, Options, Role, build_format, check_options, parse_name
 from detent.config.quant_cfg import QuantCfg
 from detent.errors import DetentError
-from detent.formats import GGUF_FORMATS, Format
+from detent.formats import GGUF_FORMATS, Format, fp8, per_channel
 
 #: The schemes of AMD Quark's quantize_quark.py, in its order, as far as they are in the grammar.
 _QUARK = (
@@ -257,6 +257,7 @@ def kv_cache_types() -> tuple[str, ...]:
     return (
         "fp8",
         "fp8_dynamic",
+        "fp8_per_head",
         "int8_per_tensor_static",
         "int8_per_tensor_dynamic",
         "int8_per_token",
@@ -291,6 +292,8 @@ def kv_cache_format(
         close = nearest(name, list(kv_cache_types()))
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise DetentError(f"unknown key/value cache type {name!r}{hint}; known: {', '.join(kv_cache_types())}")
+    if name == "fp8_per_head":
+        return fp8("e4m3", per_channel(1))  # of keys and values [batch, heads, tokens, features]
     spelled = re.sub(r"^fp6e", "fp6_e", _KV_NAMES.get(name, name))
     options = Options(group_size, scale_format, scale_calculation_mode)
     fmt = build_format(parse_name(spelled.split("_")), "activation", options)

@@ -12,8 +12,9 @@ from torch import nn
 
 from detent.checkpoints import Source
 from detent.errors import DetentError
+from detent.formats import Format
 from detent.nn import QuantWeightBase
-from detent.nn.attention import attention_modules
+from detent.nn.attention import attention_modules, caches_latents
 from detent.plan.defaults import stays_by_default
 from detent.pretrained.facts import is_multimodal, outside_language
 from detent.pretrained.names import CheckpointNames
@@ -102,12 +103,12 @@ def unreached(model: nn.Module, structure: Structure, linears: list[str], *, lea
     return why
 
 
-def check_attention(model: nn.Module, structure: Structure | None) -> list[str]:
+def check_attention(model: nn.Module, structure: Structure | None, kv_cache: Format) -> list[str]:
     """The names of the attention modules whose keys and values stay, though those of the others are quantized: those
     of other modalities, and those that read another one, such as cross-attention, which text alone doesn't reach.
 
     Raises:
-        DetentError: there are no others.
+        DetentError: there are no others; scales per head are asked for, and what is cached has no heads.
     """
     outside = outside_language(model)
     names = [name for name, _ in attention_modules(model)]
@@ -116,6 +117,12 @@ def check_attention(model: nn.Module, structure: Structure | None) -> list[str]:
             f"kv_cache_dtype: {type(model).__name__} has no attention whose keys and values can be reached: no module"
             " fetches its attention function from transformers, calls PyTorch's, or takes the softmax of a product of"
             " its own; leave the key/value cache unquantized"
+        )
+    if kv_cache.granularity.kind == "per_channel" and any(
+        caches_latents(type(module)) for _, module in attention_modules(model)
+    ):
+        raise DetentError(
+            f"kv_cache_dtype: {type(model).__name__} caches latents, which have no heads to give scales to; use fp8"
         )
     unread = structure.unread if structure is not None and is_multimodal(model) else ()
     blind = {name.rpartition(".")[0] for name in unread}

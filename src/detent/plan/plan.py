@@ -207,7 +207,7 @@ def make_plan(
         why = {name: reason for name, (fmt, reason) in decided.items() if fmt is None} | why
     quant_cfg.extend({"quantizer_name": f"{pattern}.*", "enable": False} for pattern in patterns)
     if kv_cache is not None:
-        elsewhere = check_attention(model, structure)
+        elsewhere = check_attention(model, structure, kv_cache)
         quant_cfg.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"format": kv_cache}})
         if attention is not None:
             quant_cfg.append({"quantizer_name": "*[qp]_bmm_quantizer", "cfg": {"format": attention}})

@@ -6,13 +6,9 @@ from typing import Any
 
 import torch
 
-from detent.checkpoints import LayerFormats, ModelFormats, layouts
-from detent.checkpoints.records import exported_format
 from detent.config import all_schemes, parse_scheme
 from detent.plan.plan import with_scale_dtype
-
-#: The weight that bits are counted for.
-SHAPE = (4096, 4096)
+from detent.report.formats import SHAPE, held_by
 
 
 def scheme_rows() -> list[dict[str, Any]]:
@@ -23,11 +19,8 @@ def scheme_rows() -> list[dict[str, Any]]:
     for name in all_schemes():
         scheme = with_scale_dtype(parse_scheme(name), torch.bfloat16)
         weight = scheme.weight
-        input_, output = (None if f is None else exported_format(f) for f in (scheme.input, scheme.output))
-        held = []
-        if weight is not None or input_ is not None:
-            formats = ModelFormats({"model.layers.0.mlp.up_proj": LayerFormats(SHAPE, weight, input_, output)})
-            held = [layout.name for layout in layouts.values() if layout.can_hold(formats) is None]
+        quantizes = weight is not None or scheme.input is not None
+        held = [name for name, found in held_by(scheme).items() if "engines" in found] if quantizes else []
         rows.append(
             {
                 "name": name,

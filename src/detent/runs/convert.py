@@ -18,6 +18,7 @@ from detent.checkpoints import (
     QuantizedCheckpoint,
     QuantizedWriter,
     Source,
+    choose,
     open_quantized,
     wanted_layouts,
 )
@@ -36,7 +37,7 @@ from detent.plan.readers import misread
 from detent.pretrained.loading import load_config, model_dtype, model_on_meta, resolve_folder
 from detent.pretrained.names import CheckpointNames
 from detent.progress import track
-from detent.report.run_report import REPORT_NAME, BeforeAfterBytes, RunReport
+from detent.report.run_report import REPORT_NAME, BeforeAfterBytes, RunReport, Verification
 from detent.runs.load import load_quantized
 from detent.runs.options import ExportOptions
 from detent.runs.parts import stored_parts
@@ -149,29 +150,28 @@ def convert_checkpoint(
         written = writer.close(checkpoint.config)
         with writer.examined():
             used = frozenset(checkpoint.source.tensors.keys() - kept.keys())
-            verify(
-                written,
-                Expected(formats, list(examples.values()), kept, kv, dict(writer.digests), used),
-                checkpoint.source,
-            )
-            found = open_quantized(written)
+            expected = Expected(formats, list(examples.values()), kept, kv, dict(writer.digests), used)
+            tensors, found = verify(written, expected, checkpoint.source), open_quantized(written)
             for name in track(formats.layers, "Comparing", len(formats.layers)):
                 if name not in rounded and not _same(checkpoint.layer(name), found.layer(name)):
                     raise DetentError(f"the written checkpoint is wrong: {name} decodes to other values than before")
-            if not rounded:
-                expected = probe_logits(load_quantized(folder, config=few, **how))
-                check_logits(expected, probe_logits(load_quantized(written, config=few, **how)))
-            else:
-                probe_logits(load_quantized(written, config=few, **how))
+            logits, verified = probe_logits(load_quantized(written, config=few, **how)), None
+            if rounded:
                 run.notify(
                     f"{len(rounded)} of {len(formats.layers)} weights were rounded once more, such as {rounded[0]};"
                     " quantizing the original checkpoint loses less"
                 )
+            else:
+                difference = check_logits(probe_logits(load_quantized(folder, config=few, **how)), logits)
+                blocks = None if few is None else getattr(few, "num_hidden_layers", None)
+                verified = Verification(tensors=tensors, blocks=blocks, logit_difference=difference)
             report = run.report(
                 model=model_dir,
                 scheme=f"{checkpoint.method} as {layout.name}",
                 size_bytes=BeforeAfterBytes(before=checkpoint.source.nbytes, after=writer.nbytes),
                 output_dir=str(output),
+                layout=layout.name,
+                verification=verified,
                 **stored_parts(found),
             )
             report.write(written)
@@ -195,7 +195,8 @@ def _choose(
             if reason is None:
                 return layout, target
         reasons.append(reason)
-    raise DetentError("; ".join(dict.fromkeys(filter(None, reasons))))
+    choose(formats, wanted, refused=misreads)  # which says what could hold it
+    raise DetentError("; ".join(filter(None, reasons)))
 
 
 def _as_stored(layer: LayerFormats, layout: Layout, scheme: Scheme | None, adapted: bool) -> LayerFormats:

@@ -39,10 +39,10 @@ def infer_formats(source: Source) -> ModelFormats:
     return ModelFormats(layers, kv_cache, tuple(config.get("ignore") or ()))
 
 
-def refuse_what_is_not_read(source: Source, *, reordered: bool = False) -> None:
+def refuse_what_is_not_read(source: Source, *, reordered: bool = False, transformed: bool = False) -> None:
     """Raise DetentError for parts of compressed-tensors that change what codes mean and that Detent doesn't read."""
     config = source.config["quantization_config"]
-    if (config.get("transform_config") or {}).get("config_groups"):
+    if not transformed and (config.get("transform_config") or {}).get("config_groups"):
         raise DetentError(f"{source.path}: its weights are transformed (transform_config); Detent cannot read that")
     if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
         raise DetentError(f"{source.path}: its weights are stored sparse (sparsity_config); Detent cannot read that")

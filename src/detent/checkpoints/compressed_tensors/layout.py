@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detent.checkpoints.compressed_tensors import foreign
+from detent.checkpoints.compressed_tensors import foreign, rotations
 from detent.checkpoints.compressed_tensors import schemes as ct
 from detent.checkpoints.layout import Layout, left_description
 from detent.checkpoints.records import LayerCheckpoint, LayerFormats, ModelFormats, assemble
@@ -44,20 +44,31 @@ class CompressedTensorsLayout(Layout):
     name = "compressed-tensors"
     engines = ("vLLM", "SGLang", "transformers")
 
+    def __init__(self, alone: bool = False) -> None:
+        self.alone = alone
+
+    def with_details(self, *, alone: bool = False, **details: Any) -> CompressedTensorsLayout:
+        """`alone`: asked for by name, so that it may hold what vLLM loads and transformers misreads."""
+        return CompressedTensorsLayout(alone)
+
+    def needs(self, formats: ModelFormats) -> dict[str, str]:
+        """See `schemes.needs`."""
+        return ct.needs(formats)
+
     def can_hold(self, formats: ModelFormats) -> str | None:
         """None, or the reason why this layout cannot hold the model: the first layer's that it cannot."""
         for name, layer in formats.layers.items():
-            if layer.rotated or layer.low_rank:
-                what = "an input that is rotated at run time" if layer.rotated else "a low-rank branch"
-                return f"compressed-tensors does not hold {name}: {what}"
+            if layer.low_rank:
+                return f"compressed-tensors does not hold {name}: a low-rank branch"
             try:
+                _check_alone(layer, self.alone)
                 _scheme(layer)
             except ct.NotHeld as reason:
                 return f"compressed-tensors does not hold {name}: {reason}"
         if formats.attention is not None:
             return "compressed-tensors does not hold quantized attention probabilities"
         if formats.keys_rotated:
-            return "compressed-tensors does not hold keys that are rotated at run time"
+            return "compressed-tensors does not hold keys that are rotated at run time: no engine rotates them"
         if formats.kv_cache is not None:
             try:
                 ct.kv_cache_args(formats.kv_cache)
@@ -75,7 +86,14 @@ class CompressedTensorsLayout(Layout):
         for side, activation in (("input", layer.input), ("output", layer.output)):
             if activation is not None and activation.scales is not None:
                 tensors |= _scale_tensors(side, activation.format, activation.scales)
+        if layer.rotated:
+            tensors |= rotations.matrix(layer.rotated)
         return {f"{layer.name}.{name}": tensor for name, tensor in tensors.items()}
+
+    def kv_tensors(self, module: str, key: Scales, value: Scales, *more: Scales) -> dict[str, Tensor]:
+        """The scales of keys and values: one number, or one for each head as [heads, 1, 1]."""
+        shape = (-1, 1, 1) if key.scale.dim() else (1,)
+        return {f"{module}.{side}_scale": s.scale.reshape(shape) for side, s in (("k", key), ("v", value))}
 
     def exact(self, layer: LayerCheckpoint) -> dict[str, str]:
         """The outer scales of a layer, which the layout rounds, as exact hexadecimal numbers."""
@@ -91,12 +109,16 @@ class CompressedTensorsLayout(Layout):
             scheme = _scheme(layer)
             group = groups.setdefault(json.dumps(scheme), scheme | {"targets": []})
             group["targets"] += _targets(name, formats)
+            # Most models of vLLM give their embedding no name, so that it is found by its class alone.
+            if layer.kind == "Embedding" and layer.kind not in group["targets"]:
+                group["targets"].append(layer.kind)
         if len(groups) == 1:
             # "Linear" is part of the names of vLLM's classes too, but not of that of its output embedding, which is
             # looked up by its module's name. It and everything else outside the numbered blocks are named as well.
             outside = [name for name in formats.layers if not any(map(str.isdigit, name.split(".")))]
             targets = [target for name in outside for target in _targets(name, formats)]
-            next(iter(groups.values()))["targets"] = ["Linear", *targets]
+            kinds = sorted({layer.kind for layer in formats.layers.values()} | {"Linear"})
+            next(iter(groups.values()))["targets"] = [*kinds, *targets]
         layouts = {group["format"] for group in groups.values()} - {ct.DENSE}
         if formats.merges and not _is_fp8(next(iter(groups.values()), {}).get("weights")):
             groups[""] = _PLAIN_EXPERTS
@@ -113,7 +135,24 @@ class CompressedTensorsLayout(Layout):
         }
         if formats.kv_cache is not None:
             config["kv_cache_scheme"] = ct.kv_cache_args(formats.kv_cache)
+        if (turned := rotations.transform_config(formats.layers, lambda name: _targets(name, formats))) is not None:
+            config["transform_config"] = turned
         return config
+
+
+def _check_alone(layer: LayerFormats, alone: bool) -> None:
+    """Raise NotHeld for what vLLM alone loads, unless the user asks for it."""
+    what = "an input that is rotated at run time" if layer.rotated else f"{layer.kind} modules"
+    if layer.rotated and (reason := rotations.why_not(layer.rotated)):
+        raise ct.NotHeld(reason)
+    if (layer.rotated or layer.kind == "Embedding") and not alone:
+        raise ct.NotHeld(f"{what}, which transformers would misread; for vLLM, ask for compressed-tensors by name")
+
+
+def _turned(config: dict[str, Any] | None) -> dict[str, int]:
+    """{name of a group: number of targets} of a transform_config."""
+    groups = (config or {}).get("config_groups") or {}
+    return {name: sum(len(args["targets"]) for args in group["apply"]) for name, group in groups.items()}
 
 
 def _targets(name: str, formats: ModelFormats) -> list[str]:
@@ -133,8 +172,12 @@ def _target(name: str) -> str:
 
 def _scheme(layer: LayerFormats) -> dict[str, Any]:
     """A layer's entry in config_groups, targets aside. Raises NotHeld."""
-    if layer.kind != "Linear":  # compressed-tensors knows Embedding too, but transformers fails to load one
-        raise ct.NotHeld(f"{layer.kind} modules: only Linear ones")
+    if layer.kind not in ("Linear", "Embedding"):
+        raise ct.NotHeld(f"{layer.kind} modules: only Linear and Embedding ones")
+    if layer.kind == "Embedding" and not ct.is_looked_up(layer):
+        raise ct.NotHeld(
+            "an Embedding in other than symmetric integers of 2, 4 or 8 bits with a scale per channel or group"
+        )
     if len(layer.shape) != 2:
         raise ct.NotHeld(f"weights of shape {layer.shape}: it stores matrices only")
     out_features, in_features = layer.shape
@@ -202,8 +245,8 @@ class CompressedTensorsReader:
         self._outer: dict[str, dict[str, str]] = {}
         where = f"{source.path / 'config.json'}: quantization_config"
         check_as(CompressedTensorsConfig, source.config["quantization_config"], where)
-        foreign.refuse_what_is_not_read(source, reordered=reordered)
         left = left_description(source)
+        foreign.refuse_what_is_not_read(source, reordered=reordered, transformed=left is not None)
         self.described = left is not None
         if left is None:
             self.formats = foreign.infer_formats(source)
@@ -224,8 +267,10 @@ class CompressedTensorsReader:
         found = {json.dumps({k: v for k, v in group.items() if k != "targets"}, sort_keys=True) for group in groups}
         plain = json.dumps({k: v for k, v in _PLAIN_EXPERTS.items() if k != "targets"}, sort_keys=True)
         cache = None if self.formats.kv_cache is None else ct.kv_cache_args(self.formats.kv_cache)
+        turned = rotations.transform_config(self.formats.layers, lambda name: _targets(name, self.formats))
         for what, differ in (
             ("config_groups", found - {plain} != wanted - {plain}),
+            ("transform_config", _turned(config.get("transform_config")) != _turned(turned)),
             ("kv_cache_scheme", config.get("kv_cache_scheme") != cache),
         ):
             if differ:
@@ -237,6 +282,8 @@ class CompressedTensorsReader:
     def _belongs(self, module: str, part: str) -> bool:
         if part in ("k_scale", "v_scale"):
             return self.formats.kv_cache is not None
+        if (turned := rotations.rotated_module(module)) is not None:
+            return turned in self.formats.layers and self.formats.layers[turned].rotated > 0
         if module not in self.formats.layers:
             return False
         if part == "weight":
@@ -282,7 +329,9 @@ class CompressedTensorsReader:
         modules = dict.fromkeys(foreign.split(n)[0] for n in self.source if n.endswith((".k_scale", ".v_scale")))
 
         def scales(name: str) -> Scales:
-            found = Scales(self._tensor(name, (), kv_cache.scale.stored_dtype))
+            heads = self.source.info(name).shape if ct.is_per_head(kv_cache) else ()
+            stored = self._tensor(name, (*heads[:1], 1, 1) if heads else (), kv_cache.scale.stored_dtype)
+            found = Scales(stored[None] if heads else stored)
             check_scales(kv_cache, found, self._place(name))
             return found
 

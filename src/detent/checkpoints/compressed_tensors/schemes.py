@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from detent.checkpoints.records import LayerFormats, ModelFormats
 from detent.errors import DetentError
 from detent.formats import (
     E2M1,
@@ -95,12 +96,29 @@ def activation_args(fmt: Format, features: int) -> Args:
 
 
 def kv_cache_args(fmt: Format) -> Args:
-    """The arguments of keys and values: per tensor, symmetric, calibrated, as engines read them. Raises NotHeld."""
-    if fmt.granularity.kind != "per_tensor" or fmt.dynamic or not fmt.symmetric:
-        raise NotHeld(f"a key/value cache as {fmt}: only symmetric per-tensor ones with calibrated scales")
+    """The arguments of keys and values: per tensor or head, symmetric, calibrated, as engines read them. Raises
+    NotHeld."""
+    if not (fmt.granularity.kind == "per_tensor" or is_per_head(fmt)) or fmt.dynamic or not fmt.symmetric:
+        raise NotHeld(f"a key/value cache as {fmt}: only symmetric ones with calibrated scales per tensor or head")
     if not (fmt.element == E4M3 or (isinstance(fmt.element, Integer) and fmt.element.bits == 8)):
         raise NotHeld(f"a key/value cache of {fmt.element.name}: only FP8 E4M3 and int8")
+    if is_per_head(fmt):
+        return _element_args(fmt) | {"strategy": "attn_head", "dynamic": False}
     return activation_args(fmt, 1)
+
+
+def is_per_head(fmt: Format) -> bool:
+    """Whether keys [batch, heads, tokens, features] have a scale for each head."""
+    return fmt.granularity == per_channel(1)
+
+
+def is_looked_up(layer: LayerFormats) -> bool:
+    """Whether vLLM looks an embedding of these formats up. It takes other widths and zero points, too, and misreads
+    them: it unpacks 32 // bits codes of a word, and leaves zero points out."""
+    w = layer.weight
+    if w is None or not isinstance(w.element, Integer) or layer.input is not None or layer.output is not None:
+        return False
+    return w.bits in (2, 4, 8) and w.symmetric and w.granularity.kind in ("per_channel", "per_group")
 
 
 def layout_of(weight: Format | None, input: Format | None = None, output: Format | None = None) -> str:
@@ -117,15 +135,30 @@ def layout_of(weight: Format | None, input: Format | None = None, output: Format
 
 
 def _computes_packed(weight: Format, input: Format | None, output: Format | None) -> bool:
-    """Whether vLLM multiplies packed integers with the layer's integer inputs: where those are symmetric, with scales
-    computed for each token or group. Of unpacked integers it takes 8-bit weights with one scale per channel or tensor.
+    """Whether vLLM takes packed integers with the layer's integer inputs: where those are symmetric, with scales
+    computed for each token or group; and narrow weights where inputs and outputs are int8 with one calibrated scale
+    each. Of unpacked integers it takes 8-bit weights with one scale per channel or tensor.
     """
-    if input is None or output is not None or not isinstance(input.element, Integer):
+    if input is None or not isinstance(input.element, Integer):
         return False
+    if output is not None:
+        return weight.bits < 8 and weight.granularity.kind != "per_tensor" and _is_static_int8(input, output)
     scaled_in_rows = input.granularity.kind == "per_token" or input.granularity.group_size is not None
     takes_input = input.dynamic and input.symmetric and scaled_in_rows and input.element.bits in (4, 8)
     in_groups = weight.granularity.group_size is not None
-    return takes_input and (in_groups or (weight.bits < 8 and weight.granularity.kind == "per_channel"))
+    narrow = weight.bits < 8 or input.element.bits < 8
+    return takes_input and (in_groups or (narrow and weight.granularity.kind == "per_channel"))
+
+
+def _is_static_int8(*formats: Format) -> bool:
+    return all(
+        isinstance(f.element, Integer)
+        and f.bits == 8
+        and f.symmetric
+        and not f.dynamic
+        and f.granularity.kind == "per_tensor"
+        for f in formats
+    )
 
 
 def _is_mx(fmt: Format) -> bool:
@@ -190,6 +223,65 @@ def _weight_strategy(fmt: Format, shape: tuple[int, ...]) -> Args:
     return {"strategy": "block", "block_structure": block}
 
 
+# What engines need.
+
+_HUMMING = "humming-kernels, on CUDA"
+
+
+def needs(formats: ModelFormats) -> dict[str, str]:
+    """What each engine needs for these formats; those that are known not to load them are left out. For vLLM this is
+    what version 0.32 does with each scheme (tools/verify_vllm), for transformers its reader."""
+    layers = formats.layers.values()
+    wants = dict.fromkeys(filter(None, (_vllm(layer) for layer in layers)))
+    if formats.kv_cache is not None and formats.kv_cache.element != E4M3:
+        wants["-"] = None
+    found = {"vLLM": "; ".join(w for w in wants if w != "-")} if "-" not in wants else {}
+    if not any(layer.rotated or layer.kind == "Embedding" for layer in layers):
+        integers = any(layer.weight is not None and isinstance(layer.weight.element, Integer) for layer in layers)
+        found |= {"SGLang": ""} if "vLLM" in found and not (integers and _HUMMING in wants) else {}
+        packed = [f for f in layers if f.weight is not None and layout_of(f.weight, f.input, f.output) == PACK]
+        zeros = any(f.weight is not None and not f.weight.symmetric for f in packed)
+        found["transformers"] = "compressed-tensors" + zeros * ", with CompressedTensorsConfig(dequantize=True)"
+    return found
+
+
+def _vllm(layer: LayerFormats) -> str:
+    """What vLLM needs for a layer; "-" if it doesn't load it."""
+    weight, input, output = layer.weight, layer.input, layer.output
+    if layer.rotated:
+        return "CUDA for blocks of a power of two, layers without a bias, one GPU"
+    if weight is None:
+        return "-"
+    if _is_nvfp4(weight):
+        return "" if input is None or _is_nvfp4(input) else "-"
+    if _is_mx(weight):
+        if weight.element == E2M3 or (input is not None and not _is_mx(input) and not input.dynamic):
+            return "-"
+        return "CUDA"
+    if not isinstance(weight.element, Integer):
+        per_row = weight.granularity.kind in ("per_tensor", "per_channel", "per_block")
+        takes = input is None or input.element == E4M3 and (input.dynamic or input.granularity.kind == "per_tensor")
+        return "" if per_row and takes and output is None else "-"
+    layout, kind = layout_of(weight, input, output), weight.granularity.kind
+    if layout == PACK:
+        if kind == "per_tensor":
+            return "-"
+        group = weight.granularity.group_size
+        if output is not None:
+            return "" if weight.bits in (2, 4) and weight.symmetric else "-"
+        known = weight.bits in (4, 8) if weight.symmetric else weight.bits == 4
+        marlin = input is None and known and group in (None, 32, 64, 128)
+        return "" if marlin or layer.kind == "Embedding" else _HUMMING
+    if input is None or not isinstance(input.element, Integer):
+        return "-"
+    if output is not None:
+        return "" if weight.symmetric and kind != "per_tensor" and _is_static_int8(input, output) else "-"
+    by_token = input.dynamic and input.granularity.kind == "per_token"
+    calibrated = not input.dynamic and input.granularity.kind == "per_tensor"
+    eight = weight.bits == input.bits == 8 and weight.symmetric and kind in ("per_tensor", "per_channel")
+    return "" if eight and (by_token or calibrated) else "-"
+
+
 # The other direction, for files whose writer left no description.
 
 
@@ -240,6 +332,8 @@ def _granularity(strategy: str, args: Args, where: str) -> Granularity:
         return per_tensor()
     if strategy == "channel":
         return per_channel(0)
+    if strategy == "attn_head":
+        return per_channel(1)
     if strategy == "token":
         return per_token()
     if strategy == "group":
