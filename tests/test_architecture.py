@@ -22,6 +22,7 @@ LAYERS = (
     "runs",
     "report",
     "evaluation",
+    "search",
     "engine",
     "plan",
     "transforms",

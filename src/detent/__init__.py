@@ -47,6 +47,11 @@ _HOMES = {
     "find_structure": "detent.structure",
     "quantize": "detent.engine.quantization",
     "calibrate": "detent.engine.calibration",
+    "auto_quantize": "detent.search",
+    "get_auto_quantize_config": "detent.search",
+    "auto_quantize_table": "detent.search",
+    "auto_quantize_curve": "detent.search",
+    "plot_auto_quantize_curve": "detent.search",
     "replace_quant_module": "detent.model.conversion",
     "set_quantizer_by_cfg": "detent.model.conversion",
     "set_quantizer_by_cfg_context": "detent.model.conversion",
@@ -94,6 +99,7 @@ _SUBMODULES = {
     "pretrained",
     "report",
     "runs",
+    "search",
     "statistics",
     "structure",
     "transforms",
@@ -163,6 +169,13 @@ if TYPE_CHECKING:
     )
     from detent.runs.plan import plan_checkpoint
     from detent.runs.quantize import quantize_checkpoint
+    from detent.search import (
+        auto_quantize,
+        auto_quantize_curve,
+        auto_quantize_table,
+        get_auto_quantize_config,
+        plot_auto_quantize_curve,
+    )
     from detent.structure import find_structure
 
 

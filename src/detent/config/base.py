@@ -7,6 +7,7 @@ got wrong surfaces as one `DetentError`, never as pydantic's own list of errors.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
@@ -99,6 +100,14 @@ def shown(value: Any) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits; an object that holds itself
         return f"a {type(value).__name__} too long to show"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def size_in_bytes(text: str) -> int | None:
+    """The bytes of a size such as 4GiB, 500MB or 8G; None where it is none."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", text, re.IGNORECASE)
+    if found is None or not float(found[1]):
+        return None
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
 
 
 def as_keywords(values: Mapping[Any, Any]) -> dict[str, Any]:

@@ -424,3 +424,14 @@ class WrittenTensor(Description):
     digest: int | None = None
     error: float | None = None
     exact: dict[str, str] = Field(default_factory=dict)
+
+
+class SavedSearch(Description):
+    """The checkpoint of a search for formats: scores {unit: {format: score}} and bits {layer: {format: bits}}."""
+
+    signature: dict[str, str]
+    scores: dict[str, dict[str, float]]
+    bits: dict[str, dict[str, float]]
+    steps: int
+    seen: list[str]
+    finished: bool

@@ -149,18 +149,10 @@ def _seconds(plan: Plan, elements: int, samples: Samples | None, dtype: torch.dt
     # Observed once, run once more on its quantized weights; second moments and solving cost about a product each.
     passes = 4 if learns else 2
     solving = sum(f.shape[0] * f.shape[-1] ** 2 for f in plan.formats.layers.values()) if learns else 0
-    routed = _routed(plan)
+    config = getattr(plan.skeleton, "config", None)
+    routed = {} if plan.structure is None else plan.structure.routed_shares(config)
     seen = sum(math.prod(f.shape) * routed.get(name, 1.0) for name, f in plan.formats.layers.items())
     return seconds + (passes * seen * samples.tokens + solving) * per_product
-
-
-def _routed(plan: Plan) -> dict[str, float]:
-    """The share of the tokens that reaches each layer of an expert."""
-    config, shares = getattr(plan.skeleton, "config", None), dict[str, float]()
-    for mixture in () if plan.structure is None else plan.structure.mixtures:
-        chosen = getattr(config, "num_experts_per_tok", None) or mixture.count
-        shares |= dict.fromkeys(mixture.weights, min(1.0, chosen / max(1, mixture.count)))
-    return shares
 
 
 def _per_element(fmt: Format, dtype: torch.dtype) -> float:

@@ -225,6 +225,14 @@ class Structure:
                 return found
         return None
 
+    def routed_shares(self, config: object) -> dict[str, float]:
+        """The share of the tokens that reaches each weight of a routed expert, by the model's configuration."""
+        shares: dict[str, float] = {}
+        for mixture in self.mixtures:
+            chosen = getattr(config, "num_experts_per_tok", None) or mixture.count
+            shares |= dict.fromkeys(mixture.weights, min(1.0, chosen / max(1, mixture.count)))
+        return shares
+
     def site_of(self, weight: str) -> Site | None:
         """The site that a weight reads, or None."""
         return next((site for site in self.sites if weight in site.weights), None)

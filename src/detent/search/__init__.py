@@ -1,0 +1,17 @@
+"""The search for the best format of each layer under a budget."""
+
+from detent.search.auto_quantize import auto_quantize
+from detent.search.outcome import (
+    auto_quantize_curve,
+    auto_quantize_table,
+    get_auto_quantize_config,
+    plot_auto_quantize_curve,
+)
+
+__all__ = [
+    "auto_quantize",
+    "auto_quantize_curve",
+    "auto_quantize_table",
+    "get_auto_quantize_config",
+    "plot_auto_quantize_curve",
+]
