@@ -77,6 +77,7 @@ _HOMES = {
     "evaluate_checkpoint": "detent.runs.evaluate",
     "convert_checkpoint": "detent.runs.convert",
     "AlgorithmOptions": "detent.runs.options",
+    "AutoOptions": "detent.runs.options",
     "CalibrationOptions": "detent.runs.options",
     "EvaluationOptions": "detent.runs.options",
     "ExportOptions": "detent.runs.options",
@@ -161,6 +162,7 @@ if TYPE_CHECKING:
     from detent.runs.hf_quantizer import enable_huggingface_checkpointing
     from detent.runs.options import (
         AlgorithmOptions,
+        AutoOptions,
         CalibrationOptions,
         EvaluationOptions,
         ExportOptions,

@@ -5,7 +5,6 @@ Flags for what Detent can't do yet are known by name, so that using one is an er
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
@@ -18,7 +17,14 @@ from detent.cli.startup import batch_size_of, check_early, choose_device, first_
 from detent.errors import DetentError
 
 if TYPE_CHECKING:
-    from detent.runs.options import AlgorithmOptions, CalibrationOptions, EvaluationOptions, ModelOptions, SchemeOptions
+    from detent.runs.options import (
+        AlgorithmOptions,
+        AutoOptions,
+        CalibrationOptions,
+        EvaluationOptions,
+        ModelOptions,
+        SchemeOptions,
+    )
 
 #: Panels of the help; an option's panel says what sets it apart from the others.
 _QUANTIZING, _LATER = "quantizing", "not implemented yet"
@@ -51,6 +57,18 @@ def quantize(
     overwrite: Annotated[bool, _of_quantizing("overwrite", "Replace OUTPUT_DIR if Detent wrote it.")] = False,
     quant_scheme: Annotated[
         str | None, _of_quantizing("quant_scheme", "What to quantize and how: see `detent schemes`.")
+    ] = None,
+    auto_formats: Annotated[
+        list[str] | None, _of_quantizing("auto_formats", "With auto: the schemes to choose from for each layer.")
+    ] = None,
+    effective_bits: Annotated[
+        float | None, _of_quantizing("effective_bits", "With auto: mean bits of a weight, with scales (default: 4.8).")
+    ] = None,
+    auto_bytes: Annotated[
+        str | None, _of_quantizing("auto_bytes", "With auto: the most that all tensors may take, such as 4GiB.")
+    ] = None,
+    auto_scores: Annotated[
+        str | None, _of_quantizing("auto_scores", "With auto: a JSON file to keep all scores in.")
     ] = None,
     group_size: Annotated[
         int | None, _of_quantizing("group_size", "Elements per group, for schemes with groups (default: 128).")
@@ -298,6 +316,7 @@ def asked_for(context: typer.Context) -> Asked:
             flags.allow_unfused,
             flags.quantize_mtp,
             flags.moe_experts_second_step_config,
+            _auto(flags),
         ),
         AlgorithmOptions(
             tuple(prepare),
@@ -323,14 +342,34 @@ def asked_for(context: typer.Context) -> Asked:
     )
 
 
+def _auto(flags: SimpleNamespace) -> AutoOptions | None:
+    """What a search chooses from, and its budget; None where one scheme is named."""
+    from detent.runs.options import AutoOptions
+    from detent.runs.prepare import AUTO
+
+    given = [name for name in ("auto_formats", "effective_bits", "auto_bytes", "auto_scores") if getattr(flags, name)]
+    if flags.quant_scheme != AUTO:
+        if given:
+            raise DetentError(f"--{given[0]} belongs to a search: --quant_scheme {AUTO}")
+        return None
+    names = [name for text in flags.auto_formats or [] for name in text.split(",") if name]
+    if not names:
+        raise DetentError(
+            f"--quant_scheme {AUTO} needs --auto_formats, the schemes to choose from, such as"
+            " --auto_formats w_fp4_a_fp4_scale_fp8,w_fp8_a_fp8"
+        )
+    return AutoOptions(tuple(dict.fromkeys(names)), flags.effective_bits, flags.auto_bytes, flags.auto_scores)
+
+
 def _bytes_of(text: str | None) -> int | None:
     """The bytes of a size such as 4GiB, 500MB or 8G."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", text or "", re.IGNORECASE)
+    from detent.config.base import size_in_bytes
+
     if text is None:
         return None
-    if found is None or not float(found[1]):
+    if (size := size_in_bytes(text)) is None:
         raise DetentError(f"--memory_budget takes a size such as 4GiB or 500MB, not {text!r}")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
+    return size
 
 
 def _pattern_and_size(text: str) -> tuple[str, int]:

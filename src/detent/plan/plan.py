@@ -6,8 +6,9 @@ Invariant: a plan covers each tensor of the checkpoint exactly once, with a form
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,7 @@ def make_plan(
     attention: Format | None = None,
     exclude: list[str] | None = None,
     per_layer: Mapping[str, Scheme] | None = None,
+    chosen: Mapping[str, Scheme] | None = None,
     algorithms: list[QuantizeAlgorithmConfig] | None = None,
     overrides: str | Path | None = None,
     wanted: Sequence[Layout] | None = None,
@@ -164,6 +166,7 @@ def make_plan(
         exclude: wildcards on names, in the model or the file, of what stays; None for the output embedding, routers and
             what is outside the language model.
         per_layer: {wildcard on module names: the scheme for these}; later ones win, exclusions win over all.
+        chosen: {layer: the scheme for it}, on top of `scheme`.
         algorithms: what runs on the weights, from `parse_algorithm`.
         overrides: a JSON file of what to use in place of the structure that is found: see `find_structure`.
         wanted: the on-disk formats that will do, the best first; None for those of `hf_format`.
@@ -185,8 +188,10 @@ def make_plan(
     patterns, why = exclusions(model, linears, exclude, names, structure)
     more = without_a_name(names, linears)
     if structure is not None:
-        learns = scheme.needs_data or any(step.needs_data for step in algorithms or [])
-        more |= unreached(model, structure, linears, learns=learns) if learns or scheme.input or scheme.output else {}
+        schemes = [scheme, *(chosen or {}).values()]
+        learns = any(one.needs_data for one in [*schemes, *(algorithms or [])])
+        rounds = any(one.input or one.output for one in schemes)
+        more |= unreached(model, structure, linears, learns=learns) if learns or rounds else {}
     if blind := [name for name in more if name not in why]:
         notes.append(f"{len(blind)} linear layers stay in floating point, such as {blind[0]}: {more[blind[0]]}")
     patterns, why = [*patterns, *more], {**more, **why}
@@ -196,6 +201,7 @@ def make_plan(
         for entry in quant_cfg_for(special):
             if entry.get("parent_class"):
                 quant_cfg.append({**entry, "quantizer_name": f"{pattern}.{entry['quantizer_name'].lstrip('*')}"})
+    quant_cfg.extend(_rules_of(chosen or {}))
     if experts_second_step is not None:
         quant_cfg.extend(second_step(structure, scheme, experts_second_step))
     decided = _decided(model, names, wanted)
@@ -274,6 +280,25 @@ def _decided(
     }
     found = wanted[0].types({layer: shape for layer, (_, shape) in module_of.items()})
     return None if found is None else {module_of[layer][0]: decided for layer, decided in found.items()}
+
+
+def _rules_of(chosen: Mapping[str, Scheme]) -> list[dict[str, Any]]:
+    """Rules that give layers their schemes: one for each scheme and side, however many layers have it."""
+    layers: dict[Scheme, set[str]] = {}
+    for name, scheme in chosen.items():
+        layers.setdefault(scheme, set()).add(name)
+    rules = []
+    for scheme, names in layers.items():
+        for entry in quant_cfg_for(scheme):
+            if entry.get("parent_class"):
+                leaf = entry["quantizer_name"].lstrip("*")
+                rules.append({**entry, "quantizer_name": partial(_is_quantizer_of, names, leaf)})
+    return rules
+
+
+def _is_quantizer_of(layers: Collection[str], leaf: str, quantizer: str) -> bool:
+    layer, _, own = quantizer.rpartition(".")
+    return own == leaf and layer in layers
 
 
 def _structure(model: nn.Module, needed: bool, overrides: str | Path | None) -> tuple[Structure | None, list[str]]:

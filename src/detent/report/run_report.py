@@ -110,6 +110,30 @@ class Verification(_Part):
     logit_difference: float
 
 
+class ChosenFormat(_Part):
+    """What a search chose for layers that share a choice."""
+
+    layers: list[str]
+    #: A scheme, or "none" for floating point.
+    format: str
+    #: Of a weight, scales included.
+    bits: float
+    #: What the loss is estimated to gain by it, in nats for each token.
+    score: float
+
+
+class SearchReport(_Part):
+    """A search for the scheme of each layer."""
+
+    #: Mean bits of a weight of the layers that were searched, and bytes of all tensors.
+    effective_bits: float
+    bytes: float
+    #: The sum of the scores; no other choice has one that is lower by more than `gap`.
+    score: float
+    gap: float
+    choices: list[ChosenFormat]
+
+
 class RunReport(_Part):
     """Everything that a run reports."""
 
@@ -131,6 +155,8 @@ class RunReport(_Part):
     layout: str | None = None
     #: None where nothing was written, or nothing was to be verified.
     verification: Verification | None = None
+    #: None where one scheme was named.
+    search: SearchReport | None = None
     #: Wall-clock time of the whole run.
     seconds: float
     #: Most main memory held at one time.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from detent.report.run_report import RunReport
+from detent.report.run_report import RunReport, SearchReport
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,6 +24,9 @@ def summary_table(report: RunReport) -> RenderableType:
 
     # Titles are lines of their own: a table's own title is wrapped at the width of the table.
     parts: list[RenderableType] = [Text("Summary", style="bold"), _facts(report)]
+    if report.search is not None:
+        title = f"\nChosen formats ({report.search.effective_bits:.3f} bits per weight)"
+        parts += [Text(title, style="bold"), _choices(report.search)]
     if any(layer.relative_error is not None for layer in report.layers):
         title = Text(f"\nLargest relative errors (of {len(report.layers)} weights)", style="bold")
         parts += [title, _worst_layers(report)]
@@ -154,6 +157,21 @@ def _perplexity(report: RunReport) -> str:
 def _evaluation_details(report: RunReport) -> str:
     used = report.evaluation
     return "" if used is None else f"{used.tokens:,} tokens in windows of {used.window:,}"
+
+
+def _choices(search: SearchReport) -> Table:
+    from rich.text import Text
+
+    table = plain_table(show_header=True)
+    table.add_column("layers", overflow="fold")
+    table.add_column("format", overflow="fold")
+    table.add_column("bits", justify="right", no_wrap=True)
+    table.add_column("loss", justify="right", no_wrap=True)
+    for row in search.choices:
+        more = f" and {len(row.layers) - NAMES_PER_REASON} more" if len(row.layers) > NAMES_PER_REASON else ""
+        names = Text(", ".join(row.layers[:NAMES_PER_REASON]) + more)
+        table.add_row(names, Text(row.format), f"{row.bits:.3f}", f"{row.score:.2g}")
+    return table
 
 
 def _worst_layers(report: RunReport) -> Table:

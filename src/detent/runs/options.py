@@ -109,6 +109,28 @@ class ExportOptions:
 
 
 @dataclass(frozen=True)
+class AutoOptions:
+    """A search for the scheme of each layer, by the scheme name ``auto``; see `detent.runs.search`.
+
+    Attributes:
+        formats: names of the schemes to choose from; staying in floating point is always a choice too.
+        effective_bits: the most bits of a weight on average, scales included; 4.8 where nothing else is given.
+        bytes: the most bytes of all tensors, or a size such as ``"4GiB"``.
+        scores: a file for what was measured, from which `detent.get_auto_quantize_config` and the like solve again.
+
+    Example:
+        >>> import detent
+        >>> detent.AutoOptions(("w_fp4_a_fp4_scale_fp8", "w_fp8_a_fp8"), effective_bits=6).bytes is None
+        True
+    """
+
+    formats: tuple[str, ...]
+    effective_bits: float | None = None
+    bytes: str | int | None = None
+    scores: str | None = None
+
+
+@dataclass(frozen=True)
 class SchemeOptions:
     """What is quantized and how; see `detent.config.parse_scheme`.
 
@@ -126,6 +148,8 @@ class SchemeOptions:
         allow_unfused: whether layers that engines run as one may have different formats.
         quantize_mtp: whether the linear layers that a checkpoint has beside its model, such as those that predict
             several tokens at once, are quantized too, without data.
+        auto: where `name` is ``auto``: what to choose from, and the budget.
+        chosen: (layer, scheme) pairs in place of `name`; the other layers stay.
         experts_second_step: a scheme of weights, such as ``w_int4_per_channel_sym``, that encodes the FP8 codes of
             experts once more.
 
@@ -149,6 +173,8 @@ class SchemeOptions:
     allow_unfused: bool = False
     quantize_mtp: bool = False
     experts_second_step: str | None = None
+    auto: AutoOptions | None = None
+    chosen: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

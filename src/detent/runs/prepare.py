@@ -26,6 +26,8 @@ from detent.runs.options import AlgorithmOptions, CalibrationOptions, ModelOptio
 from detent.runs.run import Run
 
 DEFAULT_SCHEME = "w_int4_per_group_sym"
+#: The name that asks for a search.
+AUTO = "auto"
 #: The share of a model that may stay in floating point without being excluded before a notice says so.
 OVERLOOKED_SHARE = 0.2
 
@@ -128,12 +130,18 @@ def _tell_about(plan: Plan, run: Run, dtype: torch.dtype) -> None:
 
 def _formats(options: SchemeOptions, builtin: bool) -> tuple[Scheme, Format | None]:
     name = options.name or (DEFAULT_SCHEME if builtin else None)
+    if name == AUTO and not options.chosen:
+        raise DetentError(
+            "scheme auto is a search with calibration data, which quantizing does: it takes auto_formats, the schemes"
+            " to choose from, and a budget; a plan is of one scheme"
+        )
     if name is None:
         raise DetentError(
             f"no scheme is named; pass quant_scheme, for instance {DEFAULT_SCHEME} (`detent schemes` lists all), or"
             " skip_quantization to evaluate the float model"
         )
-    scheme = parse_scheme(name, options.group_size, options.scale_format, options.scale_calculation_mode)
+    how = options.group_size, options.scale_format, options.scale_calculation_mode
+    scheme = Scheme(AUTO) if options.chosen else parse_scheme(name, *how)
     kv_name = "fp8" if options.kv_cache is None and options.fp8_attention else options.kv_cache
     if options.fp8_attention and kv_name != "fp8":
         raise DetentError(
@@ -150,7 +158,7 @@ def _formats(options: SchemeOptions, builtin: bool) -> tuple[Scheme, Format | No
         kv_cache = kv_cache_format(kv_name, options.group_size, options.scale_format, options.scale_calculation_mode)
         if options.min_kv_scale and kv_cache.dynamic:
             raise DetentError("min_kv_scale needs a static key/value cache type, such as fp8")
-    if scheme.weight is None and scheme.input is None and kv_cache is None:
+    if scheme.weight is None and scheme.input is None and kv_cache is None and not options.chosen:
         raise DetentError(f"scheme {name!r} quantizes nothing; use skip_quantization to evaluate the float model")
     return scheme, kv_cache
 
@@ -173,6 +181,10 @@ def _plan(
         )
         for pattern, size in options.group_size_per_layer
     }
+    used = {
+        name: _as_stored(parse_scheme(name, None, options.scale_format, options.scale_calculation_mode), dtype, wanted)
+        for name in dict.fromkeys(name for _, name in options.chosen)
+    }
     second = None
     if options.experts_second_step is not None:
         second = parse_scheme(options.experts_second_step, options.group_size).weight
@@ -184,6 +196,7 @@ def _plan(
         attention=kv_cache if options.fp8_attention else None,
         exclude=options.exclude,
         per_layer=groups,
+        chosen={layer: used[name] for layer, name in options.chosen},
         algorithms=algorithms,
         overrides=options.overrides,
         wanted=wanted,

@@ -37,6 +37,7 @@ from detent.runs.plan import samples_of, spills
 from detent.runs.prepare import calibration_batches, prepare
 from detent.runs.probe import compare_few_blocks
 from detent.runs.run import BUILTIN_MODEL, Run, model_folder
+from detent.runs.search import search_schemes
 from detent.runs.simulate import Quantized, simulate
 from detent.runs.stream import LayerStream
 from detent.runs.verify import check_logits, probe_logits, verify
@@ -93,6 +94,9 @@ def quantize_checkpoint(
         check_no_journal(output, resume=resume)
         for notice in check_target(output, source=folder, overwrite=overwrite):
             run.notify(notice)
+    search = None
+    if scheme_options.auto is not None:
+        scheme_options, search = search_schemes(folder, model_options, scheme_options, calibration, run)
     prepared = prepare(folder, model_options, scheme_options, algorithms, run)
     source, config, dtype, plan = prepared.source, prepared.config, prepared.dtype, prepared.plan
     check_shareable(plan.algorithms, _why_alone(plan, resume=resume))
@@ -216,6 +220,7 @@ def quantize_checkpoint(
                     layout=out.layout.name,
                     verification=verified,
                     made_of=parts,
+                    search=search,
                 )
                 report.write(out.folder)
                 add_to_manifest(out.folder, REPORT_NAME)

@@ -118,5 +118,7 @@ def auto_quantize(
                 quantizer.train(training)
     if verbose:
         for row in auto_quantize_table(state):
-            _log.info("%s: %s, %.3f bits, score %.3g", ", ".join(row["layers"]), row["format"], row["bits"], row["score"])
+            _log.info(
+                "%s: %s, %.3f bits, score %.3g", ", ".join(row["layers"]), row["format"], row["bits"], row["score"]
+            )
     return model, state

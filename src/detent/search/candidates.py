@@ -83,7 +83,8 @@ def find_candidates(model: nn.Module, options: Sequence[Option]) -> dict[str, Ca
     switch_off(model)
     if elsewhere:
         notify(
-            f"{len(elsewhere)} quantizers that belong to no weight, such as {elsewhere[0]}, are not searched and stay off"
+            f"{len(elsewhere)} quantizers that belong to no weight, such as {elsewhere[0]}, are not searched and stay"
+            " off"
         )
     for candidate in found.values():
         for option in options:

@@ -117,15 +117,21 @@ def parse_spaces(given: Any) -> tuple[list[Space], list[Option]]:
         DetentError: an entry with other fields, or without patterns or formats.
     """
     if not isinstance(given, Sequence) or isinstance(given, str):
-        raise DetentError(f"module_search_spaces: a list of dictionaries with {', '.join(_SPACE_FIELDS)}, not {shown(given)}")
+        raise DetentError(
+            f"module_search_spaces: a list of dictionaries with {', '.join(_SPACE_FIELDS)}, not {shown(given)}"
+        )
     spaces, options = [], []
     for entry in given:
         if not isinstance(entry, Mapping) or not set(entry) <= set(_SPACE_FIELDS):
-            raise DetentError(f"module_search_spaces: an entry has the fields {', '.join(_SPACE_FIELDS)}, not {shown(entry)}")
+            raise DetentError(
+                f"module_search_spaces: an entry has the fields {', '.join(_SPACE_FIELDS)}, not {shown(entry)}"
+            )
         patterns = entry.get("module_name_patterns")
         patterns = [patterns] if isinstance(patterns, str) else patterns
         if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
-            raise DetentError(f"module_search_spaces: module_name_patterns is a list of wildcards, not {shown(patterns)}")
+            raise DetentError(
+                f"module_search_spaces: module_name_patterns is a list of wildcards, not {shown(patterns)}"
+            )
         inside = parse_options(entry.get("quantization_formats"), "module_search_spaces: quantization_formats")
         names = [option.name for option in inside]
         if entry.get("allow_no_quant", True) and NONE not in names:

@@ -7,8 +7,8 @@ Solving again for other constraints needs nothing else. The keys of a search sta
   ``scores``, the ``costs`` (bits of all its weights, scales included) and, by module, ``bits`` and the ``settings`` of
   quantizers; ``elements`` are numbers of weights, ``routed`` the share of tokens that a router sends to a module.
 - ``other_bytes``: what the rest of the model takes.
-- ``best``: the ``recipe`` {unit: format}, its ``constraints`` as reached, its ``score``, and ``gap``: no other choice has
-  a score lower by more than that.
+- ``best``: the ``recipe`` {unit: format}, its ``constraints`` as reached, its ``score``, and ``gap``: no other choice
+  has a score lower by more than that.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from detent.config.attributes import Attributes, SequentialConfig
 from detent.config.base import nearest, shown, size_in_bytes
 from detent.config.quantize_config import PresetConfig
 from detent.errors import DetentError
 from detent.notices import notify
+from detent.search.candidates import Candidate
 from detent.search.options import matched
 from detent.search.problem import Limit, Solution, solve
+from detent.search.scores import Scores
+from detent.search.units import Unit
 
 #: Bits of a weight where no constraint is given.
 DEFAULT_BITS = 4.8
@@ -31,6 +35,51 @@ SUFFIX = ".quant_recipe"
 _LIMITS = ("effective_bits", "bytes", "layer_cost")
 _FIELDS = (*_LIMITS, "cost_model", "cost")
 _COST_FIELDS = ("active_moe_expert_ratio", "excluded_module_name_patterns")
+
+
+def state_of(
+    units: Sequence[Unit],
+    candidates: Mapping[str, Candidate],
+    scores: Scores,
+    shares: Mapping[str, float],
+    *,
+    method: str,
+    steps: int,
+    other_bytes: int,
+) -> dict[str, Any]:
+    """A search state, without what is best.
+
+    Args:
+        units, candidates: what is chosen from.
+        scores: {unit: {option: score}}; what isn't there is 0.
+        shares: of tokens, by layer, for routed experts.
+        method, steps, other_bytes: see above.
+    """
+    stats = {}
+    for unit in units:
+        found = [candidates[name] for name in unit.modules]
+        bits = [[candidate.bits[option] for candidate in found] for option in unit.options]
+        stats[unit.name + SUFFIX] = {
+            "module_names": list(unit.modules),
+            "formats": list(unit.options),
+            "scores": [scores.get(unit.name, {}).get(option, 0.0) for option in unit.options],
+            "costs": [sum(one) for one in bits],
+            "bits": bits,
+            "elements": [candidate.count for candidate in found],
+            "routed": [shares.get(name) for name in unit.modules],
+            "settings": [
+                {c.name: {leaf: _plain(a) for leaf, a in c.settings.get(option, {}).items()} for c in found}
+                for option in unit.options
+            ],
+        }
+    return {"method": method, "steps": steps, "candidate_stats": stats, "other_bytes": other_bytes, "algorithms": {}}
+
+
+def _plain(attributes: Attributes) -> Any:
+    """Attributes as JSON, never empty."""
+    if isinstance(attributes, SequentialConfig):
+        return [_plain(one) for one in attributes]
+    return attributes.to_dict() or {"num_bits": attributes.num_bits}
 
 
 # ---- constraints ----------------------------------------------------------------------------------------------------
@@ -149,9 +198,14 @@ def _described(state: Mapping[str, Any], solution: Solution, limits: Sequence[Li
     units, picks = _units(state), solution.picks
     spent = [sum(unit["bits"][pick]) for unit, pick in zip(units, picks, strict=True)]
     elements = sum(sum(unit["elements"]) for unit in units)
-    reached: dict[str, float] = {"effective_bits": sum(spent) / elements, "bytes": state["other_bytes"] + sum(spent) / 8}
+    reached: dict[str, float] = {
+        "effective_bits": sum(spent) / elements,
+        "bytes": state["other_bytes"] + sum(spent) / 8,
+    }
     reached |= {limit.name: limit.spent(picks) / limit.per for limit in limits}
-    recipe = {name: unit["formats"][pick] for (name, unit), pick in zip(state["candidate_stats"].items(), picks, strict=True)}
+    recipe = {
+        name: unit["formats"][pick] for (name, unit), pick in zip(state["candidate_stats"].items(), picks, strict=True)
+    }
     return {
         "recipe": recipe,
         "constraints": reached,
@@ -164,7 +218,7 @@ def _described(state: Mapping[str, Any], solution: Solution, limits: Sequence[Li
 def get_auto_quantize_config(
     search_state: Mapping[str, Any], constraints: Mapping[str, Any] | None = None, verbose: bool = False
 ) -> PresetConfig:
-    """The configuration for `detent.quantize` that a search found, or finds for other constraints without scoring again.
+    """The configuration that a search found, or finds for other constraints without scoring again.
 
     Args:
         search_state: from `auto_quantize`, or its checkpoint.
@@ -310,7 +364,9 @@ def plot_auto_quantize_curve(search_state: Mapping[str, Any], path: str | Path, 
     axes.plot([one["constraints"]["effective_bits"] for one in curve], [one["score"] for one in curve], marker="o")
     best = search_state["best"]
     axes.plot([best["constraints"]["effective_bits"]], [best["score"]], "s", color="tab:red", label="chosen")
-    axes.set(xlabel="bits per weight, scales included", ylabel=f"estimated loss ({search_state['method']})", yscale="symlog")
+    axes.set(
+        xlabel="bits per weight, scales included", ylabel=f"estimated loss ({search_state['method']})", yscale="symlog"
+    )
     axes.legend()
     try:
         figure.savefig(path)

@@ -98,7 +98,9 @@ def solve(scores: Sequence[Sequence[float]], limits: Sequence[Limit]) -> Solutio
         if all(excess <= 0 for excess in over):
             return solution
         # HiGHS keeps a row within 1e-6; what that let through is taken off the limit.
-        tight = [replace(t, most=t.most - max(0.0, o) - (o > 0) * 1e-9 * t.most) for t, o in zip(tight, over, strict=True)]
+        tight = [
+            replace(t, most=t.most - max(0.0, o) - (o > 0) * 1e-9 * t.most) for t, o in zip(tight, over, strict=True)
+        ]
 
 
 def _solved(scores: Sequence[Sequence[float]], limits: Sequence[Limit]) -> Solution | None:

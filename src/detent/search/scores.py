@@ -2,8 +2,8 @@
 
 All are estimates of what the loss gains, for each layer by itself, and are added up over layers.
 
-- ``gradient``: the sum of ``(g_e D_e)^2`` over the elements e of a layer's output, where D is what the option changes in
-  it and g the loss's gradient there: the second-order term with the Fisher information in place of the Hessian.
+- ``gradient``: the sum of ``(g_e D_e)^2`` over the elements e of a layer's output, where D is what the option changes
+  in it and g the loss's gradient there: the second-order term with the Fisher information in place of the Hessian.
 - ``kl_div``: the divergence of the model's predictions from those of the float model, with the option alone switched
   on: exact, and a forward pass for each unit and option.
 - ``curvature``: ``tr(H_O D H_I D^T)`` per token, where D is what the option changes in a layer's matrix, H_I the second
@@ -132,7 +132,9 @@ class GradientScores:
         switched: switches a layer to an option: a context.
     """
 
-    def __init__(self, scores: Scores, modules: Mapping[str, nn.Module], switched: Callable[[dict[str, str]], Any]) -> None:
+    def __init__(
+        self, scores: Scores, modules: Mapping[str, nn.Module], switched: Callable[[dict[str, str]], Any]
+    ) -> None:
         self._scores, self._modules, self._switched = scores, modules, switched
 
     def __call__(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], gradient: Tensor) -> None:
@@ -292,10 +294,6 @@ def own_loss(output: Any, number: int) -> Tensor:
     generator = torch.Generator(flat.device).manual_seed(number)
     drawn = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator)[:, 0]
     return nn.functional.cross_entropy(flat, drawn, reduction="sum")
-
-
-def modules_of(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    return {name: model.get_submodule(name) for name in names}
 
 
 def layer_of(model: nn.Module, name: str) -> Layer:

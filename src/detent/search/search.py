@@ -12,10 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from detent.config.attributes import Attributes, SequentialConfig
 from detent.distributed import gathered
 from detent.engine import calibration
 from detent.engine.data_loop import DataLoop
@@ -32,7 +30,7 @@ from detent.search.candidates import Switch, find_candidates
 from detent.search.choices import Choices
 from detent.search.data import SearchData
 from detent.search.options import NONE, Option
-from detent.search.outcome import SUFFIX, solve_state
+from detent.search.outcome import solve_state, state_of
 from detent.search.scores import Scores
 from detent.search.units import Unit, grouped
 from detent.structure import Structure, find_structure
@@ -213,39 +211,24 @@ class Search:
 
     def _state(self, scores: Scores, steps: int) -> dict[str, Any]:
         """The search state, but for what is best."""
-        config = getattr(self.model, "config", None)
-        routed = {} if self._structure is None else self._structure.routed_shares(config)
-        stats = {}
-        for unit in self.units:
-            found = [self._candidates[name] for name in unit.modules]
-            own = scores.get(unit.name, {})
-            bits = [[candidate.bits[option] for candidate in found] for option in unit.options]
-            stats[unit.name + SUFFIX] = {
-                "module_names": list(unit.modules),
-                "formats": list(unit.options),
-                "scores": [own.get(option, 0.0) for option in unit.options],
-                "costs": [sum(one) for one in bits],
-                "bits": bits,
-                "elements": [candidate.count for candidate in found],
-                "routed": [routed.get(name) for name in unit.modules],
-                "settings": [
-                    {c.name: {leaf: _plain(a) for leaf, a in c.settings.get(option, {}).items()} for c in found}
-                    for option in unit.options
-                ],
-            }
+        shares = {} if self._structure is None else self._structure.routed_shares(getattr(self.model, "config", None))
         own_bytes = sum(candidate.count * candidate.float_bits // 8 for candidate in self._candidates.values())
         tensors = {tensor.data_ptr(): tensor.nbytes for tensor in self.model.state_dict().values()}
-        return {
-            "method": self._method,
-            "steps": steps,
-            "candidate_stats": stats,
-            "other_bytes": max(0, sum(tensors.values()) - own_bytes),
-            "algorithms": {
-                option.name: [step.model_dump(mode="json", exclude_unset=True) for step in option.algorithm]
-                for option in self._choices.options
-                if option.config is not None
-            },
+        state = state_of(
+            self.units,
+            self._candidates,
+            scores,
+            shares,
+            method=self._method,
+            steps=steps,
+            other_bytes=max(0, sum(tensors.values()) - own_bytes),
+        )
+        state["algorithms"] = {
+            option.name: [step.model_dump(mode="json", exclude_unset=True) for step in option.algorithm]
+            for option in self._choices.options
+            if option.config is not None
         }
+        return state
 
     def _signature(self) -> dict[str, str]:
         """What scores depend on, by what a user would call it."""
@@ -276,13 +259,6 @@ def _found(model: nn.Module, run: Callable[[nn.Module], Any]) -> Structure | Non
     except DetentError as error:
         notify(f"no structure was found, so layers that engines fuse may get different formats: {error}")
         return None
-
-
-def _plain(attributes: Attributes) -> Any:
-    """Attributes as JSON, never empty."""
-    if isinstance(attributes, SequentialConfig):
-        return [_plain(one) for one in attributes]
-    return attributes.to_dict() or {"num_bits": attributes.num_bits}
 
 
 def _digest(value: Any) -> str:

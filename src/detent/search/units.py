@@ -29,7 +29,9 @@ class Unit:
         return self.modules[0]
 
 
-def grouped(layers: Sequence[str], structure: Structure | None, tied: Iterable[Sequence[str]] = ()) -> list[tuple[str, ...]]:
+def grouped(
+    layers: Sequence[str], structure: Structure | None, tied: Iterable[Sequence[str]] = ()
+) -> list[tuple[str, ...]]:
     """Layers in groups that have to become the same: what engines fuse, the experts of a mixture, and tied weights.
 
     Args:
@@ -53,4 +55,3 @@ def grouped(layers: Sequence[str], structure: Structure | None, tied: Iterable[S
     for name in layers:
         groups.setdefault(of(name), []).append(name)
     return [tuple(members) for members in groups.values()]
-
