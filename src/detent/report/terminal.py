@@ -25,8 +25,8 @@ def summary_table(report: RunReport) -> RenderableType:
     # Titles are lines of their own: a table's own title is wrapped at the width of the table.
     parts: list[RenderableType] = [Text("Summary", style="bold"), _facts(report)]
     if report.search is not None:
-        title = f"\nChosen formats ({report.search.effective_bits:.3f} bits per weight)"
-        parts += [Text(title, style="bold"), _choices(report.search)]
+        heading = f"\nChosen formats ({report.search.effective_bits:.3f} bits per weight)"
+        parts += [Text(heading, style="bold"), _choices(report.search)]
     if any(layer.relative_error is not None for layer in report.layers):
         title = Text(f"\nLargest relative errors (of {len(report.layers)} weights)", style="bold")
         parts += [title, _worst_layers(report)]

@@ -99,7 +99,8 @@ def solve(scores: Sequence[Sequence[float]], limits: Sequence[Limit]) -> Solutio
             return solution
         # HiGHS keeps a row within 1e-6; what that let through is taken off the limit.
         tight = [
-            replace(t, most=t.most - max(0.0, o) - (o > 0) * 1e-9 * t.most) for t, o in zip(tight, over, strict=True)
+            limit if excess <= 0 else replace(limit, most=limit.most - excess - 1e-9 * (limit.most - limit.least))
+            for limit, excess in zip(tight, over, strict=True)
         ]
 
 
@@ -114,10 +115,12 @@ def _solved(scores: Sequence[Sequence[float]], limits: Sequence[Limit]) -> Solut
     choice = csr_array((np.ones(count), (unit, np.arange(count))), shape=(len(scores), count))
     constraints = [LinearConstraint(choice, 1, 1)]
     for limit in limits:
-        row = np.concatenate([np.asarray(options, dtype=float) for options in limit.costs])
-        size = max(float(np.abs(row).max()), 1e-300)  # rows near 1, so that the solver's tolerance is relative
-        constraints.append(LinearConstraint(row[None] / size, -np.inf, (limit.most - limit.fixed) / size))
-    scale = float(np.abs(flat).max()) or 1.0
+        # Above the least, and near 1: the solver's tolerance is then one of what there is to spend.
+        row = np.concatenate([np.asarray(options, dtype=float) - min(options) for options in limit.costs])
+        size = float(row.max()) or 1.0
+        constraints.append(LinearConstraint(row[None] / size, -np.inf, max(0.0, limit.most - limit.least) / size))
+    # HiGHS also stops at a gap of 1e-6 as such, which is far below any relative one where the largest score is 1e6.
+    scale = float(np.abs(flat).max()) / 1e6 or 1.0
     found = milp(
         flat / scale,
         constraints=constraints,
