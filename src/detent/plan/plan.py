@@ -189,7 +189,7 @@ def make_plan(
     more = without_a_name(names, linears)
     if structure is not None:
         schemes = [scheme, *(chosen or {}).values()]
-        learns = any(one.needs_data for one in [*schemes, *(algorithms or [])])
+        learns = any(s.needs_data for s in schemes) or any(step.needs_data for step in algorithms or [])
         rounds = any(one.input or one.output for one in schemes)
         more |= unreached(model, structure, linears, learns=learns) if learns or rounds else {}
     if blind := [name for name in more if name not in why]:

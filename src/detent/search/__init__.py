@@ -1,6 +1,6 @@
 """The search for the best format of each layer under a budget."""
 
-from detent.search.auto_quantize import auto_quantize
+from detent.search.quantize import auto_quantize
 from detent.search.outcome import (
     auto_quantize_curve,
     auto_quantize_table,

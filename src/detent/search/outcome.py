@@ -245,18 +245,18 @@ def get_auto_quantize_config(
     """
     best = search_state["best"] if constraints is None else solve_state(search_state, constraints)
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    algorithms = []
+    algorithms: list[Any] = []
     for name, unit in search_state["candidate_stats"].items():
         pick = unit["formats"].index(best["recipe"][name])
         for module, settings in unit["settings"][pick].items():
             entries += [{"quantizer_name": joined(module, leaf), "cfg": cfg} for leaf, cfg in settings.items()]
         algorithm = search_state["algorithms"].get(unit["formats"][pick])
-        if algorithm is not None and algorithm not in algorithms:
+        if algorithm and algorithm not in algorithms:
             algorithms.append(algorithm)
     same = algorithms[0] if len(algorithms) == 1 else "max"
     if len(algorithms) > 1:
         notify("the chosen formats have different algorithms, and a configuration has one: it is max")
-    return PresetConfig(quant_cfg=entries, algorithm=same)
+    return PresetConfig(quant_cfg=entries, algorithm="max" if same == [{"method": "max"}] else same)
 
 
 def joined(module: str, quantizer: str) -> str:

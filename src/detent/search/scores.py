@@ -183,7 +183,7 @@ class Curvature:
         self.tokens += len(rows)
         if self._moment is not None:
             self._moment.add(g)
-        else:
+        elif self._squares is not None:
             self._squares += g.square().sum(0)
 
     def rows(self) -> Tensor:
@@ -192,7 +192,8 @@ class Curvature:
     def score(self, change: Tensor) -> float:
         """``tr(H_O D H_I D^T) / 2`` per token, for ``D x`` [rows, out] of the sample's rows."""
         d = change.float()
-        weighted = d @ self._moment.matrix() if self._moment is not None else d * self._squares
+        curved: Any = self._squares if self._moment is None else self._moment.matrix()
+        weighted = d * curved if self._moment is None else d @ curved
         total = torch.linalg.vecdot(weighted, d).sum(dtype=torch.float64)
         return float(total) / (2 * max(1, len(d)) * max(1, self.tokens))
 
