@@ -33,7 +33,7 @@ GGUF_FORMATS: dict[str, Format] = {
     "TQ1_0": _TERNARY,
     "TQ2_0": _TERNARY,
     "MXFP4": mx("e2m1"),
-    "NVFP4": nvfp4(),
+    "NVFP4": nvfp4(four_over_six=True),
     "Q1_0": searched(SIGN, 128),
 }
 

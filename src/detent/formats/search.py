@@ -57,6 +57,13 @@ def search_scales(
     rule = fmt.scale
     assert isinstance(rule, SearchedScale)
     length, tiles, width = fmt.granularity.group_size or 1, max(1, rule.tiles), x.shape[-1] if x.dim() else 1
+    grid, minimum = fmt.granularity.grid(tuple(x.shape)), int(fmt.zero_point == "minimum")
+    if not x.numel():
+        one, shared = torch.zeros(grid, dtype=rule.stored_dtype, device=x.device), None
+        if rule.tiles:
+            shape = (*rule.blocks(grid), 2) if minimum else rule.blocks(grid)
+            shared = torch.zeros(shape, dtype=torch.float16, device=x.device)
+        return one, one if minimum else None, shared
     rows = x.detach().reshape(-1, width)
     weights = None if importance is None else _weights(importance, width).to(x.device)
     short = -width % (length * tiles)
@@ -66,7 +73,7 @@ def search_scales(
         rows = torch.cat([rows, rows[:, -1:].expand(-1, short)], 1)
     blocks = rows.reshape(-1, tiles, length)
     weighing = None if weights is None else weights.view(-1, tiles, length)
-    search, minimum = (_affine_scales, 1) if fmt.zero_point == "minimum" else (_symmetric_scales, 0)
+    search = _affine_scales if minimum else _symmetric_scales
     out = [blocks.new_empty(len(blocks), n, dtype=torch.float32) for n in (tiles, tiles, 1, 1)]
     found = [*out[: 1 + minimum], *(out[2 : 3 + minimum] if rule.tiles else ())]
 
@@ -84,7 +91,7 @@ def search_scales(
     step = max(1, most // (_LANES * length * tiles)) * _LANES
     starts = range(0, len(blocks), step)
     share([(slice(start, min(start + step, len(blocks))), slice(None)) for start in starts], work)
-    return _stored(fmt, rule, found, fmt.granularity.grid(tuple(x.shape)))
+    return _stored(fmt, rule, found, grid)
 
 
 def _weights(importance: Tensor, width: int) -> Tensor:
