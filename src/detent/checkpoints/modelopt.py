@@ -22,6 +22,7 @@ from detent.errors import DetentError
 from detent.external.files import check_as, is_file, read_as
 from detent.external.schemas import ModelOptConfig, ModelOptFile
 from detent.formats import (
+    FloatScale,
     Format,
     Integer,
     PowerOfTwoScale,
@@ -222,7 +223,11 @@ def _meaning(fmt: Format | None) -> Any:
     if fmt is None:
         return None
     element = (fmt.bits, fmt.element.signed) if isinstance(fmt.element, Integer) else fmt.element
-    scale = "e8m0" if isinstance(fmt.scale, PowerOfTwoScale) else (fmt.scale.dtype, fmt.scale.outer)
+    scale: Any = fmt.scale
+    if isinstance(scale, PowerOfTwoScale):
+        scale = "e8m0"
+    elif isinstance(scale, FloatScale):
+        scale = scale.dtype, scale.outer
     int4 = isinstance(fmt.element, Integer) and fmt.bits == 4 and fmt.granularity.kind == "per_group"
     granularity = "groups" if int4 else fmt.granularity
     return element, granularity, scale, fmt.zero_point, fmt.dynamic, fmt.base

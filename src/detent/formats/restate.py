@@ -11,6 +11,7 @@ from detent.formats.elements import Integer
 from detent.formats.format import Format
 from detent.formats.qtensor import QTensor, decode, encode, same_bits
 from detent.formats.stored_scales import Scales
+from detent.formats.scales import PowerOfTwoScale, SearchedScale
 
 
 def restate(q: QTensor, fmt: Format, *, exact: bool = True) -> QTensor | None:
@@ -49,15 +50,25 @@ def _restated_scales(q: QTensor, fmt: Format) -> Scales | None:
     """The scales of `q` as `fmt` stores them, rounded where it can't; None where the two have nothing to do with each
     other."""
     old, grid = q.format, fmt.granularity.grid(q.shape)
-    if type(fmt.scale) is not type(old.scale) or fmt.scale.outer != old.scale.outer or old.base or fmt.base:
+    if _kind(fmt) != _kind(old) or None in (_kind(fmt), _kind(old)) or q.scale.numel() not in (1, math.prod(grid)):
         return None
-    if old.scale.micro or fmt.scale.micro or q.scale.numel() not in (1, math.prod(grid)):
+    value = q.scale.float() if isinstance(old.scale, SearchedScale) else old.scale.load(q.scale)
+    zero, zero_point = _zero(q) + _lowest(fmt) - _lowest(old), None
+    if fmt.zero_point == "int":
+        zero_point = _on(grid, zero.round().to(torch.int32))
+    elif fmt.zero_point == "minimum":
+        zero_point = _on(grid, (-zero * value).to(torch.float16))
+    elif fmt.zero_point == "float":
+        zero_point = _on(grid, zero)
+    return Scales(_on(grid, fmt.scale.store(value)), zero_point, q.outer_scale)
+
+
+def _kind(fmt: Format) -> str | None:
+    """What scales are, each by itself: numbers, numbers under an outer one, exponents; None where it is another."""
+    rule = fmt.scale
+    if fmt.base is not None or rule.micro or (isinstance(rule, SearchedScale) and rule.tiles):
         return None
-    scale, zero_point = fmt.scale.store(old.scale.load(q.scale)), None
-    if fmt.zero_point in ("int", "float"):
-        zero_point = _zero(q) + _lowest(fmt) - _lowest(old)
-        zero_point = _on(grid, zero_point.round().to(torch.int32) if fmt.zero_point == "int" else zero_point)
-    return Scales(_on(grid, scale), zero_point, q.outer_scale)
+    return "exponent" if isinstance(rule, PowerOfTwoScale) else "under" if rule.outer else "number"
 
 
 def _on(grid: tuple[int, ...], value: Tensor) -> Tensor:
@@ -67,7 +78,8 @@ def _on(grid: tuple[int, ...], value: Tensor) -> Tensor:
 def _zero(q: QTensor) -> Tensor:
     """The code that stands for zero, float32, one for each scale."""
     if q.zero_point is not None:
-        return q.zero_point.to(torch.float32)
+        found = q.zero_point.to(torch.float32)
+        return -found / q.scale.float() if q.format.zero_point == "minimum" else found
     middle = 2.0 ** (q.format.bits - 1) if q.format.zero_point == "midpoint" else 0.0
     return torch.full(tuple(q.scale.shape), middle)
 

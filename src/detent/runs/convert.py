@@ -140,8 +140,8 @@ def convert_checkpoint(
                 rounded.append(name)
             writer.add_layer(other)
             examples.setdefault(other.formats, other)
-        for name in checkpoint.kept:
-            tensor = checkpoint.tensor(name)
+        for name in filter(layout.stores, checkpoint.kept):
+            tensor = layout.settled(name, checkpoint.tensor(name))
             writer.add_tensor(name, tensor)
             kept[name] = digest(tensor)
         kv = checkpoint.kv_scales()
@@ -185,9 +185,11 @@ def _choose(
     checkpoint: QuantizedCheckpoint, wanted: Sequence[Layout], scheme: Scheme | None, model: nn.Module
 ) -> tuple[Layout, ModelFormats]:
     """The first layout that holds the model, and the formats that it then has. Raises DetentError: none does."""
-    formats, misreads = _for_engines(checkpoint, model)
+    view, formats, misreads = _for_engines(checkpoint, model)
     reasons = []
-    for layout in wanted:
+    for layout in [layout.of(view) for layout in wanted]:
+        if layout.types({}) is not None:
+            raise DetentError("a mixture of types chooses formats by itself; quantize the original checkpoint with it")
         for adapted in (False, True):
             layers = {name: _as_stored(layer, layout, scheme, adapted) for name, layer in formats.layers.items()}
             target = replace(formats, layers=layers)
@@ -209,9 +211,9 @@ def _as_stored(layer: LayerFormats, layout: Layout, scheme: Scheme | None, adapt
     return replace(layer, weight=weight)
 
 
-def _for_engines(checkpoint: QuantizedCheckpoint, model: nn.Module) -> tuple[ModelFormats, dict[str, str]]:
-    """The formats of a checkpoint with what `plan.make_plan` adds for engines: what stays in float, other names of
-    layers; and why readers of a layout would misread the model. `model` is converted."""
+def _for_engines(checkpoint: QuantizedCheckpoint, model: nn.Module) -> tuple[Source, ModelFormats, dict[str, str]]:
+    """The float model that a checkpoint stands for; its formats with what `plan.make_plan` adds for engines (what stays
+    in float, other names of layers); and why readers of a layout would misread the model. `model` is converted."""
     take_experts_apart(model)
     source, formats = checkpoint.source, checkpoint.formats
     known = {name: (source.info(name).shape, source.info(name).dtype) for name in checkpoint.kept}
@@ -230,7 +232,7 @@ def _for_engines(checkpoint: QuantizedCheckpoint, model: nn.Module) -> tuple[Mod
             set_quantizer_by_cfg(model, [rule])
     there = dict(model.named_modules())
     mine = {modules[n]: layer for n, layer in formats.layers.items() if modules[n] in there}
-    return formats, misread(model, replace(formats, layers=mine))
+    return view, formats, misread(model, replace(formats, layers=mine))
 
 
 def _converted(record: LayerCheckpoint, formats: LayerFormats, layout: Layout, requantize: bool) -> LayerCheckpoint:
