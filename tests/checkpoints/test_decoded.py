@@ -171,7 +171,7 @@ BLOCKS = CASES["fp8 blocks"][1][0]
 @pytest.mark.parametrize(
     ("change", "quantization", "words"),
     [
-        ({}, {"quant_method": "gptq"}, ["quantized already, with gptq, which Detent does not decode", "original"]),
+        ({}, {"quant_method": "hqq"}, ["quantized already, with hqq, which Detent does not decode", "original"]),
         ({f"{NAME}_scale_inv": None}, {}, [NAME, "form that Detent does not decode"]),
         ({f"{NAME}_scale_inv": torch.ones(2, 2)}, {"weight_block_size": [128, 128]}, ["(2, 2)", "(2, 3)"]),
         ({f"{NAME}_scale_inv": torch.ones(7, 1)}, {}, ["(7, 1)", "its codes call for"]),

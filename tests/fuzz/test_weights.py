@@ -17,7 +17,7 @@ from torch import nn
 import detent
 from checkpoints.toy import quantized_llama, toy_source
 from detent import formats as f
-from detent.checkpoints import Source, open_quantized
+from detent.checkpoints import Source, layouts, open_quantized, open_source
 from detent.formats import decode
 from detent.report.contents import contents
 from fuzz.mutations import changed, clear, dose, flipped
@@ -50,7 +50,48 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         out = tmp_path_factory.mktemp(name)
         quantized_llama(out, lambda layer, formats=formats: formats, kv_cache=f.fp8())  # type: ignore[misc]
         folders[name] = out / "out"
+    asymmetric = f.integer(4, f.per_group(32), symmetric=False).with_scale_dtype("float16")
+    for name, fmt in {"awq": asymmetric, "gptq": asymmetric, "mlx": f.searched(f.Integer(4, signed=False), 32)}.items():
+        out = tmp_path_factory.mktemp(name)
+        quantized_llama(out, lambda layer, fmt=fmt: (fmt, None, None), layout=layouts[name])  # type: ignore[misc]
+        folders[name] = out / "out"
     return folders
+
+
+@dose(0.15)
+@given(st.data())
+@pytest.mark.parametrize("layout", ["awq", "gptq", "mlx"])
+@pytest.mark.parametrize("described", [True, False])
+def test_weights_alone(layout: str, described: bool, quantized: dict[str, Path], data: Any) -> None:
+    """As Detent wrote it, and as if another tool had; config.json is changed as well."""
+    folder = quantized[layout]
+    paths = folder / "model.safetensors", folder / "config.json"
+    originals = [path.read_bytes() for path in paths]
+    try:
+        if not described:
+            with safe_open(paths[0], "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            save_file(tensors, paths[0], metadata={"format": "pt"})
+        whole = paths[0].read_bytes()
+        if data.draw(st.booleans()):
+            paths[0].write_bytes(data.draw(flipped(whole, 8 + int.from_bytes(whole[:8], "little"))))
+        config = json.loads(originals[1])
+        key = "quantization" if layout == "mlx" else "quantization_config"
+        paths[1].write_text(json.dumps({**config, key: data.draw(changed(config[key]))}))
+        clear(contents, folder)
+        checkpoint = clear(open_quantized, folder)
+        for layer in [] if checkpoint is None else list(checkpoint.formats.layers):
+            assert checkpoint is not None
+            found = clear(checkpoint.layer, layer)
+            if found is not None and found.weight is not None:
+                assert not bool(decode(found.weight).isnan().any())
+        source = clear(open_source, folder)
+        for name in source or ():
+            assert source is not None
+            clear(source.tensor, name)
+    finally:
+        for path, content in zip(paths, originals, strict=True):
+            path.write_bytes(content)
 
 
 @dose(0.15)

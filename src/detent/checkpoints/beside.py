@@ -46,7 +46,7 @@ _FLOATS: dict[torch.dtype, ScaleDtype] = {
     torch.float16: "float16",
 }
 #: In these no float model has tensors.
-CODES = (*_FP8, torch.float8_e8m0fnu, torch.uint8, torch.int8, torch.int32)
+CODES = (*_FP8, torch.float8_e8m0fnu, torch.uint8, torch.int8, torch.int32, torch.uint32)
 #: What belongs to activations: it says how the quantized model computes, not what its weights are.
 OF_ACTIVATIONS = re.compile(
     r"((input|output|activation|k|v|q|kv|prob)_(scale|zero_point|global_scale)(_2)?|input_scale_ub)"

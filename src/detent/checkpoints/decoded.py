@@ -20,8 +20,9 @@ from detent.checkpoints.compressed_tensors.layout import CompressedTensorsReader
 from detent.checkpoints.gguf.reader import open_stored
 from detent.checkpoints.layout import LayoutReader
 from detent.checkpoints.mxfp4 import Mxfp4Reader
-from detent.checkpoints.quantized import readers
+from detent.checkpoints.quantized import QUANTIZATION_KEYS, readers
 from detent.checkpoints.source import Source, TensorInfo, quant_method
+from detent.checkpoints.weights_only import WeightOnlyReader
 from detent.errors import DetentError
 from detent.formats import all_finite, decode
 
@@ -137,7 +138,7 @@ def _float_config(config: dict[str, Any]) -> dict[str, Any]:
     return {
         key: _float_config(value) if key == "text_config" and isinstance(value, dict) else value
         for key, value in config.items()
-        if key not in ("quantization_config", "compression_config")
+        if key not in QUANTIZATION_KEYS
     }
 
 
@@ -162,7 +163,7 @@ def _read_by_layout(stored: Source, reader: LayoutReader) -> dict[str, _Weight]:
             )
         if layer.weight is None:
             continue
-        if isinstance(reader, BesideReader):
+        if isinstance(reader, BesideReader | WeightOnlyReader):
             own = [part for part in reader.weight_names(name) if part in stored.tensors]
             codes = own[:1]
         else:

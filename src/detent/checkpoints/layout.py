@@ -48,12 +48,14 @@ class Layout:
         engines: the engines that load it, for `detent formats` and for messages.
         fuses: whether its engines run layers with the same input as one, which then need the same format.
         notes: what the user should know of the checkpoint as this layout has it.
+        scales_like_model: whether the scales of all integers are in the dtype of the model, those of 8 bits too.
     """
 
     name = ""
     engines: tuple[str, ...] = ()
     fuses = True
     notes: Sequence[str] = ()
+    scales_like_model = False
 
     def with_details(self, **details: Any) -> Layout:
         """This layout with what a user may choose of it, such as an order of packing; what it doesn't know is left."""

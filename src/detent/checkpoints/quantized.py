@@ -11,13 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
+from detent.checkpoints.awq import AwqLayout, AwqReader
 from detent.checkpoints.compressed_tensors.layout import CompressedTensorsLayout, CompressedTensorsReader
 from detent.checkpoints.detent_layout import DetentLayout, DetentReader
 from detent.checkpoints.folder import MAX_SHARD_SIZE
 from detent.checkpoints.fp8 import Fp8Layout, Fp8Reader
 from detent.checkpoints.gguf.layout import GgufLayout
 from detent.checkpoints.gguf.reader import GgufReader, open_stored
+from detent.checkpoints.gptq import GptqLayout, GptqReader, auto_round_reader
 from detent.checkpoints.layout import Layout, LayoutReader
+from detent.checkpoints.mlx import MlxLayout, MlxReader
 from detent.checkpoints.modelopt import ModelOptLayout, ModelOptReader
 from detent.checkpoints.mxfp4 import Mxfp4Layout, Mxfp4Reader
 from detent.checkpoints.quark import QuarkLayout, QuarkReader
@@ -32,6 +35,9 @@ layouts: dict[str, Layout] = {
     for layout in (
         CompressedTensorsLayout(),
         DetentLayout(),
+        AwqLayout(),
+        GptqLayout(),
+        MlxLayout(),
         GgufLayout(),
         QuarkLayout(),
         ModelOptLayout(),
@@ -45,6 +51,11 @@ readers: dict[str, Callable[[Source], LayoutReader]] = {
     "compressed-tensors": CompressedTensorsReader,
     "detent": DetentReader,
     "gguf": GgufReader,
+    "awq": AwqReader,
+    "gptq": GptqReader,
+    "auto-round": auto_round_reader,
+    "intel/auto-round": auto_round_reader,
+    "mlx": MlxReader,
     "quark": QuarkReader,
     "modelopt": ModelOptReader,
     "fp8": Fp8Reader,
@@ -54,10 +65,12 @@ readers: dict[str, Callable[[Source], LayoutReader]] = {
 }
 
 
+#: What of config.json makes a model a quantized one.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 #: Other names of layouts.
 _ALIASES = {"quark_format": "quark"}
 #: What "custom_mode" names, with "hf_format".
-CUSTOM_MODES: dict[str, str] = {"quark": "quark", "fp8": "fp8"}
+CUSTOM_MODES: dict[str, str] = {"quark": "quark", "awq": "awq", "fp8": "fp8"}
 
 
 def wanted_layouts(export: str, custom_mode: str | None = None, **details: Any) -> list[Layout]:
@@ -300,7 +313,7 @@ class QuantizedCheckpoint:
         self.method = method
         self._reader: LayoutReader = readers[method](self.source)
         self.formats, self.described = self._reader.formats, self._reader.described
-        self.config = {key: value for key, value in self.source.config.items() if key != "quantization_config"}
+        self.config = {key: value for key, value in self.source.config.items() if key not in QUANTIZATION_KEYS}
         self.kept = [name for name in self.source if name not in self._reader.used]
 
     def layer(self, name: str) -> LayerCheckpoint:

@@ -20,6 +20,7 @@ from detent.errors import DetentError
 from detent.external.files import is_file, names_in, read_as, unreadable, user_path
 from detent.external.model_folder import check_folder, is_gguf, read_config
 from detent.external.schemas import ShardIndex
+from detent.external.weights_only_schemas import OldGptqConfig
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -40,6 +41,8 @@ _CODED = (
 
 #: Where older versions of ModelOpt say that weights are quantized, in place of config.json.
 _MODELOPT_NAME = "hf_quant_config.json"
+#: Where versions of AutoGPTQ before transformers knew GPTQ say so, and what their file of weights is called.
+_GPTQ_NAME = "quantize_config.json"
 
 _DTYPES = {
     "F64": torch.float64,
@@ -51,6 +54,7 @@ _DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
+    "U32": torch.uint32,
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
@@ -98,23 +102,34 @@ class Source:
         check_folder(self.path)
         self.config = read_config(self.path)
         method = quant_method(self.config)
+        if method == "mlx":
+            self.config |= {"quantization_config": {**self.config["quantization"], "quant_method": method}}
         if method is None and is_file(self.path / _MODELOPT_NAME):
             method = "modelopt"
             self.config |= {"quantization_config": {"quant_method": method}}
         if method is not None and not quantized:
-            raise DetentError(
-                f"{self.path} is quantized already ({method}); quantize the original checkpoint instead."
-                " What Detent wrote can be read with `detent evaluate`"
-            )
+            raise self._quantized_already(method)
         self.metadata: dict[str, str] = {}
         self._open: dict[str, Any] = {}
-        self.tensors = self._list_tensors()
+        old = read_as(OldGptqConfig, self.path / _GPTQ_NAME) if is_file(self.path / _GPTQ_NAME) else None
+        self.tensors = self._list_tensors(None if old is None else old.model_file_base_name)
         coded = next((name for name in self.tensors if name.endswith(_CODED)), None)
+        if method is None and old is not None and any(name.endswith(".qweight") for name in self.tensors):
+            if not quantized:
+                raise self._quantized_already("gptq")
+            method = "gptq"
+            self.config |= {"quantization_config": old.model_dump() | {"quant_method": method}}
         if method is None and coded is not None:
             raise DetentError(
                 f"{self.path / self.tensors[coded].file}: {coded} belongs to a quantized weight, but config.json has no"
                 " quantization_config that says how; get the checkpoint again, or the original one"
             )
+
+    def _quantized_already(self, method: str) -> DetentError:
+        return DetentError(
+            f"{self.path} is quantized already ({method}); quantize the original checkpoint instead."
+            " What Detent wrote can be read with `detent evaluate`"
+        )
 
     @classmethod
     def of_file(cls, path: Path) -> Source:
@@ -181,8 +196,11 @@ class Source:
             self._open[file] = _open_safetensors(self.path / file)
         return self._open[file]
 
-    def _list_tensors(self) -> dict[str, TensorInfo]:
-        if is_file(self.path / SINGLE_NAME):
+    def _list_tensors(self, base_name: str | None) -> dict[str, TensorInfo]:
+        named = f"{base_name}.safetensors"
+        if base_name and Path(named).name == named and is_file(self.path / named):
+            tensors = self._read_headers([named])
+        elif is_file(self.path / SINGLE_NAME):
             tensors = self._read_headers([SINGLE_NAME])
         elif is_file(self.path / INDEX_NAME):
             weight_map = _read_index(self.path / INDEX_NAME)
@@ -227,6 +245,8 @@ def holds_no_weights(folder: Path) -> bool:
 
 def quant_method(config: dict[str, Any]) -> str | None:
     """The name of the method that a config.json says its model is quantized with, or None."""
+    if isinstance(config.get("quantization"), dict) and "bits" in config["quantization"]:  # MLX names none
+        return "mlx"
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         for key in ("quantization_config", "compression_config"):

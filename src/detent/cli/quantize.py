@@ -146,6 +146,13 @@ def quantize(
     imatrix: Annotated[
         str | None, _of_quantizing("imatrix", "File of importances, as llama.cpp writes it, for GGUF.")
     ] = None,
+    gptq_version: Annotated[
+        int | None,
+        _of_quantizing(
+            "gptq_version",
+            "Of the layout of GPTQ: 1 or 2 (default: 1 where weights are symmetric, as most engines read).",
+        ),
+    ] = None,
     no_verify: Annotated[bool, _of_quantizing("no_verify", "Don't read back what was written and compare it.")] = False,
     data_type: Annotated[
         Literal["auto", "float16", "bfloat16", "float32"], _option("data_type", "Type to load weights in.")
@@ -312,6 +319,7 @@ def asked_for(context: typer.Context) -> Asked:
                 flags.gguf_type,
                 flags.imatrix,
                 not flags.no_verify,
+                flags.gptq_version,
             ),
             flags.allow_unfused,
             flags.quantize_mtp,

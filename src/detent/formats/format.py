@@ -264,11 +264,17 @@ def progressive(bits: int = 4, base: Format | None = None) -> Format:
 
 
 def searched(
-    element: Element, group: int, *, scale_bits: int = 16, signed_scale: bool = True, tiles: int = 0
+    element: Element,
+    group: int,
+    *,
+    scale_bits: int = 16,
+    signed_scale: bool = True,
+    tiles: int = 0,
+    scale_dtype: ScaleDtype = "float16",
 ) -> Format:
-    """The formats of GGUF: see `SearchedScale`. Unsigned integers have a stored minimum."""
+    """The formats of GGUF and MLX: see `SearchedScale`. Unsigned integers have a stored minimum."""
     zero_point: ZeroPoint = "minimum" if element.minimum == 0 else "none"
-    return Format(element, per_group(group), SearchedScale(scale_bits, signed_scale, tiles), zero_point)
+    return Format(element, per_group(group), SearchedScale(scale_bits, signed_scale, tiles, scale_dtype), zero_point)
 
 
 def _float_named(kind: str) -> Float:

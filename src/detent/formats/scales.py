@@ -202,31 +202,34 @@ def _mantissa_bits(element: Element) -> int:
 class SearchedScale:
     """The scale of least squared error, of either sign: the formats of GGUF (`detent.formats.search`).
 
-    With 16 `bits` it is a float16. With fewer it is an integer, `signed` or not, that multiplies a float16 shared by
-    `tiles` neighbouring tiles, a *super-block*; a stored minimum is then an unsigned integer of as many bits, and what
-    is subtracted is that integer times a second float16 of the super-block. A scale of 0 is valid: every code then
-    stands for the same number.
+    With 16 or 32 `bits` it is a `dtype`, float16 in GGUF. With fewer it is an integer, `signed` or not, that multiplies
+    a float16 shared by `tiles` neighbouring tiles, a *super-block*; a stored minimum is then an unsigned integer of as
+    many bits, and what is subtracted is that integer times a second float16 of the super-block. A scale of 0 is valid:
+    every code then stands for the same number.
     """
 
     bits: int = 16
     signed: bool = True
     tiles: int = 0
+    dtype: ScaleDtype = "float16"
 
     outer = False
     four_over_six = False
     micro = 0
 
     def __post_init__(self) -> None:
-        if not (self.bits == 16 and self.signed and not self.tiles or 2 <= self.bits <= 8 and self.tiles > 0):
+        _known("scale dtype", self.dtype, [*_TORCH_DTYPES])
+        plain = self.bits == 8 * _TORCH_DTYPES[self.dtype].itemsize and self.signed and not self.tiles
+        if not (plain or 2 <= self.bits <= 8 and self.tiles > 0):
             raise DetentError(
-                "a searched scale is a float16, or an integer of 2 to 8 bits in a super-block of 1 tile or more; not"
-                f" {self.bits} bits in super-blocks of {self.tiles}"
+                f"a searched scale is a {self.dtype}, or an integer of 2 to 8 bits in a super-block of 1 tile or more;"
+                f" not {self.bits} bits in super-blocks of {self.tiles}"
             )
 
     @property
     def stored_dtype(self) -> torch.dtype:
         if not self.tiles:
-            return torch.float16
+            return _TORCH_DTYPES[self.dtype]
         return torch.int8 if self.signed else torch.uint8
 
     @property
@@ -253,7 +256,7 @@ class SearchedScale:
 
     def __str__(self) -> str:
         if not self.tiles:
-            return "searched float16 scale"
+            return f"searched {self.dtype} scale"
         return f"searched {'' if self.signed else 'u'}int{self.bits} scales, {self.tiles} under a float16"
 
 

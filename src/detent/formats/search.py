@@ -242,11 +242,17 @@ def _half(x: Tensor) -> Tensor:
     return x.clamp(-_LARGEST, _LARGEST).to(torch.float16).to(torch.float32)
 
 
+def _kept(x: Tensor, rule: SearchedScale) -> Tensor:
+    """A scale without super-blocks as it is stored."""
+    most = torch.finfo(rule.stored_dtype).max
+    return x.clamp(-most, most).to(rule.stored_dtype).to(torch.float32)
+
+
 def _symmetric_scales(x: Tensor, w: Tensor | None, fmt: Format, rule: SearchedScale) -> Iterator[Tensor]:
     grid, fit = _grid_of(fmt, w is not None), _Fit(x, w)
     along, square = fit.best(grid)
     if not rule.tiles:
-        yield _half(_over(*fit.under(_over(along, square), grid)))
+        yield _kept(_over(*fit.under(_over(along, square), grid)), rule)
         return
     integers = _integers(rule)
     shared = _shared_scale(_over(along, square), square, integers)
@@ -338,8 +344,8 @@ def _affine_scales(x: Tensor, w: Tensor | None, fmt: Format, rule: SearchedScale
     scale, minimum, sums = fit.best()
     if not rule.tiles:
         scale, minimum = fit.fitted(*fit.under(scale, minimum))
-        yield _half(scale)
-        yield _half(minimum)
+        yield _kept(scale, rule)
+        yield _kept(minimum, rule)
         return
     integers = _integers(rule)
     sq, sqq, _ = sums

@@ -86,7 +86,7 @@ def _check_searched(rule: SearchedScale, scales: Scales, where: str) -> None:
         if stored is None or not stored.numel():
             continue
         low, high = (float(bound) for bound in torch.aminmax(stored.float()))
-        least, most = (-math.inf, math.inf) if stored.dtype == torch.float16 else rule.limits
+        least, most = (-math.inf, math.inf) if stored.dtype.is_floating_point else rule.limits
         if not (least <= low and high <= most and math.isfinite(low) and math.isfinite(high)):
             raise DetentError(f"{where}: {name} from {low:g} to {high:g}; {rule} takes {least:g} to {most:g}")
 

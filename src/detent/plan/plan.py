@@ -311,11 +311,12 @@ def _structure(model: nn.Module, needed: bool, overrides: str | Path | None) -> 
         return None, [f"no structure was found, so the formats of layers that engines fuse were not compared: {error}"]
 
 
-def with_scale_dtype(scheme: Scheme, dtype: torch.dtype) -> Scheme:
-    """Integer weights keep their scales in the model's dtype, as engines hold them; FP8 scales stay float32."""
+def with_scale_dtype(scheme: Scheme, dtype: torch.dtype, *, all_bits: bool = False) -> Scheme:
+    """Integer weights keep their scales in the model's dtype, as engines hold them, those of 8 bits with `all_bits`
+    alone; FP8 scales stay float32."""
     name = {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(dtype)
     weight = scheme.weight
-    if name is None or weight is None or not isinstance(weight.element, Integer) or weight.bits == 8:
+    if name is None or weight is None or not isinstance(weight.element, Integer) or (weight.bits == 8 and not all_bits):
         return scheme
     return replace(scheme, weight=weight.with_scale_dtype(name))  # type: ignore[arg-type]
 

@@ -92,6 +92,8 @@ class ExportOptions:
         pack_method: the order of 4-bit codes in the layout of Quark: ``reorder`` or ``order``.
         gguf_type: the type of GGUF, or the mixture of types, such as ``Q4_K_M``; None for the scheme's own.
         imatrix: a file of importances, as llama.cpp has it, for GGUF.
+        gptq_version: of the layout of GPTQ: 1, which has no zero points of 0, or 2; None for 1 where all weights are
+            symmetric, which most engines read, and 2 elsewhere.
         verify: whether what was written is read back and compared with what was simulated.
 
     Example:
@@ -106,6 +108,7 @@ class ExportOptions:
     gguf_type: str | None = None
     imatrix: str | None = None
     verify: bool = True
+    gptq_version: int | None = None
 
 
 @dataclass(frozen=True)

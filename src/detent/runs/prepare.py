@@ -72,7 +72,12 @@ def prepare(
     chosen, kv_cache = _formats(scheme, model.model_dir is None)
     how = scheme.export
     wanted = wanted_layouts(
-        how.format, how.custom_mode, pack_method=how.pack_method, gguf_type=how.gguf_type, imatrix=how.imatrix
+        how.format,
+        how.custom_mode,
+        pack_method=how.pack_method,
+        gguf_type=how.gguf_type,
+        imatrix=how.imatrix,
+        gptq_version=how.gptq_version,
     )
     steps = _algorithms(algorithms or AlgorithmOptions(), run)
     config = load_config(folder, trust_remote_code=model.trust_remote_code)
@@ -90,8 +95,9 @@ def prepare(
 
 def _as_stored(scheme: Scheme, dtype: torch.dtype, wanted: list[Layout]) -> Scheme:
     """A scheme with the grids and the scales that will be on disk, so that what is simulated is what is written."""
-    scheme = with_scale_dtype(scheme, dtype)
-    return wanted[0].adapt(scheme) if len(wanted) == 1 else scheme
+    if len(wanted) > 1:
+        return with_scale_dtype(scheme, dtype)
+    return wanted[0].adapt(with_scale_dtype(scheme, dtype, all_bits=wanted[0].scales_like_model))
 
 
 def _imagined(folder: Path, config: Any, options: ModelOptions, run: Run) -> Source:
