@@ -28,7 +28,7 @@ _F64_EXPONENT = 0x7FF0000000000000
 def power_below(v: Tensor) -> Tensor:
     """2^floor(log2|v|) of a float64 tensor, 0 where v is 0: the mantissa and sign bits cleared."""
     if exporting():
-        return torch.where(v == 0, 0.0, torch.exp2(floor_log2_by_arithmetic(v)))
+        return torch.where(v == 0, 0.0, 2.0 ** floor_log2_by_arithmetic(v))
     return (v.view(torch.int64) & _F64_EXPONENT).view(torch.float64)
 
 
@@ -42,7 +42,7 @@ def floor_log2(v: Tensor) -> Tensor:
 def power_of_two(e: Tensor) -> Tensor:
     """2^e as float64, exactly, for an int64 tensor e in [-1022, 1023]."""
     if exporting():
-        return torch.exp2(e.to(torch.float64))
+        return 2.0 ** e.to(torch.float64)
     return ((e + 1023) << 52).view(torch.float64)
 
 

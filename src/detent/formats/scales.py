@@ -15,6 +15,7 @@ from torch import Tensor
 
 from detent.errors import DetentError
 from detent.formats.elements import E4M3, UE5M3, Element, Float, Integer, Table, floor_log2, power_below, power_of_two
+from detent.formats.exporting import tracing
 
 _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: 2^-149, 2^-133, 2^-24: the smallest positive number of each dtype, the floor under every computed scale.
@@ -97,7 +98,9 @@ class FloatScale:
             grid = _SMALL_FLOATS[self.dtype]
             ratio = scale if outer is None else scale / outer
             ratio = ratio.clamp(grid.smallest, grid.maximum)
-            if grid.storage_dtype.is_floating_point:  # torch's conversion rounds to even too, several times as fast
+            if (
+                grid.storage_dtype.is_floating_point and not tracing()
+            ):  # torch's conversion rounds to even too, several times as fast
                 return ratio.to(grid.storage_dtype).to(torch.float32)
             return grid.nearest(ratio.double()).to(torch.float32)
         if self.dtype != "float32":

@@ -16,7 +16,7 @@ from detent.distributed import ParallelState
 from detent.errors import DetentError
 from detent.formats import Format, QTensor, decode
 from detent.formats.exporting import exporting
-from detent.nn import onnx_nodes
+from detent.nn import onnx_constants, onnx_nodes
 from detent.nn.kept_weight import KeptWeight
 from detent.nn.packed_weight import pack_codes, packed_layout, unpack_codes
 from detent.nn.sequential import Quantizer, SequentialQuantizer, members_of
@@ -45,7 +45,7 @@ class QuantModule(nn.Module):
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module. That of an ONNX exporter is where weights are made ready for its graph, as codes."""
-        if onnx_nodes.preparing():
+        if onnx_constants.preparing():
             self._prepare_for_onnx()
         return super().named_modules(*args, **kwargs)
 
@@ -57,10 +57,10 @@ class QuantModule(nn.Module):
             if parameter is None or member is None or not member.is_quantizing or parameter.is_meta:
                 continue
             kept: KeptWeight | None = self.__dict__.get(f"_kept_{name}")
-            ready = onnx_nodes.prepared(member)
+            ready = onnx_constants.prepared(member)
             if ready is None or kept is None or not kept.is_current(parameter, quantizer, handed_out=True):
                 self.__dict__[f"_kept_{name}"] = KeptWeight(parameter, quantizer, parameter)
-                onnx_nodes.prepare_weight(member, self._codes_of(parameter, quantizer, member))
+                onnx_constants.prepare_weight(member, self._codes_of(parameter, quantizer, member))
 
     def _codes_of(self, parameter: Tensor, quantizer: Quantizer, member: TensorQuantizer) -> QTensor:
         """The codes that `member`, the first of a quantizer's that is on, makes of a parameter."""
@@ -185,7 +185,7 @@ class QuantWeightBase(QuantModule):
         super()._prepare_for_onnx()
         packed = self.packed_weight
         if packed is not None and not packed.codes.is_meta:
-            onnx_nodes.prepare_weight(members_of(self.weight_quantizer)[0], packed)
+            onnx_constants.prepare_weight(members_of(self.weight_quantizer)[0], packed)
 
     # ---- the weight in use ------------------------------------------------------------------------------------------
 
@@ -197,8 +197,8 @@ class QuantWeightBase(QuantModule):
         """The weight as the forward pass uses it."""
         if self.is_packed:
             first = members_of(self.weight_quantizer)[0]
-            if onnx_nodes.in_graph() and (ready := onnx_nodes.prepared(first)) is not None:
-                values = onnx_nodes.weight_in_graph(self._packed_format, ready)  # type: ignore[arg-type]
+            if onnx_nodes.in_graph() and (ready := onnx_constants.prepared(first)) is not None:
+                values = onnx_nodes.weight_in_graph(self._packed_format, ready)
                 return self.from_output_first(values.to(self._packed_dtype), self)
             return self.weight
         quantizer = self.weight_quantizer

@@ -16,7 +16,7 @@ from detent.config.attributes import QuantizerAttributeConfig, RotateConfig, mer
 from detent.errors import DetentError
 from detent.formats import FloatScale, Format, QTensor, all_finite, encode, fake_quantize, per_tensor
 from detent.formats.exporting import exporting
-from detent.nn import onnx_nodes
+from detent.nn import onnx_constants, onnx_nodes
 from detent.nn.backends import run_backend
 from detent.nn.bias import BiasObserver, bias_of, is_static
 from detent.nn.calibrated_state import CalibratedState, is_plain, kind_of
@@ -399,9 +399,9 @@ class TensorQuantizer(CalibratedState):
     def named_modules(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module. That of an ONNX exporter is where scales are made ready for its graph."""
         if not torch.onnx.is_in_onnx_export():
-            onnx_nodes.keep(self, None)
-        elif onnx_nodes.preparing() and ((ready := onnx_nodes.prepared(self)) is None or ready.codes is None):
-            onnx_nodes.prepare_scales(self)
+            onnx_constants.keep(self, None)
+        elif onnx_constants.preparing() and ((ready := onnx_constants.prepared(self)) is None or ready.codes is None):
+            onnx_constants.prepare_scales(self)
         return super().named_modules(*args, **kwargs)
 
     # ---- show -------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ class LanguageModelGraph(nn.Module):
         past = []
         if self.with_cache:
             net: Any = self.model
-            cache = net(input_ids=ids[:, :earlier], use_cache=True).past_key_values
+            cache = getattr(net(input_ids=ids[:, :earlier], use_cache=True), "past_key_values", None)
             past = _tensors_of(cache, type(self.model).__name__)
         inputs = ids[:, earlier : earlier + tokens].contiguous(), mask, *([positions] if self._positions else [])
         return (*inputs, past) if self.with_cache else inputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def load_quantized(
     config: Any = None,
     cut: bool = True,
     decoded: Callable[[str, QTensor, torch.dtype], Tensor] | None = None,
+    hold_codes: bool = False,
 ) -> nn.Module:
     """The simulated model of a quantized checkpoint: weights decoded, activations and cache quantized as calibrated.
 
@@ -53,6 +54,7 @@ def load_quantized(
         device, attention, trust_remote_code, notify: as for `load_model`.
         config: a transformers configuration in place of the folder's; `cut`: it is that of a model with fewer blocks.
         decoded: gives the decoded weight of a layer, by its name in the file; `decode` by default.
+        hold_codes: whether layers hold the codes of their weights in the end, and decode them when they are used.
 
     Raises:
         DetentError: the checkpoint isn't readable or doesn't fit its model.
@@ -68,6 +70,7 @@ def load_quantized(
         config,
         checkpoint.kv_scales,
         cut=cut,
+        hold_codes=hold_codes,
         dtype=dtype or model_dtype(data_type, config, checkpoint.source),
         device=device,
         attention=attention,
@@ -103,6 +106,7 @@ def simulated_model(
     kv_scales: Callable[[], Mapping[str, tuple[Scales, ...]]],
     *,
     cut: bool = False,
+    hold_codes: bool = False,
     dtype: torch.dtype,
     **options: Any,
 ) -> nn.Module:
@@ -113,6 +117,7 @@ def simulated_model(
         config: its transformers configuration.
         kv_scales: gives the calibrated scales of keys and values.
         cut: whether `config` describes fewer blocks than are stored; what it has no place for is left out.
+        hold_codes: see `load_quantized`.
         dtype: to hold it in.
         options: as for `load_model`.
 
@@ -130,7 +135,7 @@ def simulated_model(
         name = tensor.removesuffix(".weight")
         record = stored.layer(name) if tensor.endswith(".weight") and name in layers else None
         if record is not None:
-            records[name] = replace(record, weight=None)
+            records[name] = record if hold_codes else replace(record, weight=None)
         if record is None or record.weight is None:
             return read_tensor(stored.source, tensor, stored.tensor)
         weight = stored.decoded(name, record.weight, dtype) if stored.decoded else decode(record.weight, dtype)
@@ -143,8 +148,19 @@ def simulated_model(
     if not cut:
         _check_places(model, names, stored, records, options.get("notify", _log.warning))
     check_runs(where, model)
-    attach(model, stored.formats, kv_scales, names, [in_model(r, names, where) for r in records.values()], where)
+    mine = [in_model(record, names, where) for record in records.values()]
+    attach(model, stored.formats, kv_scales, names, mine, where)
+    if hold_codes:
+        pack_weights(model, mine, dtype)
     return model
+
+
+def pack_weights(model: nn.Module, records: Iterable[LayerCheckpoint], dtype: torch.dtype) -> None:
+    """Let layers whose weights are decoded hold the codes of the records, which are named as they are."""
+    for record in records:
+        module: Any = model.get_submodule(record.name)
+        if record.weight is not None:
+            module.pack_weight(record.weight, dtype)
 
 
 def _check_places(
