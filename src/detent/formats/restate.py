@@ -10,8 +10,8 @@ from torch import Tensor
 from detent.formats.elements import Integer
 from detent.formats.format import Format
 from detent.formats.qtensor import QTensor, decode, encode, same_bits
-from detent.formats.stored_scales import Scales
 from detent.formats.scales import PowerOfTwoScale, SearchedScale
+from detent.formats.stored_scales import Scales
 
 
 def restate(q: QTensor, fmt: Format, *, exact: bool = True) -> QTensor | None:
