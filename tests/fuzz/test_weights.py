@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import detent
+from checkpoints.test_vendor_layouts import experts, write_experts
 from checkpoints.toy import quantized_llama, toy_source
 from detent import formats as f
 from detent.checkpoints import Source, layouts, open_quantized, open_source
@@ -46,20 +48,32 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "fp8": (f.fp8(), f.fp8(), None),
         "nvfp4": (f.nvfp4(), f.nvfp4(), None),
         "detent": (f.nf4(), f.fp8("e5m2"), None),
+        "quark": (f.integer(4, f.per_group(32), symmetric=False), f.integer(8), None),
+        "modelopt": (f.nvfp4(), f.nvfp4(), None),
+        "autofp8": (f.fp8(), f.fp8(), None),
     }.items():
         out = tmp_path_factory.mktemp(name)
-        quantized_llama(out, lambda layer, formats=formats: formats, kv_cache=f.fp8())  # type: ignore[misc]
+        layout = layouts.get({"autofp8": "fp8"}.get(name, name if name in ("quark", "modelopt") else ""))
+        quantized_llama(out, lambda layer, formats=formats: formats, kv_cache=f.fp8(), layout=layout)  # type: ignore[misc]
         folders[name] = out / "out"
+<<<<<<< HEAD
     asymmetric = f.integer(4, f.per_group(32), symmetric=False).with_scale_dtype("float16")
     for name, fmt in {"awq": asymmetric, "gptq": asymmetric, "mlx": f.searched(f.Integer(4, signed=False), 32)}.items():
         out = tmp_path_factory.mktemp(name)
         quantized_llama(out, lambda layer, fmt=fmt: (fmt, None, None), layout=layouts[name])  # type: ignore[misc]
         folders[name] = out / "out"
+=======
+    folders["mxfp4"] = write_experts(tmp_path_factory.mktemp("mxfp4"), experts())
+>>>>>>> 596a39d (Runs into the layouts of other tools, from the command line to their readers; damaged files of them)
     return folders
+
+
+FOREIGN = ["quark", "modelopt", "autofp8", "mxfp4"]
 
 
 @dose(0.15)
 @given(st.data())
+<<<<<<< HEAD
 @pytest.mark.parametrize("layout", ["awq", "gptq", "mlx"])
 @pytest.mark.parametrize("described", [True, False])
 def test_weights_alone(layout: str, described: bool, quantized: dict[str, Path], data: Any) -> None:
@@ -97,6 +111,9 @@ def test_weights_alone(layout: str, described: bool, quantized: dict[str, Path],
 @dose(0.15)
 @given(st.data())
 @pytest.mark.parametrize("name", ["packed", "fp8", "nvfp4", "detent"])
+=======
+@pytest.mark.parametrize("name", ["packed", "fp8", "nvfp4", "detent", *FOREIGN])
+>>>>>>> 596a39d (Runs into the layouts of other tools, from the command line to their readers; damaged files of them)
 def test_quantized_checkpoint(name: str, quantized: dict[str, Path], data: Any) -> None:
     path = quantized[name] / "model.safetensors"
     original = path.read_bytes()
@@ -112,6 +129,30 @@ def test_quantized_checkpoint(name: str, quantized: dict[str, Path], data: Any) 
                 assert not bool(decode(found.weight).isnan().any())
     finally:
         path.write_bytes(original)
+
+
+@dose(0.15)
+@given(st.data())
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_other_tools_wrote(name: str, quantized: dict[str, Path], tmp_path_factory: Any, data: Any) -> None:
+    """A configuration with something changed, and weights without a description: also as a source."""
+    folder = tmp_path_factory.mktemp("foreign")
+    config = json.loads((quantized[name] / "config.json").read_text())
+    config["quantization_config"] = data.draw(changed(config["quantization_config"]))
+    with contextlib.suppress(UnicodeEncodeError):  # half of a surrogate pair is no text
+        (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(quantized[name] / "model.safetensors")
+    for gone in data.draw(st.lists(st.sampled_from(sorted(tensors)), max_size=1)):
+        del tensors[gone]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for opened in (clear(open_quantized, folder), clear(open_source, folder)):
+        if opened is not None and hasattr(opened, "formats"):
+            clear(opened.check)
+            for layer in list(opened.formats.layers)[:3]:
+                clear(opened.layer, layer)
+        elif opened is not None:
+            for tensor in list(opened)[:5]:
+                clear(opened.tensor, tensor)
 
 
 def make() -> nn.Module:

@@ -1,8 +1,8 @@
 """Layouts in which the scales of a weight lie in tensors beside it: what those of Quark, ModelOpt and FP8 share.
 
 A layer has ``weight``, ``weight_scale`` and, by its format, ``weight_scale_2`` and ``weight_zero_point``; calibrated
-inputs and outputs have ``input_scale`` and ``output_scale``. A `Part` says where one field of a `QTensor` lies and how:
-`BesideLayout` writes by it and `BesideReader` reads by it, so that the two can't differ.
+inputs and outputs have ``input_scale`` and ``output_scale``. A `StoredPart` says where one field of a `QTensor` lies
+and how: `BesideLayout` writes by it and `BesideReader` reads by it, so that the two can't differ.
 """
 
 from __future__ import annotations
@@ -19,34 +19,21 @@ from torch import Tensor
 from detent.checkpoints.layout import Layout, left_description
 from detent.checkpoints.records import LayerCheckpoint, LayerFormats, ModelFormats, assemble
 from detent.checkpoints.source import Source
+from detent.checkpoints.told import FLOATS, FP8
 from detent.errors import DetentError
 from detent.formats import (
     E4M3,
+    FloatScale,
     Format,
+    PowerOfTwoScale,
     QTensor,
     Scales,
-    fp8,
-    integer,
-    mx,
-    nvfp4,
-    per_block,
-    per_channel,
-    per_group,
-    per_tensor,
 )
 from detent.formats.packing import pack, unpack
-from detent.formats.scales import ScaleDtype
 from detent.formats.stored import check_scales, check_stored, stored_layout
 
-_FP8 = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
-_E8M0 = (torch.uint8, torch.float8_e8m0fnu)
-_FLOATS: dict[torch.dtype, ScaleDtype] = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
 #: In these no float model has tensors.
-CODES = (*_FP8, torch.float8_e8m0fnu, torch.uint8, torch.int8, torch.int32, torch.uint32)
+CODES = (*FP8, torch.float8_e8m0fnu, torch.uint8, torch.int8, torch.int32, torch.uint32)
 #: What belongs to activations: it says how the quantized model computes, not what its weights are.
 OF_ACTIVATIONS = re.compile(
     r"((input|output|activation|k|v|q|kv|prob)_(scale|zero_point|global_scale)(_2)?|input_scale_ub)"
@@ -62,7 +49,7 @@ _ALSO = {
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """One tensor on disk.
 
     Attributes:
@@ -78,11 +65,11 @@ class Part:
     from_disk: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
 
-def packed_rows(fmt: Format, shape: tuple[int, ...]) -> Part:
+def packed_rows(fmt: Format, shape: tuple[int, ...]) -> StoredPart:
     """Codes of fewer than 8 bits in bytes, the first in the lowest bits, each row on its own."""
     element, columns = fmt.element, shape[-1]
     store, load = partial(pack, bits=element.bits), partial(unpack, bits=element.bits, n=columns)
-    return Part("codes", (*shape[:-1], columns * element.bits // 8), torch.uint8, store, load)
+    return StoredPart("codes", (*shape[:-1], columns * element.bits // 8), torch.uint8, store, load)
 
 
 class BesideLayout(Layout):
@@ -112,24 +99,24 @@ class BesideLayout(Layout):
             return f"{self.name} does not hold {reason}"
         return None
 
-    def weight_parts(self, fmt: Format, shape: tuple[int, ...]) -> dict[str, Part]:
+    def weight_parts(self, fmt: Format, shape: tuple[int, ...]) -> dict[str, StoredPart]:
         """Where a weight lies, by the names behind that of its module."""
         laid = stored_layout(fmt, shape)
         grid, dtype = laid["scale"]
-        codes = packed_rows(fmt, shape) if fmt.bits < 8 else Part("codes", *laid["codes"])
+        codes = packed_rows(fmt, shape) if fmt.bits < 8 else StoredPart("codes", *laid["codes"])
         grid = grid[:1] if math.prod(grid[1:]) == 1 and grid else grid
-        parts = {"weight": codes, "weight_scale": Part("scale", grid, dtype)}
+        parts = {"weight": codes, "weight_scale": StoredPart("scale", grid, dtype)}
         if fmt.has_outer_scale:
-            parts["weight_scale_2"] = Part("outer_scale", (), torch.float32)
+            parts["weight_scale_2"] = StoredPart("outer_scale", (), torch.float32)
         return parts
 
-    def activation_parts(self, side: str, fmt: Format) -> dict[str, Part]:
+    def activation_parts(self, side: str, fmt: Format) -> dict[str, StoredPart]:
         """Where the calibrated scales of "input" or "output" lie."""
-        parts = {f"{side}_scale": Part("outer_scale" if fmt.has_outer_scale else "scale", (), torch.float32)}
+        parts = {f"{side}_scale": StoredPart("outer_scale" if fmt.has_outer_scale else "scale", (), torch.float32)}
         if fmt.zero_point == "int":
             dtype = fmt.element.storage_dtype
             store, load = (lambda t: t.to(dtype)), (lambda t: t.to(torch.int32))
-            parts[f"{side}_zero_point"] = Part("zero_point", (), dtype, store, load)
+            parts[f"{side}_zero_point"] = StoredPart("zero_point", (), dtype, store, load)
         return parts
 
     def cache_scales(self, fmt: Format, stored: Tensor) -> Scales:
@@ -148,9 +135,14 @@ class BesideLayout(Layout):
         return {f"{layer.name}.{key}": tensor for key, tensor in tensors.items()}
 
 
-def _stored(parts: Mapping[str, Part], fields: Mapping[str, Tensor], fmt: Format) -> dict[str, Tensor]:
+def _stored(parts: Mapping[str, StoredPart], fields: Mapping[str, Tensor], fmt: Format) -> dict[str, Tensor]:
     fields = {"constant": torch.full_like(fields["scale"], constant(fmt), dtype=torch.int32), **fields}
     return {key: part.to_disk(fields[part.field]).reshape(part.shape) for key, part in parts.items()}
+
+
+def scale_dtype(fmt: Format) -> str:
+    """The dtype of floating-point scales; "" where they are something else."""
+    return fmt.scale.dtype if isinstance(fmt.scale, FloatScale) else ""
 
 
 def constant(fmt: Format) -> int:
@@ -178,6 +170,8 @@ def _why_no_beside(layer: LayerFormats) -> str | None:
         whole = activation is None or activation.dynamic or activation.granularity.kind == "per_tensor"
         if activation is not None and not whole and not activation.has_outer_scale:
             return f"calibrated {activation.granularity} activation scales: only per-tensor ones"
+    if not isinstance(layer.weight.scale, FloatScale | PowerOfTwoScale):
+        return f"a weight in {layer.weight}, which is a format of GGUF"
     group = layer.weight.granularity.group_size
     if group is not None and layer.shape[1] % group:
         return f"groups of {group} in rows of {layer.shape[1]} input features: its readers take no short last group"
@@ -252,7 +246,7 @@ class BesideReader:
         fmt = self.formats.kv_cache
         if fmt is None:
             return {}
-        scalar = Part("scale", (), torch.float32)
+        scalar = StoredPart("scale", (), torch.float32)
 
         def scales(name: str) -> Scales:
             module, _, key = name.rpartition(".")
@@ -273,7 +267,7 @@ class BesideReader:
                 found.setdefault(name.removesuffix(end), (name, value))
         return found
 
-    def _parts(self, module: str, layer: LayerFormats) -> dict[str, Part]:
+    def _parts(self, module: str, layer: LayerFormats) -> dict[str, StoredPart]:
         parts = {} if layer.weight is None else self.layout.weight_parts(layer.weight, layer.shape)
         for side in ("input", "output"):
             fmt = getattr(layer, side)
@@ -292,14 +286,14 @@ class BesideReader:
     def _place(self, name: str) -> str:
         return f"{self.source.path / self.source.info(name).file}: {name}"
 
-    def _expect(self, module: str, key: str, part: Part) -> str:
+    def _expect(self, module: str, key: str, part: StoredPart) -> str:
         """The full name of a part, once it is known to be there."""
         name = self._name(module, key)
         info = self.source.info(name)
         same_dtype = (
             info.dtype == part.dtype
             or (info.dtype == torch.float8_e8m0fnu and part.dtype in (torch.uint8, torch.float32))
-            or (info.dtype in _FLOATS and part.dtype == torch.float32)
+            or (info.dtype in FLOATS and part.dtype == torch.float32)
         )
         if not same_dtype or _long_axes(info.shape) != _long_axes(part.shape):
             raise DetentError(
@@ -308,7 +302,7 @@ class BesideReader:
             )
         return name
 
-    def _read(self, module: str, key: str, part: Part) -> Tensor:
+    def _read(self, module: str, key: str, part: StoredPart) -> Tensor:
         tensor = self.source.tensor(self._expect(module, key, part))
         if tensor.dtype == torch.float8_e8m0fnu and part.dtype == torch.uint8:
             tensor = tensor.view(torch.uint8)
@@ -328,7 +322,7 @@ class BesideReader:
         check_scales(fmt, scales, self._place(self._name(name, "weight_scale")), of_weight=True)
         return scales
 
-    def _fields(self, module: str, parts: Mapping[str, Part], fmt: Format) -> dict[str, Tensor]:
+    def _fields(self, module: str, parts: Mapping[str, StoredPart], fmt: Format) -> dict[str, Tensor]:
         """Everything but codes, by field. What is constant is not kept, and may be missing."""
         fields = {}
         for key, part in parts.items():
@@ -368,76 +362,3 @@ def refuse_unexplained(source: Source, used: set[str]) -> None:
                 " belongs to a quantized weight in a form that Detent does not decode; quantize the original"
                 " checkpoint instead"
             )
-
-
-def told_weights(source: Source, block: list[int] | None = None) -> dict[str, LayerFormats]:
-    """The weights that the dtypes and shapes of the tensors beside them tell how to decode, by the name of the module;
-    of experts that are one tensor, by the name of the tensor.
-
-    Args:
-        source: the opened folder.
-        block: lengths of the blocks that share a scale of FP8, where config.json has them.
-
-    Raises:
-        DetentError: a scale that doesn't fit its weight.
-    """
-    found = {}
-    for name in source:
-        scale = next((full for end in ("_scale_inv", "_scale") if (full := name + end) in source.tensors), None)
-        told = None if scale is None else _told(source, name, scale, block)
-        if told is not None:
-            found[name.removesuffix(".weight")] = LayerFormats(told[1], told[0])
-    return found
-
-
-def _told(source: Source, name: str, scale: str, block: list[int] | None) -> tuple[Format, tuple[int, ...]] | None:
-    codes, scales = source.info(name), source.info(scale)
-    shape = codes.shape
-    if not shape or not scales.shape and codes.dtype == torch.uint8:
-        return None
-    groups = scales.shape[-1] if scales.shape else 0
-    if codes.dtype in _FP8:
-        if scales.dtype in _E8M0 and scales.shape == (*shape[:-1], -(-shape[-1] // 32)):
-            return mx(_FP8[codes.dtype]), shape
-        return _told_fp8(source, name, scale, block), shape
-    if codes.dtype == torch.int8 and scales.dtype in _FLOATS:
-        return _told_int8(shape, scales.shape).with_scale_dtype(_FLOATS[scales.dtype]), shape
-    if codes.dtype != torch.uint8:
-        return None
-    shape = (*shape[:-1], 2 * shape[-1])
-    if scales.dtype in _E8M0:
-        return mx("e2m1"), shape
-    if f"{name}_scale_2" in source.tensors and scales.dtype == torch.float8_e4m3fn and groups:
-        return nvfp4(max(1, shape[-1] // groups)), shape
-    return None
-
-
-def _told_int8(shape: tuple[int, ...], scale: tuple[int, ...]) -> Format:
-    """One scale for the tensor, each row, or each group of a row."""
-    if math.prod(scale) == 1:
-        return integer(8)
-    if len(scale) > 1 and scale[-1] > 1:
-        return integer(8, per_group(max(1, shape[-1] // scale[-1])))
-    return integer(8, per_channel(0))
-
-
-def _told_fp8(source: Source, name: str, scale: str, block: list[int] | None) -> Format:
-    """FP8 under one scale for the tensor, or one for each block: `block`, one index, or a whole axis."""
-    info, found = source.info(name), source.info(scale)
-    shape, whole = info.shape, math.prod(found.shape) == 1
-    # ModelOpt has an axis of length 1 behind each of those of a grid of blocks.
-    sizes = found.shape[::2] if len(found.shape) == 2 * len(shape) and set(found.shape[1::2]) == {1} else found.shape
-    grid = (*sizes, *(1,) * (len(shape) - len(sizes)))
-    lengths = [None if n == 1 else max(1, size // max(1, n)) for n, size in zip(grid, shape, strict=False)]
-    if block is not None and scale.endswith("_scale_inv"):
-        whole, lengths[-2:] = False, block
-    granularity = per_tensor() if whole else per_block(dict(enumerate(lengths, -len(shape))))
-    if not whole and granularity.grid(shape) != grid:
-        raise DetentError(
-            f"{source.path / found.file}: {scale} has shape {found.shape}; its codes call for {granularity.grid(shape)}"
-        )
-    if not whole and lengths[0] == 1 and set(lengths[1:]) <= {None}:
-        granularity = per_channel(0)
-    if found.dtype not in (torch.float8_e8m0fnu, *_FLOATS):
-        raise DetentError(f"{source.path / found.file}: {scale} is {found.dtype}, which no scale of FP8 is")
-    return fp8(_FP8[info.dtype], granularity).with_scale_dtype(_FLOATS.get(found.dtype, "float32"))

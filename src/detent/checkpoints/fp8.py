@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from detent.checkpoints.beside import BesideLayout, BesideReader, Part, told_weights
+from detent.checkpoints.beside import BesideLayout, BesideReader, StoredPart, scale_dtype
 from detent.checkpoints.records import LayerFormats, ModelFormats
 from detent.checkpoints.source import Source, quant_method
+from detent.checkpoints.told import told_weights
 from detent.errors import DetentError
 from detent.external.files import check_as
 from detent.external.schemas import Fp8Config
@@ -53,12 +54,12 @@ class Fp8Layout(BesideLayout):
                 return f"{size} elements in blocks of {length}: transformers would take them for {blocks} equal ones"
         return None
 
-    def weight_parts(self, fmt: Format, shape: tuple[int, ...]) -> dict[str, Part]:
+    def weight_parts(self, fmt: Format, shape: tuple[int, ...]) -> dict[str, StoredPart]:
         """Where a weight lies."""
         parts = super().weight_parts(fmt, shape)
         if isinstance(fmt.scale, PowerOfTwoScale) or fmt.granularity.kind == "per_block":
             scale = parts.pop("weight_scale")
-            parts["weight_scale_inv"] = Part("scale", fmt.granularity.grid(shape), scale.dtype)
+            parts["weight_scale_inv"] = StoredPart("scale", fmt.granularity.grid(shape), scale.dtype)
         return parts
 
     def quantization_config(self, formats: ModelFormats) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def _dialect(layer: LayerFormats) -> tuple[Any, ...] | None:
     if isinstance(weight.scale, PowerOfTwoScale) or isinstance(given.scale, PowerOfTwoScale):
         alike = isinstance(weight.scale, PowerOfTwoScale) and isinstance(given.scale, PowerOfTwoScale)
         return ("mxfp8",) if alike and given.dynamic else None
-    if weight.scale.dtype != "float32":
+    if scale_dtype(weight) != "float32":
         return None
     granularity, kind = weight.granularity, given.granularity.kind
     if granularity == per_tensor() and kind in ("per_tensor", "per_token"):

@@ -27,7 +27,7 @@ METADATA_KEY = "detent"
 
 
 @dataclass(frozen=True)
-class Place:
+class StackPlace:
     """Where a tensor of a layer goes in one that holds those of several layers, such as experts.
 
     Attributes:
@@ -94,7 +94,7 @@ class Layout:
         """The tensors of one layer, by their full names."""
         raise NotImplementedError
 
-    def stacks(self, formats: ModelFormats) -> dict[str, Place]:
+    def stacks(self, formats: ModelFormats) -> dict[str, StackPlace]:
         """{name that `layer_tensors` gives: its place in a larger tensor}, for those that lie in one."""
         return {}
 

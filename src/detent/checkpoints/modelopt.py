@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detent.checkpoints.beside import BesideLayout, BesideReader, Part, as_glob, told_weights
+from detent.checkpoints.beside import BesideLayout, BesideReader, StoredPart, as_glob, scale_dtype
 from detent.checkpoints.records import LayerCheckpoint, LayerFormats, ModelFormats
 from detent.checkpoints.source import Source
+from detent.checkpoints.told import told_weights
 from detent.config import Scheme
 from detent.errors import DetentError
 from detent.external.files import check_as, is_file, read_as
@@ -85,16 +86,16 @@ class ModelOptLayout(BesideLayout):
             return f"a weight of {layer.shape[0]} rows: two rows share a byte"
         return None
 
-    def weight_parts(self, fmt: Format, shape: tuple[int, ...]) -> dict[str, Part]:
+    def weight_parts(self, fmt: Format, shape: tuple[int, ...]) -> dict[str, StoredPart]:
         """Where a weight lies; of int4, rows in pairs share bytes."""
         parts = super().weight_parts(fmt, shape)
         if isinstance(fmt.element, Integer) and fmt.bits == 4:
             rows, columns = shape
-            parts["weight"] = Part("codes", (rows // 2, columns), torch.uint8, _pair, lambda t: _unpair(t, rows))
-            parts["weight_scale"] = Part("scale", fmt.granularity.grid(shape), fmt.scale.stored_dtype)
+            parts["weight"] = StoredPart("codes", (rows // 2, columns), torch.uint8, _pair, lambda t: _unpair(t, rows))
+            parts["weight_scale"] = StoredPart("scale", fmt.granularity.grid(shape), fmt.scale.stored_dtype)
         elif fmt.granularity.kind == "per_block":
             down, across = fmt.granularity.grid(shape)
-            parts["weight_scale"] = Part("scale", (down, 1, across, 1), torch.float32)
+            parts["weight_scale"] = StoredPart("scale", (down, 1, across, 1), torch.float32)
         return parts
 
     def layer_tensors(self, layer: LayerCheckpoint) -> dict[str, Tensor]:
@@ -223,11 +224,7 @@ def _meaning(fmt: Format | None) -> Any:
     if fmt is None:
         return None
     element = (fmt.bits, fmt.element.signed) if isinstance(fmt.element, Integer) else fmt.element
-    scale: Any = fmt.scale
-    if isinstance(scale, PowerOfTwoScale):
-        scale = "e8m0"
-    elif isinstance(scale, FloatScale):
-        scale = scale.dtype, scale.outer
+    scale = "e8m0" if isinstance(fmt.scale, PowerOfTwoScale) else (scale_dtype(fmt), fmt.scale.outer)
     int4 = isinstance(fmt.element, Integer) and fmt.bits == 4 and fmt.granularity.kind == "per_group"
     granularity = "groups" if int4 else fmt.granularity
     return element, granularity, scale, fmt.zero_point, fmt.dynamic, fmt.base
@@ -275,8 +272,10 @@ class ModelOptReader(BesideReader):
     def __init__(self, source: Source) -> None:
         super().__init__(source, ModelOptLayout())
 
-    def _parts(self, module: str, layer: LayerFormats) -> dict[str, Part]:
+    def _parts(self, module: str, layer: LayerFormats) -> dict[str, StoredPart]:
         parts = super()._parts(module, layer)
         if layer.weight is not None and layer.weight.bits == 4 and isinstance(layer.weight.element, Integer):
-            parts["weight_scale_2"] = Part("range", (), torch.float32)  # what its values are multiplied and divided by
+            parts["weight_scale_2"] = StoredPart(
+                "range", (), torch.float32
+            )  # what its values are multiplied and divided by
         return parts

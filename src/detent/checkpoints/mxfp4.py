@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from detent.checkpoints.beside import refuse_unexplained
-from detent.checkpoints.layout import Layout, Place, left_description
+from detent.checkpoints.layout import Layout, StackPlace, left_description
 from detent.checkpoints.records import LayerCheckpoint, LayerFormats, ModelFormats
 from detent.checkpoints.source import Source
 from detent.errors import DetentError
@@ -55,17 +55,18 @@ class Mxfp4Layout(Layout):
                 return f"mxfp4 does not hold {experts}: its experts differ in shape or format"
         return None
 
-    def stacks(self, formats: ModelFormats) -> dict[str, Place]:
+    def stacks(self, formats: ModelFormats) -> dict[str, StackPlace]:
         """Where the blocks and scales of each expert go."""
         places = {}
         for experts, members in _experts(formats).items():
             for (expert, kind), layer in members.items():
-                (rows, columns), index, count = layer.shape, (expert,), len(members) // 3
+                (rows, columns), count = layer.shape, len(members) // 3
+                index: tuple[int | slice, ...] = (expert,)
                 if kind != "down":
                     rows, index = 2 * rows, (expert, slice(int(kind == "up"), None, 2))
                 for end, inner in (("blocks", (columns // 32, 16)), ("scales", (columns // 32,))):
                     whole = f"{experts}.{_STACKS[kind]}_{end}"
-                    places[f"{experts}.{expert}.{kind}_proj.{end}"] = Place(whole, (count, rows, *inner), index)
+                    places[f"{experts}.{expert}.{kind}_proj.{end}"] = StackPlace(whole, (count, rows, *inner), index)
         return places
 
     def layer_tensors(self, layer: LayerCheckpoint) -> dict[str, Tensor]:

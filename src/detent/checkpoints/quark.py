@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detent.checkpoints.beside import BesideLayout, BesideReader, Part, as_glob, told_weights
+from detent.checkpoints.beside import BesideLayout, BesideReader, StoredPart, as_glob, scale_dtype
 from detent.checkpoints.records import LayerFormats, ModelFormats
 from detent.checkpoints.source import Source
+from detent.checkpoints.told import told_weights
 from detent.errors import DetentError
 from detent.external.files import check_as
 from detent.external.schemas import QuarkConfig
@@ -45,6 +46,7 @@ from detent.formats import (
     progressive,
     small_float,
 )
+from detent.formats.elements import Element
 from detent.formats.packing import pack_int32, unpack_int32
 from detent.formats.scales import ScaleDtype
 
@@ -52,7 +54,7 @@ from detent.formats.scales import ScaleDtype
 VERSION = "0.13"
 #: The column of each nibble of a word.
 _ORDERS = {"reorder": [0, 2, 4, 6, 1, 3, 5, 7], "order": list(range(8))}
-_ELEMENTS = {E4M3: "fp8_e4m3", E5M2: "fp8_e5m2", E2M1: "fp4", E2M3: "fp6_e2m3", E3M2: "fp6_e3m2"}
+_ELEMENTS: dict[Element, str] = {E4M3: "fp8_e4m3", E5M2: "fp8_e5m2", E2M1: "fp4", E2M3: "fp6_e2m3", E3M2: "fp6_e3m2"}
 _BY_NAME = {name: element for element, name in _ELEMENTS.items()}
 _KIND = {"fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2", "fp4": "e2m1", "fp6_e2m3": "e2m3", "fp6_e3m2": "e3m2"}
 _PLAIN = ("float32", "bfloat16", "float16")
@@ -86,32 +88,32 @@ class QuarkLayout(BesideLayout):
                 return reason
         return None
 
-    def weight_parts(self, fmt: Format, shape: tuple[int, ...]) -> dict[str, Part]:
+    def weight_parts(self, fmt: Format, shape: tuple[int, ...]) -> dict[str, StoredPart]:
         """Where a weight lies; integers in groups are transposed."""
         if not isinstance(fmt.element, Integer):
             return super().weight_parts(fmt, shape)
         grid = fmt.granularity.grid(shape)
         grouped = fmt.granularity.kind == "per_group"
         own, kept = "weight_scale", "zero_point" if fmt.zero_point == "int" else "constant"
-        scale = Part("scale", grid[::-1], fmt.scale.stored_dtype, _turn, _turn)
+        scale = StoredPart("scale", grid[::-1], fmt.scale.stored_dtype, _turn, _turn)
         if not grouped:
-            scale = Part("scale", grid[:1], fmt.scale.stored_dtype)
+            scale = StoredPart("scale", grid[:1], fmt.scale.stored_dtype)
         parts = {"weight": self._codes("codes", fmt, shape, grouped)}
         if fmt.base is not None:
-            parts["weight_scale"] = Part("outer_scale", (), torch.float32)
+            parts["weight_scale"] = StoredPart("outer_scale", (), torch.float32)
             own = "weight_scale_2"
         parts[own] = scale
         point = self._codes(kept, fmt, grid if grouped else (1, *grid[:1]) if grid else (), grouped)
         parts[own.replace("scale", "zero_point")] = point
         return parts
 
-    def activation_parts(self, side: str, fmt: Format) -> dict[str, Part]:
+    def activation_parts(self, side: str, fmt: Format) -> dict[str, StoredPart]:
         """Where the scales of "input" or "output" lie."""
         parts = super().activation_parts(side, fmt)
         if fmt.has_outer_scale:
             return {f"{side}_scale_2": parts[f"{side}_scale"]}
         if isinstance(fmt.element, Integer) and fmt.zero_point != "int":
-            parts[f"{side}_zero_point"] = Part("constant", (), fmt.element.storage_dtype, _narrow(fmt))
+            parts[f"{side}_zero_point"] = StoredPart("constant", (), fmt.element.storage_dtype, _narrow(fmt))
         return parts
 
     def kv_tensors(self, module: str, key: Scales, value: Scales, *more: Scales) -> dict[str, Tensor]:
@@ -175,12 +177,14 @@ class QuarkLayout(BesideLayout):
         cache = fp8() if config.kv_cache_quant_config else None
         return ModelFormats(layers, cache, tuple(config.exclude or ()))
 
-    def _codes(self, field: str, fmt: Format, shape: tuple[int, ...], turned: bool) -> Part:
+    def _codes(self, field: str, fmt: Format, shape: tuple[int, ...], turned: bool) -> StoredPart:
         """Codes or zero points [rows, columns]: bytes, or eight to a word; `turned`: transposed first."""
         dtype, stored = fmt.element.storage_dtype, shape[::-1] if turned else shape
         if fmt.bits == 8:
             store: Callable[[Tensor], Tensor] = (lambda t: _turn(t).to(dtype)) if turned else (lambda t: t.to(dtype))
-            return Part(field, stored if field == "codes" or turned else shape[1:], dtype, store, _back(field, turned))
+            return StoredPart(
+                field, stored if field == "codes" or turned else shape[1:], dtype, store, _back(field, turned)
+            )
         order = torch.tensor(_ORDERS[self.pack_method])
         columns = stored[-1]
 
@@ -194,7 +198,7 @@ class QuarkLayout(BesideLayout):
             return _back(field, turned)(codes)
 
         on_disk = (*stored[:-1], columns // 8)
-        return Part(field, on_disk if field == "codes" or turned else on_disk[1:], torch.int32, pack, unpack)
+        return StoredPart(field, on_disk if field == "codes" or turned else on_disk[1:], torch.int32, pack, unpack)
 
 
 def _turn(tensor: Tensor) -> Tensor:
@@ -234,11 +238,11 @@ def _why_no_weight(fmt: Format, shape: tuple[int, ...]) -> str | None:
         if fmt.bits == 4 and (shape[0] % 8 or shape[1] % 8):
             return f"a weight of shape {shape}: eight codes share a word, so both sizes are multiples of 8"
     elif element in (E4M3, E5M2):
-        if granularity not in (per_tensor(), per_channel(0)) or fmt.scale.dtype not in _PLAIN:
+        if granularity not in (per_tensor(), per_channel(0)) or scale_dtype(fmt) not in _PLAIN:
             return f"{fmt}: FP8 has one scale for the tensor or each row"
-    elif element != E2M1 or granularity.kind != "per_group" or fmt.scale.dtype in ("bfloat16", "float16"):
+    elif element != E2M1 or granularity.kind != "per_group" or scale_dtype(fmt) in ("bfloat16", "float16"):
         return f"{fmt}: of floats with float scales, only FP8 and FP4 in groups"
-    elif fmt.scale.dtype == "e4m3" and not fmt.scale.outer or fmt.scale.dtype == "ue5m3" and fmt.scale.outer:
+    elif fmt.scale.outer != (scale_dtype(fmt) == "e4m3"):
         return f"{fmt}: FP4 has scales in float32 or UE5M3, or in E4M3 under a scale of the tensor"
     return None
 
@@ -251,7 +255,7 @@ def _why_no_activation(fmt: Format) -> str | None:
         held = fmt.element in _ELEMENTS or (
             isinstance(fmt.element, Integer) and fmt.bits in (4, 8) and fmt.zero_point in ("none", "int")
         )
-        held &= fmt.scale.dtype not in ("e4m3", "ue5m3") or fmt.scale.outer or fmt.scale.dtype == "ue5m3"
+        held &= fmt.scale.outer == (scale_dtype(fmt) == "e4m3")
         held &= kind in ("per_tensor", "per_token", "per_group")
     return None if held else f"activations in {fmt}"
 
@@ -284,8 +288,9 @@ def _spec(fmt: Format) -> Spec:
     observer = {"per_tensor": "Tensor", "per_group": "Group"}.get(kind, "Channel")
     form = None
     if small or powers:
-        form = "e8m0" if powers else {"ue5m3": "e5m3"}.get(fmt.scale.dtype, "float32")
-    name = f"{'' if element.signed else 'u'}int{fmt.bits}" if isinstance(element, Integer) else _ELEMENTS[element]
+        form = "e8m0" if powers else {"ue5m3": "e5m3"}.get(scale_dtype(fmt), "float32")
+    integers = isinstance(element, Integer)
+    name = f"{'' if element.minimum < 0 else 'u'}int{fmt.bits}" if integers else _ELEMENTS[element]
     return {
         "dtype": name,
         "observer_cls": "PerBlockMXObserver" if small or powers else f"Per{observer}MinMaxObserver",
