@@ -56,15 +56,12 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         layout = layouts.get({"autofp8": "fp8"}.get(name, name if name in ("quark", "modelopt") else ""))
         quantized_llama(out, lambda layer, formats=formats: formats, kv_cache=f.fp8(), layout=layout)  # type: ignore[misc]
         folders[name] = out / "out"
-<<<<<<< HEAD
     asymmetric = f.integer(4, f.per_group(32), symmetric=False).with_scale_dtype("float16")
     for name, fmt in {"awq": asymmetric, "gptq": asymmetric, "mlx": f.searched(f.Integer(4, signed=False), 32)}.items():
         out = tmp_path_factory.mktemp(name)
         quantized_llama(out, lambda layer, fmt=fmt: (fmt, None, None), layout=layouts[name])  # type: ignore[misc]
         folders[name] = out / "out"
-=======
     folders["mxfp4"] = write_experts(tmp_path_factory.mktemp("mxfp4"), experts())
->>>>>>> 596a39d (Runs into the layouts of other tools, from the command line to their readers; damaged files of them)
     return folders
 
 
@@ -73,7 +70,6 @@ FOREIGN = ["quark", "modelopt", "autofp8", "mxfp4"]
 
 @dose(0.15)
 @given(st.data())
-<<<<<<< HEAD
 @pytest.mark.parametrize("layout", ["awq", "gptq", "mlx"])
 @pytest.mark.parametrize("described", [True, False])
 def test_weights_alone(layout: str, described: bool, quantized: dict[str, Path], data: Any) -> None:
@@ -110,10 +106,7 @@ def test_weights_alone(layout: str, described: bool, quantized: dict[str, Path],
 
 @dose(0.15)
 @given(st.data())
-@pytest.mark.parametrize("name", ["packed", "fp8", "nvfp4", "detent"])
-=======
 @pytest.mark.parametrize("name", ["packed", "fp8", "nvfp4", "detent", *FOREIGN])
->>>>>>> 596a39d (Runs into the layouts of other tools, from the command line to their readers; damaged files of them)
 def test_quantized_checkpoint(name: str, quantized: dict[str, Path], data: Any) -> None:
     path = quantized[name] / "model.safetensors"
     original = path.read_bytes()

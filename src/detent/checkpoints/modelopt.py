@@ -23,7 +23,6 @@ from detent.errors import DetentError
 from detent.external.files import check_as, is_file, read_as
 from detent.external.schemas import ModelOptConfig, ModelOptFile
 from detent.formats import (
-    FloatScale,
     Format,
     Integer,
     PowerOfTwoScale,
