@@ -95,6 +95,10 @@ def test_a_model_is_calibrated_on_them(name: str, algorithm: str) -> None:
     detent.quantize(model, config, lambda m: [m(batch) for batch in batches])
     error = sum(float((model(b).detach() - y).square().sum()) for b, y in zip(batches, wanted, strict=True))
     assert error < 0.02 * sum(float(y.square().sum()) for y in wanted)
+    again = nn.Sequential(nn.Linear(256, 64, bias=False), nn.ReLU(), nn.Linear(64, 256, bias=False))
+    detent.restore_from_detent_state(again, detent.detent_state(model))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(batches[0]), model(batches[0]))
     for layer in (model[0], model[2]):
         q = layer.weight_quantizer.quantize_to_codes(layer.weight.detach())
         assert isinstance(q, QTensor)

@@ -66,6 +66,7 @@ OTHERS = [
     f.integer(4, f.per_group(16)).with_scale_dtype("bfloat16"),
     f.integer(4, f.per_group(16), signed=False, symmetric=False).with_scale_dtype("float16"),
     f.small_float("e2m1", f.per_group(16), scale_dtype="e4m3"),
+    *f.GGUF_FORMATS.values(),
 ]
 FORMATS: list[Format] = [fmt.with_granularity(g) for fmt in INTEGERS + FLOATS for g in GRANULARITIES] + OTHERS
 #: Rows and columns that fill no byte, word, group, block or pair.

@@ -220,11 +220,8 @@ class DetentReader:
 
     def _codes(self, name: str, shape: tuple[int, ...], bits: int, dtype: torch.dtype, signed: bool) -> Tensor:
         stored = self._tensor(name, *_packed(shape, bits, dtype))
-        return (
-            stored
-            if stored.dtype == dtype and stored.shape == shape
-            else _unpack_bits(stored, bits, shape, dtype, signed)
-        )
+        whole = bits == 8 and dtype != torch.int32  # packed codes may have the same shape: 3 of 6 bits are 3 bytes
+        return stored if whole else _unpack_bits(stored, bits, shape, dtype, signed)
 
     def _weight(self, name: str, fmt: Format, shape: tuple[int, ...]) -> QTensor:
         signed = isinstance(fmt.element, Integer) and fmt.element.signed
