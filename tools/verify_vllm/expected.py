@@ -38,7 +38,7 @@ TABLE = (
     Row(r"w_fp8_a_fp8|w_fp8_per_channel_static_a_fp8_per_token_dynamic", "W8A8Fp8"),
     Row(r"FP8_(DEFAULT|PER_CHANNEL_PER_TOKEN)_CFG|MAMBA_MOE_FP8_\w+", "W8A8Fp8"),
     Row(r"w_fp8_e4m3_per_(tensor|channel)|FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", "W8A16Fp8"),
-    Row(r"w_fp4(_a_fp4)?_scale_fp8|W4A16_NVFP4_CFG|MAMBA_MOE_NVFP4_\w+", "W4A4Fp4"),
+    Row(r"w_fp4(_a_fp4)?_scale_fp8|w_nvfp4|W4A16_NVFP4_CFG|MAMBA_MOE_NVFP4_\w+", "W4A4Fp4"),
     Row(r"NVFP4_(DEFAULT|AWQ_\w+|FOUR_OVER_SIX|MLP_ONLY|OMLP_ONLY|W4A4_WEIGHT_\w+)_CFG", "W4A4Fp4"),
     Row(r"w_mxfp4_a_mxfp4|MXFP4_DEFAULT_CFG", "W4A4Mxfp4"),
     Row(r"w_mxfp4|MXFP4_MLP_WEIGHT_ONLY_CFG", "W4A4Mxfp4", note="a kernel that can also rounds inputs to MXFP4"),
