@@ -1,7 +1,8 @@
 """The Python snippets that users of ModelOpt know, run under ``import detent as mtq`` and ``as mto``.
 
 What is left to a user there (the model, the data, the training loop) is small here; the lines of the API are as they
-are written there. Searching for formats and calibration algorithms of one's own are not part of it.
+are written there. Calibration algorithms of one's own are not part of it; the search for formats is in
+`tests/search/test_auto_quantize.py`.
 """
 
 from __future__ import annotations

@@ -302,11 +302,11 @@ def test_flags_gradients_and_modes_are_left_alone() -> None:
     [
         ({"bits": 4}, "effective_bits can't be 4: the least that the formats reach is 5.25"),
         ({"bits": {"bytes": 10}}, "bytes can't be 10: the least that the formats reach is"),
-        ({"bits": {"effective_bit": 4}}, "constraints: unknown key 'effective_bit'; did you mean 'effective_bits'?"),
-        ({"bits": {"effective_bits": -1}}, "effective_bits is a positive number, not -1"),
+        ({"bits": {"effective_bit": 4}}, "Constraints: unknown field 'effective_bit'; did you mean 'effective_bits'?"),
+        ({"bits": {"effective_bits": -1}}, "Constraints: effective_bits: input should be greater than 0, not -1"),
         (
             {"bits": {"effective_bits": 9, "cost_model": "flops"}},
-            "unknown cost_model 'flops'; known: weight, active_moe",
+            "Constraints: cost_model: input should be 'weight' or 'active_moe', not 'flops'",
         ),
         ({"bits": {"layer_cost": {"limit": 1, "cost": {}}}}, "layer_cost has no cost of none for 0|no cost of w_int4"),
         ({"method": "gradients"}, "unknown method 'gradients'; did you mean 'gradient'?"),
@@ -321,7 +321,10 @@ def test_flags_gradients_and_modes_are_left_alone() -> None:
         ({"loss_func": lambda output, batch: output.sum() * float("inf")}, "isn't finite"),
         ({"num_score_steps": 0}, "num_score_steps: a positive whole number, not 0"),
         ({"fixed_quantization_config": "FP8_DEFAULT_CFG"}, "fixed_quantization_config is for what no entry of"),
-        ({"module_search_spaces": [{"module_name_patterns": "x"}]}, "quantization_formats: a list of"),
+        (
+            {"module_search_spaces": [{"module_name_patterns": "x"}]},
+            "SearchSpace: field 'quantization_formats' is required",
+        ),
     ],
 )
 def test_mistakes_leave_the_model_alone(options: dict[str, Any], said: str) -> None:

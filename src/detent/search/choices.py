@@ -8,14 +8,20 @@ from typing import Any
 
 from torch import nn
 
-from detent.config.base import shown
+from detent.config.base import as_keywords, shown
 from detent.errors import DetentError
 from detent.search.candidates import Candidate
-from detent.search.options import NONE, Option, Space, matched, parse_option, parse_options, parse_spaces
+from detent.search.options import NONE, Option, SearchSpace, matched, parse_option, parse_options
 from detent.search.units import Unit
 
 #: Formats where none are given.
 DEFAULT_FORMATS = ("NVFP4_AWQ_LITE_CFG", "FP8_DEFAULT_CFG")
+
+
+def _space(given: Any) -> SearchSpace:
+    if not isinstance(given, Mapping):
+        raise DetentError(f"module_search_spaces: a list of dictionaries, not one with {shown(given)}")
+    return SearchSpace(**as_keywords(given))
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Choices:
 
     options: list[Option]
     usual: tuple[str, ...]
-    spaces: list[Space]
+    spaces: list[SearchSpace]
     fixed: Option | None
     disabled: tuple[str, ...]
 
@@ -44,7 +50,7 @@ class Choices:
                 "fixed_quantization_config is for what no entry of module_search_spaces matches: give those, and leave"
                 " out quantization_formats"
             )
-        found, inside = parse_spaces(spaces) if spaces else ([], [])
+        found = [_space(space) for space in spaces or ()]
         usual = [] if fixed is not None else parse_options(DEFAULT_FORMATS if formats is None else formats)
         baseline = None
         if fixed is not None:
@@ -57,13 +63,16 @@ class Choices:
         disabled = [disabled] if isinstance(disabled, str) else list(disabled or ())
         if not all(isinstance(pattern, str) for pattern in disabled):
             raise DetentError(f"disabled_layers: wildcards on names of modules, not {shown(disabled)}")
-        options = {option.name: option for option in [Option(NONE, None), *usual, *inside]}
+        options = {
+            option.name: option
+            for option in [Option(NONE, None), *usual, *(o for space in found for o in space.options)]
+        }
         return Choices(list(options.values()), tuple(names), found, baseline, tuple(disabled))
 
     def of_unit(self, modules: Sequence[str], candidates: Mapping[str, Candidate]) -> Unit:
         """The unit of some layers: each option once, where two come to the same."""
-        space = next((s for s in self.spaces if any(matched(name, s.patterns) for name in modules)), None)
-        names = self.usual if space is None else space.options
+        space = next((space for space in self.spaces if any(map(space.holds, modules))), None)
+        names = self.usual if space is None else tuple(option.name for option in space.options)
         if any(matched(name, self.disabled) for name in modules):
             names = (NONE,)
         steps = {option.name: option.algorithm for option in self.options}
@@ -81,8 +90,8 @@ class Choices:
             if not any(matched(name, [pattern]) for name, _ in model.named_modules()):
                 raise DetentError(f"disabled_layers: {shown(pattern)} matches no module of {type(model).__name__}")
         for space in self.spaces:
-            if not any(matched(name, space.patterns) for name in candidates):
+            if not any(map(space.holds, candidates)):
                 raise DetentError(
-                    f"module_search_spaces: {shown(list(space.patterns))} matches no layer that can be quantized, such"
-                    f" as {next(iter(candidates))}"
+                    f"module_search_spaces: {shown(space.module_name_patterns)} matches no layer that can be quantized,"
+                    f" such as {next(iter(candidates))}"
                 )

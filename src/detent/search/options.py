@@ -9,13 +9,12 @@ from typing import Any
 
 from detent.algorithms.registry import handler_of, whole
 from detent.config import QuantizeAlgorithmConfig, QuantizeConfig, Scheme, parse_scheme, presets, quant_cfg_for
-from detent.config.base import nearest, shown
+from detent.config.base import ConfigField, ConfigModel, nearest, shown
 from detent.errors import DetentError
 from detent.formats import Format
 
 #: The option of staying in floating point.
 NONE = "none"
-_SPACE_FIELDS = ("module_name_patterns", "quantization_formats", "allow_no_quant")
 
 
 @dataclass(frozen=True)
@@ -35,17 +34,27 @@ class Option:
         return [] if self.config is None else self.config.algorithm
 
 
-@dataclass(frozen=True)
-class Space:
-    """What some layers may become.
+class SearchSpace(ConfigModel):
+    """What some layers may become: an entry of `module_search_spaces`.
 
     Attributes:
-        patterns: wildcards on the names of their modules.
-        options: names of what they may become.
+        module_name_patterns: wildcards on the names of their modules, or a single one.
+        quantization_formats: as for `auto_quantize`.
+        allow_no_quant: whether they may stay in floating point.
     """
 
-    patterns: tuple[str, ...]
-    options: tuple[str, ...]
+    module_name_patterns: str | list[str] = ConfigField(min_length=1)
+    quantization_formats: Any = ConfigField()
+    allow_no_quant: bool = ConfigField(True)
+
+    @property
+    def options(self) -> list[Option]:
+        found = parse_options(self.quantization_formats, "module_search_spaces: quantization_formats")
+        return [*found, Option(NONE, None)] if self.allow_no_quant else found
+
+    def holds(self, name: str) -> bool:
+        """Whether it is for a module."""
+        return matched(name, self.module_name_patterns)
 
 
 def parse_option(given: Any, number: int = 1) -> Option:
@@ -110,37 +119,6 @@ def parse_options(given: Any, name: str = "quantization_formats") -> list[Option
     return list(found.values())
 
 
-def parse_spaces(given: Any) -> tuple[list[Space], list[Option]]:
-    """`module_search_spaces`: what layers may become by the patterns on their names, and all options in them.
-
-    Raises:
-        DetentError: an entry with other fields, or without patterns or formats.
-    """
-    if not isinstance(given, Sequence) or isinstance(given, str):
-        raise DetentError(
-            f"module_search_spaces: a list of dictionaries with {', '.join(_SPACE_FIELDS)}, not {shown(given)}"
-        )
-    spaces, options = [], []
-    for entry in given:
-        if not isinstance(entry, Mapping) or not set(entry) <= set(_SPACE_FIELDS):
-            raise DetentError(
-                f"module_search_spaces: an entry has the fields {', '.join(_SPACE_FIELDS)}, not {shown(entry)}"
-            )
-        patterns = entry.get("module_name_patterns")
-        patterns = [patterns] if isinstance(patterns, str) else patterns
-        if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
-            raise DetentError(
-                f"module_search_spaces: module_name_patterns is a list of wildcards, not {shown(patterns)}"
-            )
-        inside = parse_options(entry.get("quantization_formats"), "module_search_spaces: quantization_formats")
-        names = [option.name for option in inside]
-        if entry.get("allow_no_quant", True) and NONE not in names:
-            names.append(NONE)
-        spaces.append(Space(tuple(patterns), tuple(names)))
-        options += inside
-    return spaces, options
-
-
-def matched(name: str, patterns: Sequence[str]) -> bool:
+def matched(name: str, patterns: str | Sequence[str]) -> bool:
     """Whether a module's name matches one of the wildcards."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    return any(fnmatchcase(name, pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns))

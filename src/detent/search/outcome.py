@@ -16,10 +16,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from detent.config.attributes import Attributes, SequentialConfig
-from detent.config.base import nearest, shown, size_in_bytes
+from detent.config.base import ConfigField, ConfigModel, as_keywords, shown, size_in_bytes
 from detent.config.quantize_config import PresetConfig
 from detent.errors import DetentError
 from detent.notices import notify
@@ -32,9 +32,6 @@ from detent.search.units import Unit
 #: Bits of a weight where no constraint is given.
 DEFAULT_BITS = 4.8
 SUFFIX = ".quant_recipe"
-_LIMITS = ("effective_bits", "bytes", "layer_cost")
-_FIELDS = (*_LIMITS, "cost_model", "cost")
-_COST_FIELDS = ("active_moe_expert_ratio", "excluded_module_name_patterns")
 
 
 def state_of(
@@ -85,21 +82,48 @@ def _plain(attributes: Attributes) -> Any:
 # ---- constraints ----------------------------------------------------------------------------------------------------
 
 
-def _known(given: Any, fields: Sequence[str], where: str) -> Mapping[str, Any]:
-    if not isinstance(given, Mapping):
-        raise DetentError(f"{where}: a dictionary with {', '.join(fields)}, not {shown(given)}")
-    for key in given:
-        if key not in fields:
-            close = nearest(str(key), list(fields))
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(fields)}"
-            raise DetentError(f"{where}: unknown key {shown(key)}; {hint}")
-    return given
+class CostDetails(ConfigModel):
+    """How `effective_bits` counts.
+
+    Attributes:
+        active_moe_expert_ratio: the share of tokens that reaches a routed expert; None: by the model's configuration.
+        excluded_module_name_patterns: wildcards on modules that don't count.
+    """
+
+    active_moe_expert_ratio: float | None = ConfigField(None, gt=0, le=1)
+    excluded_module_name_patterns: list[str] = ConfigField([])
 
 
-def _positive(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise DetentError(f"constraints: {name} is a positive number, not {shown(value)}")
-    return float(value)
+class LayerCost(ConfigModel):
+    """A budget of the user's own.
+
+    Attributes:
+        limit: the most that all layers together may cost.
+        cost: a function of (module, format, elements), or ``{wildcard: {format: cost}}``.
+    """
+
+    limit: float = ConfigField(gt=0, allow_inf_nan=False)
+    cost: Any = ConfigField()
+
+
+class Constraints(ConfigModel):
+    """Budgets; see `detent.auto_quantize`. Raises DetentError as every configuration does."""
+
+    effective_bits: float | None = ConfigField(None, gt=0, allow_inf_nan=False)
+    bytes: int | str | None = ConfigField(None)
+    layer_cost: LayerCost | None = ConfigField(None)
+    cost_model: Literal["weight", "active_moe"] = ConfigField("weight")
+    cost: CostDetails = ConfigField(CostDetails())
+
+    @staticmethod
+    def of(given: Mapping[str, Any] | None) -> Constraints:
+        """Those of a dictionary; without a budget in it, `DEFAULT_BITS`."""
+        if given is not None and not isinstance(given, Mapping):
+            raise DetentError(f"constraints: a dictionary such as {{'effective_bits': 4.8}}, not {shown(given)}")
+        constraints = Constraints(**as_keywords(given or {}))
+        if all(getattr(constraints, name) is None for name in ("effective_bits", "bytes", "layer_cost")):
+            return Constraints(**{**constraints, "effective_bits": DEFAULT_BITS})
+        return constraints
 
 
 def limits_of(state: Mapping[str, Any], constraints: Mapping[str, Any] | None) -> list[Limit]:
@@ -108,28 +132,25 @@ def limits_of(state: Mapping[str, Any], constraints: Mapping[str, Any] | None) -
     Raises:
         DetentError: unknown keys, values that aren't positive, a table that lacks a cost.
     """
-    given = dict(_known({} if constraints is None else constraints, _FIELDS, "constraints"))
-    if not any(given.get(name) is not None for name in _LIMITS):
-        given["effective_bits"] = DEFAULT_BITS
-    limits = []
-    if given.get("effective_bits") is not None:
-        limits.append(_bits_limit(state, given, _positive(given["effective_bits"], "effective_bits")))
-    if (size := given.get("bytes")) is not None:
-        found = size_in_bytes(size) if isinstance(size, str) else size
-        if found is None:
-            raise DetentError(f"constraints: bytes is a number, or a size such as '4GiB', not {shown(size)}")
-        costs = [[sum(bits) / 8 for bits in unit["bits"]] for unit in _units(state)]
-        limits.append(Limit("bytes", _positive(found, "bytes"), costs, state["other_bytes"], text="{:,.0f}"))
-    if (table := given.get("layer_cost")) is not None:
-        table = _known(table, ("limit", "cost"), "constraints: layer_cost")
+    given, units, limits = Constraints.of(constraints), _units(state), []
+    if given.effective_bits is not None:
+        limits.append(_bits_limit(state, given, given.effective_bits))
+    if given.bytes is not None:
+        size = size_in_bytes(given.bytes) if isinstance(given.bytes, str) else given.bytes
+        if size is None or size <= 0:
+            raise DetentError(f"constraints: bytes is a number, or a size such as '4GiB', not {shown(given.bytes)}")
+        costs = [[sum(bits) / 8 for bits in unit["bits"]] for unit in units]
+        limits.append(Limit("bytes", size, costs, state["other_bytes"], text="{:,.0f}"))
+    if given.layer_cost is not None:
+        table = given.layer_cost.cost
         costs = [
             [
-                math.fsum(_cost_of(table.get("cost"), name, option, count) for name, count in _members(unit))
+                math.fsum(_cost_of(table, name, option, count) for name, count in _members(unit))
                 for option in unit["formats"]
             ]
-            for unit in _units(state)
+            for unit in units
         ]
-        limits.append(Limit("layer_cost", _positive(table.get("limit"), "layer_cost limit"), costs))
+        limits.append(Limit("layer_cost", given.layer_cost.limit, costs))
     return limits
 
 
@@ -141,16 +162,10 @@ def _members(unit: Mapping[str, Any]) -> list[tuple[str, int]]:
     return list(zip(unit["module_names"], unit["elements"], strict=True))
 
 
-def _bits_limit(state: Mapping[str, Any], given: Mapping[str, Any], bits: float) -> Limit:
+def _bits_limit(state: Mapping[str, Any], given: Constraints, bits: float) -> Limit:
     """The mean bits of a weight, of those that count by the cost model."""
-    model = given.get("cost_model") or "weight"
-    if model not in ("weight", "active_moe"):
-        raise DetentError(f"constraints: unknown cost_model {shown(model)}; known: weight, active_moe")
-    details = _known(given.get("cost") or {}, _COST_FIELDS, "constraints: cost")
-    excluded = details.get("excluded_module_name_patterns") or []
-    ratio = details.get("active_moe_expert_ratio")
-    if ratio is not None and _positive(ratio, "active_moe_expert_ratio") > 1:
-        raise DetentError(f"constraints: active_moe_expert_ratio is a share of experts, at most 1, not {shown(ratio)}")
+    ratio, excluded = given.cost.active_moe_expert_ratio, given.cost.excluded_module_name_patterns
+    model = given.cost_model
     weights, total = [], 0.0
     for unit in _units(state):
         shares = [1.0 if share is None or model == "weight" else ratio or share for share in unit["routed"]]

@@ -163,7 +163,9 @@ class Curvature:
     def __post_init__(self) -> None:
         if not self.layer.has_rows:
             kind = type(self.layer.module).__name__
-            raise DetentError(f"{self.layer.name}: method 'curvature' can't score a {kind}; use 'gradient' or 'kl_div'")
+            raise DetentError(
+                f"{self.layer.name}: method 'curvature' can't score a {kind}; disable it, or use 'gradient'"
+            )
         width, out = self.layer.width, self.layer.weight.shape[0]
         device = self.layer.module.weight.device
         self.sample = Sample(max(LEAST_ROWS, SAMPLE_ELEMENTS // width), width, device)
@@ -302,5 +304,5 @@ def layer_of(model: nn.Module, name: str) -> Layer:
     module = model.get_submodule(name)
     if not isinstance(module, QuantWeightBase):
         kind = type(module).__name__
-        raise DetentError(f"{name}: method 'curvature' can't score a {kind}; use 'gradient' or 'kl_div'")
+        raise DetentError(f"{name}: method 'curvature' can't score a {kind}; disable it, or use 'gradient'")
     return Layer(name, module)
