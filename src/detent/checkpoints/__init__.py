@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from detent.checkpoints.decoded import DecodedSource, open_source
 from detent.checkpoints.folder import MAX_SHARD_SIZE, CheckpointWriter
+from detent.checkpoints.gguf.reader import open_stored
 from detent.checkpoints.layout import Layout
 from detent.checkpoints.quantized import (
     QuantizedCheckpoint,
@@ -11,7 +12,6 @@ from detent.checkpoints.quantized import (
     choose,
     layouts,
     open_quantized,
-    open_stored,
     wanted_layouts,
 )
 from detent.checkpoints.records import Activation, LayerCheckpoint, LayerFormats, ModelFormats

@@ -7,7 +7,7 @@ entry for each in `detent.checkpoints.quantized`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,6 +64,11 @@ class Layout:
     def of(self, source: Source) -> Layout:
         """This layout, with what it has to know of a checkpoint. Raises DetentError where it can't hold such a one."""
         return self
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of the checkpoint as this layout has it."""
+        return []
 
     def adapt(self, scheme: Scheme) -> Scheme:
         """`scheme` as this layout stores it, where that is another grid or another dtype of scales. It is asked before

@@ -21,14 +21,14 @@ _GELU = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 #: Keys of GGUF, and the fields of transformers' configurations that they are read from; the first that is set counts.
 _KEYS = {
     "vocab_size": ("vocab_size",),
-    "context_length": ("max_position_embeddings", "n_positions", "seq_length"),
+    "context_length": ("max_position_embeddings", "n_positions"),
     "embedding_length": ("hidden_size",),
     "block_count": ("num_hidden_layers",),
     "feed_forward_length": ("intermediate_size", "n_inner"),
     "attention.head_count": ("num_attention_heads",),
     "attention.head_count_kv": ("num_key_value_heads",),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
-    "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"),
+    "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
     "attention.clamp_kqv": ("clip_qkv",),
     "expert_count": ("num_local_experts", "num_experts", "n_routed_experts"),
     "expert_used_count": ("num_experts_per_tok",),
@@ -92,7 +92,7 @@ class Architecture:
 
 
 _GEMMA: dict[str, Any] = {"act": _GELU, "shifted": True}
-_ALL_MOE = {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
+_ALL_MOE: dict[str, tuple[Any, ...]] = {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
 _DEEPSEEK: dict[str, Any] = {"more": _LATENT, "expects": {"rope_interleave": (True, None), "attention_bias": (False,)}}
 #: By transformers' "model_type".
 ARCHITECTURES: dict[str, Architecture] = {
@@ -199,7 +199,9 @@ def notes_on(arch: Architecture, config: Any) -> list[str]:
     """What users of the file should know."""
     window = getattr(config, "sliding_window", None)
     everywhere = window and not getattr(config, "layer_types", None) and getattr(config, "use_sliding_window", True)
-    if arch.window or not (everywhere or windows_of(config)) or window >= (config.max_position_embeddings or 0):
+    if arch.window or not (window and (everywhere or windows_of(config))):
+        return []
+    if window >= (getattr(config, "max_position_embeddings", None) or 0):
         return []
     return [f"llama.cpp limits no attention of {arch.name} to a window, as this model does beyond {window} tokens"]
 
@@ -211,11 +213,13 @@ def head_size(config: Any) -> int:
 
 def hyper_parameters(arch: Architecture, config: Any) -> dict[str, Any]:
     """{key: value} of everything but the tokenizer, as the file has it."""
-    values = dict(arch.defaults)
+    values, own = dict(arch.defaults), type(config)()  # a config.json may hold more than its class knows
     for key, fields in {**_KEYS, **arch.more}.items():
-        found = next((value for name in fields if (value := getattr(config, name, None)) is not None), None)
+        names = [name for name in fields if hasattr(own, name)]
+        found = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
         if found is not None:
             values[key] = found
+    values.setdefault("context_length", getattr(config, "seq_length", None) or 2048)  # of ALiBi any will do
     values.setdefault("feed_forward_length", 4 * config.hidden_size)
     values.setdefault("attention.head_count_kv", config.num_attention_heads)
     if "attention.kv_lora_rank" in values:  # one shared key of the latent and the rotated part

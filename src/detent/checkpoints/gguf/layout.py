@@ -139,8 +139,8 @@ class GgufLayout(Layout):
         block = self._block(fmt)
         if block is None:
             return (
-                f"GGUF has no type for [{fmt}]; gguf_type gives one, such as Q4_K_M, and so do schemes of 4, 5 or 8 bits"
-                " with groups of 32"
+                f"GGUF has no type for [{fmt}]; gguf_type gives one, such as Q4_K_M, and so do schemes of 4, 5 or 8"
+                " bits with groups of 32"
             )
         return block.refusal(shape)
 

@@ -19,7 +19,7 @@ from detent.checkpoints.gguf.container import gguf_package
 from detent.errors import DetentError
 
 #: Buffers that older checkpoints hold, and that are computed in every engine.
-_COMPUTED = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias|attention\.masked_bias|attention\.bias)$")
+_COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias)$")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _BLOCK = re.compile(r"^(?:\w+\.)*?(?:layers|h|blocks)\.(\d+)\.")
 #: The names of a checkpoint's tensors in the file that is made of it, ``*`` for the numbers of experts.
@@ -28,7 +28,7 @@ EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 
 
 class Split(NamedTuple):
-    """A tensor of a checkpoint that is several of the file: what their names end in, and how they are cut and joined."""
+    """A tensor of a checkpoint that is several of the file: how their names end, how they are cut and joined."""
 
     ends: tuple[str, ...]
     cut: Callable[[Tensor, Any], tuple[Tensor, ...]]
@@ -143,7 +143,7 @@ class TensorNames:
         stem, _, last = base.rpartition(".")
         if last not in ("weight", "bias"):
             stem, last = (base.removesuffix("_bias"), "bias") if base.endswith("_bias") else (base, "weight")
-        mapped = self._map.get_name(stem)
+        mapped = self._map.get_name(stem) or self._map.get_name(stem.removeprefix("transformer."))
         if mapped is None:
             raise DetentError(
                 f"{tensor} can't be written as GGUF: llama.cpp has no such tensor in a model of type {self._arch.name}"
@@ -193,7 +193,7 @@ def stacks(names: TensorNames, tensors: Iterable[str]) -> dict[str, int]:
     """{tensor of the file: how many matrices are stacked in it, 0 for a plain one}."""
     found: dict[str, int] = {}
     for tensor in tensors:
-        for place in names.places(tensor):
+        for place in [] if names.left_out(tensor) else names.places(tensor):
             found[place.name] = max(found.get(place.name, 0), 0 if place.expert is None else place.expert + 1)
     return found
 

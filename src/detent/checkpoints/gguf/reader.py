@@ -6,7 +6,7 @@ that Detent has no format for, or is a part of a larger tensor, is decoded as it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -210,8 +210,9 @@ class GgufReader:
     def __init__(self, source: Source) -> None:
         assert isinstance(source, GgufSource)
         self._source = source
-        self.used = dict.fromkeys(name for name in source if source.coded(name))
-        self.formats = ModelFormats({name.removesuffix(".weight"): self._formats(name) for name in self.used})
+        coded = [name for name in source if source.coded(name)]
+        self.used = set(coded)
+        self.formats = ModelFormats({name.removesuffix(".weight"): self._formats(name) for name in coded})
 
     def _formats(self, name: str) -> LayerFormats:
         entry, place = self._source.entry(name)
@@ -226,7 +227,7 @@ class GgufReader:
         assert isinstance(weight, QTensor)
         return LayerCheckpoint(name, formats.shape, weight, kind=formats.kind)
 
-    def kv_scales(self) -> Mapping[str, tuple[Scales, ...]]:
+    def kv_scales(self) -> dict[str, tuple[Scales, ...]]:
         """{}: a GGUF file holds none."""
         return {}
 

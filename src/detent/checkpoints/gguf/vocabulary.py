@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from detent.errors import DetentError
-from detent.external.files import names_in
+from detent.external.files import is_file, names_in, read_json
 from detent.external.mistakes import as_detent_error, first_line
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -66,7 +66,8 @@ def vocabulary(folder: Path, size: int) -> tuple[dict[str, Any], list[str]]:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise DetentError(f"{folder}: its tokenizer has no tokenizer.json, and can't be converted; GGUF needs one")
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    own = folder / "tokenizer.json"  # some classes of transformers add tokens to what it says
+    rules = read_json(own) if is_file(own) else json.loads(tokenizer.backend_tokenizer.to_str())
     values = _KINDS.get(rules["model"]["type"], _refused)(rules)
     tokens, types = _tokens(rules, values["tokenizer.ggml.model"], size)
     values |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}

@@ -107,8 +107,8 @@ class GgufWriter(CheckpointWriter):
             self._end = _aligned(self._end + value.nbytes * max(1, count))
         if (slot.kind, slot.shape) != (kind, whole) or (expert or 0) not in slot.missing:
             raise DetentError(
-                f"{name} is made of matrices of different types or shapes ({slot.kind} {slot.shape}, {kind} {whole}), or"
-                " of one that comes twice; a GGUF file holds all experts of a block in one tensor of one type"
+                f"{name} is made of matrices of different types or shapes ({slot.kind} {slot.shape}, {kind} {whole}),"
+                " or of one that comes twice; a GGUF file holds all experts of a block in one tensor of one type"
             )
         slot.missing.discard(expert or 0)
         with clear_errors(self.out_dir):

@@ -1,0 +1,130 @@
+"""Proves files against llama.cpp: what `detent` writes as GGUF runs there, and gives the same perplexity.
+
+    python tools/verify_readers/llama_cpp.py BIN [--types F16 Q8_0 Q4_K_M] [--architectures llama gemma2]
+
+BIN is a folder with llama.cpp's programs; without one they are built from the source distribution of llama-cpp-python.
+Two proofs, each a line of a table: the sample model in several types, and a tiny random model of every architecture in
+float32, whose matrices are large enough for its logits to depend on all of them. The perplexity of transformers is
+computed as llama.cpp does it: windows that begin with the first token, of which the second half counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from gguf_models import MODELS, tiny
+
+import detent
+from detent.data.builtin import builtin_text, sample_model_dir
+from detent.runs.load import load_quantized
+
+#: Relative difference of perplexities: llama.cpp rounds activations to 8 bits where weights are quantized.
+CLOSE, QUANTIZED = 5e-4, 1e-2
+WINDOW = 128
+#: Keys and values as they are computed.
+CACHE = ("-ctk", "f32", "-ctv", "f32")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("binaries", type=Path, nargs="?")
+    parser.add_argument("--types", nargs="*", default=["F16", "BF16", "Q8_0", "Q4_K_M", "Q4_1", "IQ4_XS", "TQ2_0"])
+    parser.add_argument("--architectures", nargs="*")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        programs = options.binaries or build(work / "llama.cpp")
+        text = work / "text.txt"
+        text.write_text(builtin_text("evaluation")[:6000])
+        failed = 0
+        for kind in options.types:
+            failed += compare(kind, sample_model_dir(), work / kind, kind, programs, text)
+        for name in options.architectures if options.architectures is not None else sorted(MODELS):
+            failed += compare(name, tiny(name, work / f"{name}-float"), work / name, "F32", programs, text)
+    return int(failed > 0)
+
+
+def compare(name: str, source: Path, out: Path, kind: str, programs: Path, text: Path) -> bool:
+    """Whether the two perplexities differ by more than llama.cpp's arithmetic explains; a line about them."""
+    try:
+        detent.quantize_checkpoint(
+            detent.ModelOptions(str(source)),
+            detent.SchemeOptions(
+                "w_int8_per_group_sym", group_size=32, export=detent.ExportOptions("gguf", gguf_type=kind)
+            ),
+            out,
+            evaluation=detent.EvaluationOptions(skip=True),
+        )
+        windows, theirs = perplexity_there(programs, out / "model.gguf", text)
+        ours = perplexity_here(out, text, windows)
+    except (detent.DetentError, RuntimeError) as error:
+        print(f"{name:16} FAILED {str(error)[-900:]}", flush=True)
+        return True
+    difference = abs(theirs / ours - 1)
+    bad = not difference <= (CLOSE if kind in ("F32", "F16", "BF16") else QUANTIZED)
+    print(
+        f"{name:16} detent {ours:10.4f}  llama.cpp {theirs:10.4f}  {difference:.2e} {'FAILED' if bad else ''}",
+        flush=True,
+    )
+    return bad
+
+
+def perplexity_there(programs: Path, file: Path, text: Path) -> tuple[int, float]:
+    """(how many windows it is of, the perplexity): of what it prints as it goes on, the end may be lost."""
+    command = [programs / "llama-perplexity", "-m", file, "-f", text, "-c", str(WINDOW), "-b", str(WINDOW)]
+    done = subprocess.run(
+        [*map(str, command), "-fa", "off", "-t", "1", "--no-warmup", *CACHE],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = re.findall(r"\[(\d+)\]([\d.]+),", done.stdout)
+    if not found:
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line or "fail" in line]
+        raise RuntimeError(f"exit code {done.returncode}: " + "; ".join(lines[:4] or done.stderr.splitlines()[-3:]))
+    return int(found[-1][0]), float(found[-1][1])
+
+
+@torch.no_grad()
+def perplexity_here(folder: Path, text: Path, windows: int) -> float:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>")
+    model = load_quantized(folder, dtype=torch.float32)
+    ids = tokenizer(text.read_text()).input_ids
+    begins = ids[0] == tokenizer.bos_token_id
+    total = count = 0.0
+    for start in range(0, windows * WINDOW, WINDOW):
+        window = torch.tensor([ids[start : start + WINDOW]])
+        if begins:
+            window[0, 0] = tokenizer.bos_token_id
+        scores = model(window).logits[0].log_softmax(-1)
+        for at in range(WINDOW // 2, WINDOW - 1):
+            total -= float(scores[at, window[0, at + 1]])
+            count += 1
+    return math.exp(total / count)
+
+
+def build(folder: Path) -> Path:
+    """llama.cpp's programs, built from the source distribution of llama-cpp-python."""
+    wanted = ["llama-perplexity", "llama-quantize"]
+    run = lambda *command: subprocess.run([str(part) for part in command], check=True)  # noqa: E731
+    run(sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "llama-cpp-python", "-d", folder)
+    run("tar", "-xf", *folder.glob("*.tar.gz"), "-C", folder)
+    source = next(folder.glob("*/vendor/llama.cpp"))
+    run("cmake", "-S", source, "-B", folder / "build", "-DLLAMA_CURL=OFF", "-DCMAKE_BUILD_TYPE=Release")
+    run("cmake", "--build", folder / "build", "--target", *wanted, "-j")
+    return folder / "build" / "bin"
+
+
+if __name__ == "__main__":
+    print(json.dumps({"detent": detent.__version__, "torch": torch.__version__}))
+    sys.exit(main())
