@@ -52,7 +52,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss": ("seed_oss", {"head_dim": 32}),
     "glm4": ("glm4", {"head_dim": 32}),
     "phi": ("phi", {"num_key_value_heads": 4}),
-    "phi3": ("phi3", {"sliding_window": None}),
+    "phi_3": ("phi3", {"sliding_window": None}),  # not phi3: llama.cpp looks for certain tokens by that name
     "gemma": ("gemma", {"head_dim": 64}),
     "gemma2": ("gemma2", {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 32}),
     "gemma3": (

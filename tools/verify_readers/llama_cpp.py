@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ import torch
 from gguf_models import MODELS, tiny
 
 import detent
+from detent.checkpoints.gguf.container import read_header
 from detent.data.builtin import builtin_text, sample_model_dir
 from detent.runs.load import load_quantized
 
@@ -38,6 +40,7 @@ def main() -> int:
     parser.add_argument("binaries", type=Path, nargs="?")
     parser.add_argument("--types", nargs="*", default=["F16", "BF16", "Q8_0", "Q4_K_M", "Q4_1", "IQ4_XS", "TQ2_0"])
     parser.add_argument("--architectures", nargs="*")
+    parser.add_argument("--quantizer", action="store_true", help="read what llama-quantize makes of these types, too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -47,6 +50,9 @@ def main() -> int:
         failed = 0
         for kind in options.types:
             failed += compare(kind, sample_model_dir(), work / kind, kind, programs, text)
+        if options.quantizer:
+            for kind in options.types:
+                failed += compare_quantizer(kind, work, programs, text)
         for name in options.architectures if options.architectures is not None else sorted(MODELS):
             failed += compare(name, tiny(name, work / f"{name}-float"), work / name, "F32", programs, text)
     return int(failed > 0)
@@ -57,9 +63,7 @@ def compare(name: str, source: Path, out: Path, kind: str, programs: Path, text:
     try:
         detent.quantize_checkpoint(
             detent.ModelOptions(str(source)),
-            detent.SchemeOptions(
-                "w_int8_per_group_sym", group_size=32, export=detent.ExportOptions("gguf", gguf_type=kind)
-            ),
+            detent.SchemeOptions(export=detent.ExportOptions("gguf", gguf_type=kind)),
             out,
             evaluation=detent.EvaluationOptions(skip=True),
         )
@@ -74,6 +78,28 @@ def compare(name: str, source: Path, out: Path, kind: str, programs: Path, text:
         f"{name:16} detent {ours:10.4f}  llama.cpp {theirs:10.4f}  {difference:.2e} {'FAILED' if bad else ''}",
         flush=True,
     )
+    return bad
+
+
+def compare_quantizer(kind: str, work: Path, programs: Path, text: Path) -> bool:
+    """Whether llama-quantize gives tensors other types than we, or its file means something else to us; a line."""
+    floats, theirs = work / "F16" / "model.gguf", work / f"theirs-{kind}" / "model.gguf"
+    theirs.parent.mkdir()
+    shutil.copy(sample_model_dir() / "tokenizer.json", theirs.parent)
+    command = [programs / "llama-quantize", floats, theirs, kind, "1"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"{kind:16} llama-quantize doesn't make it", flush=True)
+        return False
+    kinds = [
+        {name: entry.kind for name, entry in read_header(file).tensors.items()}
+        for file in (theirs, work / kind / "model.gguf")
+    ]
+    wrong = {name: (kind, kinds[1].get(name)) for name, kind in kinds[0].items() if kinds[1].get(name) != kind}
+    windows, there = perplexity_there(programs, theirs, text)
+    here = perplexity_here(theirs, text, windows)
+    bad = bool(wrong) or not abs(there / here - 1) <= QUANTIZED
+    print(f"{kind:16} by llama-quantize: read as {here:10.4f}, there {there:10.4f}; other types: {wrong}", flush=True)
     return bad
 
 
@@ -97,7 +123,9 @@ def perplexity_there(programs: Path, file: Path, text: Path) -> tuple[int, float
 def perplexity_here(folder: Path, text: Path, windows: int) -> float:
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str((folder.parent if folder.suffix else folder) / "tokenizer.json"), bos_token="<s>"
+    )
     model = load_quantized(folder, dtype=torch.float32)
     ids = tokenizer(text.read_text()).input_ids
     begins = ids[0] == tokenizer.bos_token_id

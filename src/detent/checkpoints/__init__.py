@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from detent.checkpoints.decoded import DecodedSource, open_source
 from detent.checkpoints.folder import MAX_SHARD_SIZE, CheckpointWriter
-from detent.checkpoints.gguf.reader import open_stored
+from detent.checkpoints.gguf.reader import gguf_file, open_stored
 from detent.checkpoints.layout import Layout
 from detent.checkpoints.quantized import (
     QuantizedCheckpoint,
@@ -31,6 +31,7 @@ __all__ = [
     "Source",
     "TensorInfo",
     "choose",
+    "gguf_file",
     "layouts",
     "open_quantized",
     "open_source",

@@ -86,6 +86,11 @@ class Layout:
         """
         return None
 
+    def importance(self, layer: str) -> Tensor | None:
+        """What squared errors in the columns of a layer's weight are weighed with, by its name in the file; None where
+        nothing is known."""
+        return None
+
     def can_hold(self, formats: ModelFormats) -> str | None:
         """None, or why this layout can't hold the model: the first layer's reason, and what to do about it."""
         raise NotImplementedError

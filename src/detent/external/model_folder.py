@@ -40,8 +40,8 @@ def check_folder(path: Path) -> None:
 def is_gguf(path: Path) -> DetentError:
     """The refusal of a GGUF file, or of a folder that holds one."""
     return DetentError(
-        f"{path} holds a model as GGUF, whose weights are quantized already and which is not read; give the folder of"
-        " the original checkpoint in Hugging Face layout (config.json and safetensors files)"
+        f"{path} holds a model as GGUF, which counts as quantized; give the folder of the original checkpoint in"
+        " Hugging Face layout (config.json and safetensors files)"
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detent.checkpoints import Source
+from detent.checkpoints import Source, gguf_file
 from detent.errors import DetentError
 from detent.external.files import is_file, read_as
 from detent.external.mistakes import as_detent_error, first_line
@@ -85,6 +85,11 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig
 
+    file = gguf_file(folder)
+    folder = folder if file is None else file.parent
+    if file is not None and not is_file(folder / CONFIG_NAME):
+        with quiet_transformers(str(file)):
+            return AutoConfig.from_pretrained(str(folder), gguf_file=file.name)
     check_folder(folder)
     content = read_config(folder)
     if not trust_remote_code and (kernels := hub_kernels(content)):
@@ -302,6 +307,11 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a checkpoint folder. Raises DetentError where there is none."""
     from transformers import AutoTokenizer
 
+    file = gguf_file(folder)
+    folder = folder if file is None else file.parent
+    if file is not None and not is_file(folder / "tokenizer.json"):
+        with quiet_transformers(f"{file}: no usable tokenizer, which calibration and evaluation need"):
+            return AutoTokenizer.from_pretrained(str(folder), gguf_file=file.name)
     if is_file(folder / "tokenizer_config.json"):
         read_as(TokenizerConfig, folder / "tokenizer_config.json")
     start = f"{folder}: no usable tokenizer, which calibration and evaluation need"

@@ -89,6 +89,11 @@ def prepare(
     dtype = model_dtype(model.data_type, config, source)
     chosen = _as_stored(chosen, dtype, wanted)
     plan = _plan(source, config, model, scheme, chosen, kv_cache, dtype, steps, wanted)
+    if how.imatrix is not None and not (plan.streams and model.data_type == "auto"):
+        raise DetentError(
+            "imatrix weighs errors where weights are rounded without data; algorithms that read data, and a data_type,"
+            " don't go with it: leave out one of them"
+        )
     _tell_about(plan, run, dtype)
     return Prepared(source, config, dtype, plan, scheme.min_kv_scale)
 
@@ -135,7 +140,16 @@ def _tell_about(plan: Plan, run: Run, dtype: torch.dtype) -> None:
 
 
 def _formats(options: SchemeOptions, builtin: bool) -> tuple[Scheme, Format | None]:
-    name = options.name or (DEFAULT_SCHEME if builtin else None)
+    decided = options.export.gguf_type
+    for name, value in (("gguf_type", decided), ("imatrix", options.export.imatrix)):
+        if value is not None and options.export.format != "gguf":
+            raise DetentError(f"{name} is about GGUF files, and {options.export.format} isn't one; leave it out")
+    if decided is not None and options.name is not None:
+        raise DetentError(
+            f"quant_scheme {options.name} and gguf_type {decided} both say which formats weights get; leave out one of"
+            " them"
+        )
+    name = options.name or decided or (DEFAULT_SCHEME if builtin else None)
     if name == AUTO and not options.chosen:
         raise DetentError(
             "scheme auto is a search with calibration data, which quantizing does: it takes auto_formats, the schemes"
@@ -147,7 +161,7 @@ def _formats(options: SchemeOptions, builtin: bool) -> tuple[Scheme, Format | No
             " skip_quantization to evaluate the float model"
         )
     how = options.group_size, options.scale_format, options.scale_calculation_mode
-    scheme = Scheme(AUTO) if options.chosen else parse_scheme(name, *how)
+    scheme = Scheme(AUTO if options.chosen else name) if options.chosen or decided else parse_scheme(name, *how)
     kv_name = "fp8" if options.kv_cache is None and options.fp8_attention else options.kv_cache
     if options.fp8_attention and kv_name != "fp8":
         raise DetentError(
@@ -164,7 +178,8 @@ def _formats(options: SchemeOptions, builtin: bool) -> tuple[Scheme, Format | No
         kv_cache = kv_cache_format(kv_name, options.group_size, options.scale_format, options.scale_calculation_mode)
         if options.min_kv_scale and kv_cache.dynamic:
             raise DetentError("min_kv_scale needs a static key/value cache type, such as fp8")
-    if scheme.weight is None and scheme.input is None and kv_cache is None and not options.chosen:
+    given = options.chosen or decided
+    if scheme.weight is None and scheme.input is None and kv_cache is None and not given:
         raise DetentError(f"scheme {name!r} quantizes nothing; use skip_quantization to evaluate the float model")
     return scheme, kv_cache
 

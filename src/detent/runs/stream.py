@@ -12,7 +12,7 @@ from torch import Tensor
 from detent.algorithms.weight_ranges import calibrate_weight
 from detent.checkpoints import Source
 from detent.config import QuantizeAlgorithmConfig
-from detent.formats import Scales
+from detent.formats import Scales, encode
 from detent.nn import QuantWeightBase, TensorQuantizer
 from detent.plan.plan import Plan
 from detent.runs.simulate import SimulatedLayer, layer_as_quantized
@@ -59,6 +59,10 @@ class LayerStream:
         steps: list[QuantizeAlgorithmConfig | None] = [*self._plan.algorithms] or [None]
         for step in steps:
             calibrate_weight(f"{name}.weight", quantizer, weight, step)
+        importance = self._plan.layout.importance(self._plan.names.layer(name) or name)
+        if importance is not None:
+            assert isinstance(quantizer, TensorQuantizer)
+            quantizer.load_scales(encode(weight, quantizer.format, importance=importance.to(weight.device)).scales)
         if name in self._common:
             assert isinstance(quantizer, TensorQuantizer)
             quantizer.global_amax = self._common[name]

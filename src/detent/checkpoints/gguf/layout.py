@@ -17,9 +17,10 @@ from detent.checkpoints.gguf.architectures import (
     hyper_parameters,
     notes_on,
 )
-from detent.checkpoints.gguf.blocks import BLOCKS, Block, same_grid
+from detent.checkpoints.gguf.blocks import BLOCKS, Block
 from detent.checkpoints.gguf.container import gguf_package
-from detent.checkpoints.gguf.mixtures import MIXTURES, Facts, mixture_named, type_of
+from detent.checkpoints.gguf.imatrix import read_imatrix
+from detent.checkpoints.gguf.mixtures import MIXTURES, Facts, mixture_named, type_of, wanted_type
 from detent.checkpoints.gguf.names import NAMES_KEY, TensorNames, without_number
 from detent.checkpoints.gguf.vocabulary import vocabulary
 from detent.checkpoints.gguf.writer import GgufWriter
@@ -27,7 +28,10 @@ from detent.checkpoints.layout import Layout
 from detent.checkpoints.records import LayerCheckpoint, ModelFormats
 from detent.checkpoints.source import Source
 from detent.config import Scheme
-from detent.formats import Format, Integer, per_group
+from detent.errors import DetentError
+from detent.external.files import user_path
+from detent.formats import Format
+from detent.formats.gguf import as_gguf, same_grid
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class _Checkpoint:
     tensors: list[str]
     values: dict[str, Any]
     notes: list[str]
+    importances: dict[str, Tensor]
 
     @property
     def facts(self) -> Facts:
@@ -51,6 +56,7 @@ class _Checkpoint:
             next((count for count in experts if count), 0) or getattr(config, "n_routed_experts", None) or 0,
             heads // (getattr(config, "num_key_value_heads", None) or heads),
             bool(config.tie_word_embeddings),
+            bool(self.importances),
         )
 
 
@@ -60,18 +66,21 @@ class GgufLayout(Layout):
 
     Args:
         mixture: what gives each tensor its type, from `mixture_named`; None for the format of the scheme.
+        imatrix: a file of importances.
         checkpoint: what is written; see `of`.
     """
 
     mixture: str | None = None
+    imatrix: Path | None = None
     checkpoint: _Checkpoint | None = field(default=None, compare=False, repr=False)
 
     name = "gguf"
     engines = ("llama.cpp",)
     fuses = False
 
-    def with_details(self, *, gguf_type: str | None = None, **_: Any) -> GgufLayout:
-        return replace(self, mixture=None if gguf_type is None else mixture_named(gguf_type))
+    def with_details(self, *, gguf_type: str | None = None, imatrix: str | None = None, **_: Any) -> GgufLayout:
+        mixture = None if gguf_type is None else mixture_named(gguf_type)
+        return replace(self, mixture=mixture, imatrix=None if imatrix is None else user_path(imatrix))
 
     def of(self, source: Source) -> GgufLayout:
         arch, config = architecture_of(source.config)
@@ -86,21 +95,33 @@ class GgufLayout(Layout):
             **hyper_parameters(arch, config),
         }
         tokens, notes = vocabulary(source.path, config.vocab_size)
-        return replace(
-            self,
-            checkpoint=_Checkpoint(arch, config, names, tensors, values | tokens, [*notes, *notes_on(arch, config)]),
-        )
+        importances = {} if self.imatrix is None else read_imatrix(self.imatrix)
+        if self.imatrix is not None and not importances.keys() & {names.places(tensor)[0].name for tensor in tensors}:
+            raise DetentError(
+                f"{self.imatrix} is of another model: it has importances of {next(iter(importances))}, ..."
+            )
+        notes += notes_on(arch, config)
+        known = _Checkpoint(arch, config, names, tensors, values | tokens, notes, importances)
+        notes += [] if self.mixture is None else _narrow(self.mixture, known, source)
+        return replace(self, checkpoint=known)
 
     @property
     def notes(self) -> list[str]:
         return [] if self.checkpoint is None else self.checkpoint.notes
+
+    def importance(self, layer: str) -> Tensor | None:
+        if self.checkpoint is None:
+            return None
+        place = self.checkpoint.names.places(f"{layer}.weight")[0]
+        found = self.checkpoint.importances.get(place.name)
+        return found if found is None or found.dim() == 1 or place.expert is None else found[place.expert]
 
     # ---- which format each tensor gets ------------------------------------------------------------------------------
 
     def adapt(self, scheme: Scheme) -> Scheme:
         if self.mixture is not None:
             return replace(scheme, weight=BLOCKS[MIXTURES[self.mixture]].format)
-        return scheme if scheme.weight is None else replace(scheme, weight=as_gguf(scheme.weight))
+        return scheme if scheme.weight is None else replace(scheme, weight=as_gguf(scheme.weight) or scheme.weight)
 
     def types(self, layers: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Format | None, str]] | None:
         if self.mixture is None:
@@ -156,7 +177,10 @@ class GgufLayout(Layout):
         assert layer.weight is not None
         block = self._block(layer.weight.format)
         assert block is not None
-        return {f"{layer.name}.weight": block.pack(layer.weight)}
+        tensors = {f"{layer.name}.weight": block.pack(layer.weight)}
+        if layer.weight.format.scale.outer and layer.weight.outer_scale is not None:
+            tensors[f"{layer.name}.scale"] = layer.weight.outer_scale.reshape(1)
+        return tensors
 
     def stores(self, tensor: str) -> bool:
         return self.checkpoint is None or not self.checkpoint.names.left_out(tensor)
@@ -165,7 +189,7 @@ class GgufLayout(Layout):
         """Vectors and norms are float32 in a file; matrices stay, but where the type of the file is a plain one."""
         assert self.checkpoint is not None
         place = self.checkpoint.names.places(tensor)[0]
-        if value.dim() < 2 or "_norm." in place.name or not value.is_floating_point():
+        if value.dim() < 2 or place.flat or "_norm." in place.name or not value.is_floating_point():
             return place.settled(value.float())
         plain = None if self.mixture is None else BLOCKS[MIXTURES[self.mixture]].dtype
         keeps = plain is None or type_of(self.mixture or "", place.name, 1, self.checkpoint.facts) is None
@@ -182,7 +206,8 @@ class GgufLayout(Layout):
         assert known is not None
         blocks = {name: self._block(layer.weight) for name, layer in formats.layers.items() if layer.weight is not None}
         kinds = {f"{name}.weight": block.name for name, block in blocks.items() if block is not None}
-        tensors = list(dict.fromkeys([*known.tensors, *kinds, "lm_head.weight"]))
+        scales = [f"{name.removesuffix('weight')}scale" for name, kind in kinds.items() if kind == "NVFP4"]
+        tensors = list(dict.fromkeys([*known.tensors, *kinds, *scales, "lm_head.weight"]))
         listed = {without_number(tensor): None for tensor in tensors if tensor in known.tensors or tensor in kinds}
         values = known.values | {"general.file_type": self._file_type(kinds), NAMES_KEY: list(listed)}
         return GgufWriter(
@@ -205,12 +230,16 @@ class GgufLayout(Layout):
         return int(next(known[key] for key in given if key in known))
 
 
-def as_gguf(fmt: Format) -> Format:
-    """A format as a type of GGUF has it, where one has codes of the same numbers in groups of the same size."""
-    element = fmt.element
-    if fmt.granularity == per_group(32) and isinstance(element, Integer):
-        kind = {4: ("Q4_0", "Q4_1"), 5: ("Q5_0", "Q5_1"), 8: ("Q8_0", None)}.get(element.bits, (None, None))[
-            not fmt.symmetric
-        ]
-        return fmt if kind is None else BLOCKS[kind].format or fmt
-    return fmt
+def _narrow(mixture: str, known: _Checkpoint, source: Source) -> list[str]:
+    """A line about tensors that get another type than the mixture has for them, since their rows don't fill blocks."""
+    found: dict[str, str] = {}
+    for tensor in known.tensors:
+        shape, place = source.info(tensor).shape, known.names.places(tensor)[0]
+        if len(shape) > 1 and known.names.split(tensor) is None:
+            width = shape[0 if place.turned else -1]
+            wanted, given = (find(mixture, place.name, width, known.facts) for find in (wanted_type, type_of))
+            if wanted is not None and wanted != given:
+                found[tensor] = f"{given} instead of {wanted}, as {tensor} with rows of {width}"
+    if not found:
+        return []
+    return [f"{len(found)} tensors have rows that don't fill the blocks of {mixture}: {next(iter(found.values()))}"]

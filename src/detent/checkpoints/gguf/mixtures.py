@@ -67,13 +67,19 @@ def type_of(mixture: str, name: str, width: int, facts: Facts) -> str | None:
         mixture: from `mixture_named`. name: of the tensor in the file. width: of its rows.
         facts: of the model.
     """
+    kind = wanted_type(mixture, name, width, facts)
+    return None if kind is None else _fitting(kind, width)
+
+
+def wanted_type(mixture: str, name: str, width: int, facts: Facts) -> str | None:
+    """`type_of` without regard to whether rows are multiples of the type's blocks."""
     if _NOT_QUANTIZED.search(name):
         return None
     base = MIXTURES[mixture]
-    return fitting(base if BLOCKS[base].format is None else _rule(mixture, base, name, width, facts), width)
+    return base if BLOCKS[base].format is None else _rule(mixture, base, name, width, facts)
 
 
-def fitting(kind: str, width: int) -> str:
+def _fitting(kind: str, width: int) -> str:
     """A type, or what stands in for it where rows aren't multiples of its blocks."""
     if width % BLOCKS[kind].elements:
         kind = _INSTEAD.get(kind, kind)

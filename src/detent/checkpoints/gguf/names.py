@@ -45,6 +45,7 @@ class Place:
         rows: (shape, order): the rows, seen in this shape, have their axes in this order in the file.
         shifted: whether 1 is added.
         turned: whether a matrix is transposed, unless it is quantized: codes are stored by output in any case.
+        flat: whether a matrix of one row is a vector.
     """
 
     name: str
@@ -52,12 +53,13 @@ class Place:
     rows: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     shifted: bool = False
     turned: bool = False
+    flat: bool = False
 
     def to_file(self, value: Tensor, *, coded: bool) -> Tensor:
         """The values, or `coded`, the bytes [rows, n] of codes, as the file has them."""
         if not coded:
             value = value.t() if self.turned and value.dim() == 2 else value
-            value = value.float() + 1 if self.shifted else value
+            value = value.float() + 1 if self.shifted else value.flatten() if self.flat else value
         if self.rows is not None:
             value = _reordered(value, *self.rows)
         return value.contiguous()
@@ -69,7 +71,7 @@ class Place:
             inverse = tuple(order.index(axis) for axis in range(len(order)))
             value = _reordered(value, tuple(shape[axis] for axis in order), inverse)
         if not coded:
-            value = value - 1 if self.shifted else value
+            value = value - 1 if self.shifted else value.reshape(1, -1) if self.flat else value
             value = value.t() if self.turned and value.dim() == 2 else value
         return value.contiguous()
 
@@ -141,7 +143,7 @@ class TensorNames:
         found = _EXPERT.search(tensor)
         base = tensor if found is None else tensor[: found.start()] + ".experts." + tensor[found.end() :]
         stem, _, last = base.rpartition(".")
-        if last not in ("weight", "bias"):
+        if last not in ("weight", "bias", "scale"):
             stem, last = (base.removesuffix("_bias"), "bias") if base.endswith("_bias") else (base, "weight")
         mapped = self._map.get_name(stem) or self._map.get_name(stem.removeprefix("transformer."))
         if mapped is None:
@@ -152,9 +154,10 @@ class TensorNames:
         return Place(
             name,
             None if found is None else int(found[1]),
-            self._rows(mapped),
+            None if last == "scale" else self._rows(mapped),
             self._arch.shifted and name.endswith("norm.weight"),
             self._arch.turned and mapped.startswith("blk.") and last == "weight",
+            mapped.endswith("ffn_gate_inp_shexp"),
         )
 
     def _rows(self, mapped: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

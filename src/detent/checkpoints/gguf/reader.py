@@ -7,6 +7,7 @@ that Detent has no format for, or is a part of a larger tensor, is decoded as it
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,9 @@ class GgufSource(Source):
             places = self._names.places(name)
             if all(place.name in self._entries for place in places):
                 found[name] = places
+                scale = replace(places[0], name=places[0].name.removesuffix("weight") + "scale", rows=None)
+                if scale.name in self._entries:
+                    found[name.removesuffix("weight") + "scale"] = [scale]
         used = {place.name for places in found.values() for place in places} | self._computed
         if strange := self._entries.keys() - used - {OUTPUT}:
             raise DetentError(f"{self.file}: {min(strange)} is no part of a {self.config['model_type']} model")
@@ -135,7 +139,7 @@ class GgufSource(Source):
         places = self._places[name]
         for place in places:
             shape = self._entries[place.name].shape
-            if place.expert is not None and (len(shape) < 2 or place.expert >= shape[0]):
+            if place.expert is not None and (not shape or place.expert >= shape[0]):
                 raise DetentError(f"{self.file}: {place.name} has shape {shape}, which has no part {place.expert}")
         with as_detent_error(lambda error: f"{self.file}: {places[0].name} has a wrong shape: {first_line(error)}"):
             value = self._value(name, self._on_meta)
@@ -211,7 +215,7 @@ class GgufReader:
         assert isinstance(source, GgufSource)
         self._source = source
         coded = [name for name in source if source.coded(name)]
-        self.used = set(coded)
+        self.used = {*coded, *(s for name in coded if (s := name.removesuffix("weight") + "scale") in source.tensors)}
         self.formats = ModelFormats({name.removesuffix(".weight"): self._formats(name) for name in coded})
 
     def _formats(self, name: str) -> LayerFormats:
@@ -225,6 +229,8 @@ class GgufReader:
         entry, _ = self._source.entry(tensor)
         weight = BLOCKS[entry.kind].unpack(self._source.tensor(tensor), formats.shape, f"{self._source.file}: {tensor}")
         assert isinstance(weight, QTensor)
+        if (scale := f"{name}.scale") in self.used and weight.outer_scale is not None:
+            weight = replace(weight, outer_scale=self._source.tensor(scale).reshape(()))
         return LayerCheckpoint(name, formats.shape, weight, kind=formats.kind)
 
     def kv_scales(self) -> dict[str, tuple[Scales, ...]]:

@@ -100,6 +100,7 @@ class GgufWriter(CheckpointWriter):
         if BLOCKS[kind].format is not None:
             shape = (*shape[:-1], shape[-1] // BLOCKS[kind].bytes * BLOCKS[kind].elements)
         count = 0 if expert is None else self._stacks[name]
+        shape = () if count and shape == (1,) else shape
         whole = (count, *shape) if count else shape
         slot = self._slots.get(name)
         if slot is None:
