@@ -141,9 +141,9 @@ def _tell_about(plan: Plan, run: Run, dtype: torch.dtype) -> None:
 
 def _formats(options: SchemeOptions, builtin: bool) -> tuple[Scheme, Format | None]:
     decided = options.export.gguf_type
-    for name, value in (("gguf_type", decided), ("imatrix", options.export.imatrix)):
+    for option, value in (("gguf_type", decided), ("imatrix", options.export.imatrix)):
         if value is not None and options.export.format != "gguf":
-            raise DetentError(f"{name} is about GGUF files, and {options.export.format} isn't one; leave it out")
+            raise DetentError(f"{option} is about GGUF files, and {options.export.format} isn't one; leave it out")
     if decided is not None and options.name is not None:
         raise DetentError(
             f"quant_scheme {options.name} and gguf_type {decided} both say which formats weights get; leave out one of"

@@ -1,7 +1,7 @@
 """Names and order: which tensors of a GGUF file are which tensors of a checkpoint.
 
-Invariant: `Place.to_file` and `Place.from_file` are inverses, bit for bit, for bytes of codes and for tensors that
-stay; for norms that are stored with 1 added after `Place.settled`.
+Invariant: `TensorPlace.to_file` and `TensorPlace.from_file` are inverses, bit for bit, for bytes of codes and for tensors that
+stay; for norms that are stored with 1 added after `TensorPlace.settled`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Split(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """A tensor of the file that a tensor of the checkpoint is, or a part of.
 
     Attributes:
@@ -111,7 +111,7 @@ class TensorNames:
         tied = tensor == "lm_head.weight" and self._arch.head == "tied"
         return after or tied or _COMPUTED.search(tensor) is not None
 
-    def places(self, tensor: str) -> list[Place]:
+    def places(self, tensor: str) -> list[TensorPlace]:
         """Where a tensor goes: a part to each place.
 
         Raises:
@@ -139,7 +139,7 @@ class TensorNames:
         split = self.split(tensor)
         return parts[0] if split is None else split.join(parts, self._config)
 
-    def _place(self, tensor: str) -> Place:
+    def _place(self, tensor: str) -> TensorPlace:
         found = _EXPERT.search(tensor)
         base = tensor if found is None else tensor[: found.start()] + ".experts." + tensor[found.end() :]
         stem, _, last = base.rpartition(".")
@@ -151,7 +151,7 @@ class TensorNames:
                 f"{tensor} can't be written as GGUF: llama.cpp has no such tensor in a model of type {self._arch.name}"
             )
         name = f"{mapped}.{last}"
-        return Place(
+        return TensorPlace(
             name,
             None if found is None else int(found[1]),
             None if last == "scale" else self._rows(mapped),

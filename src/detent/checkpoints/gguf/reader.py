@@ -18,7 +18,7 @@ from torch import Tensor
 from detent.checkpoints.gguf.architectures import architecture_of, extra_tensors
 from detent.checkpoints.gguf.blocks import BLOCKS
 from detent.checkpoints.gguf.container import Entry, gguf_package, is_gguf_file, read_header
-from detent.checkpoints.gguf.names import EMBEDDING, NAMES_KEY, OUTPUT, Place, TensorNames, names_of_model
+from detent.checkpoints.gguf.names import EMBEDDING, NAMES_KEY, OUTPUT, TensorPlace, TensorNames, names_of_model
 from detent.checkpoints.records import LayerCheckpoint, LayerFormats, ModelFormats
 from detent.checkpoints.source import INDEX_NAME, SINGLE_NAME, Source, TensorInfo
 from detent.errors import DetentError
@@ -73,7 +73,7 @@ class GgufSource(Source):
         header = read_header(file)
         if int(header.values.get("split.count", 1)) > 1:
             raise DetentError(
-                f"{file} is one of {header.values['split.count']} parts; join them: llama-gguf-split --merge"
+                f"{file} is one of {header.values['split.count']} parts; join them with llama-gguf-split first"
             )
         self._entries = header.tensors
         self.config = _config(file) | {"quantization_config": {"quant_method": "gguf"}}
@@ -89,8 +89,8 @@ class GgufSource(Source):
         self._places = self._find(list(header.values.get(NAMES_KEY, ())) or names_of_model(config))
         self.tensors = {name: self._describe(name) for name in self._places}
 
-    def _find(self, names: list[str]) -> dict[str, list[Place]]:
-        found: dict[str, list[Place]] = {}
+    def _find(self, names: list[str]) -> dict[str, list[TensorPlace]]:
+        found: dict[str, list[TensorPlace]] = {}
         for name in self._numbered(names):
             if self._names.left_out(name):
                 continue
@@ -118,7 +118,7 @@ class GgufSource(Source):
             every |= dict.fromkeys(f"{head}.experts.{i}.{tail}" if experts else name for i in range(count))
         return list(every)
 
-    def entry(self, name: str) -> tuple[Entry, Place]:
+    def entry(self, name: str) -> tuple[Entry, TensorPlace]:
         """What the header says of a tensor, and its first place."""
         return self._entries[self._places[name][0].name], self._places[name][0]
 
