@@ -47,14 +47,12 @@ class Layout:
         name: as users know it.
         engines: the engines that load it, for `detent formats` and for messages.
         fuses: whether its engines run layers with the same input as one, which then need the same format.
-        notes: what the user should know of the checkpoint as this layout has it.
         scales_like_model: whether the scales of all integers are in the dtype of the model, those of 8 bits too.
     """
 
     name = ""
     engines: tuple[str, ...] = ()
     fuses = True
-    notes: Sequence[str] = ()
     scales_like_model = False
 
     def with_details(self, **details: Any) -> Layout:

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from detent.cli import console
-from detent.cli.quantize import asked_for, check_flags, quantize
+from detent.cli.asked import asked_for
+from detent.cli.quantize import check_flags, quantize
 from detent.cli.startup import check_early, load_libraries
 from detent.errors import DetentError
 

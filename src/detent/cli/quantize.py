@@ -5,26 +5,17 @@ Flags for what Detent can't do yet are known by name, so that using one is an er
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
 from detent.cli import console
-from detent.cli.arguments import NOTHING
-from detent.cli.startup import batch_size_of, check_early, choose_device, first_process, load_libraries, windows
+from detent.cli.asked import ONNX, asked_for, checkpoint_format
+from detent.cli.startup import check_early, first_process, load_libraries
 from detent.errors import DetentError
 
 if TYPE_CHECKING:
-    from detent.runs.options import (
-        AlgorithmOptions,
-        AutoOptions,
-        CalibrationOptions,
-        EvaluationOptions,
-        ModelOptions,
-        SchemeOptions,
-    )
+    pass
 
 #: Panels of the help; an option's panel says what sets it apart from the others.
 _QUANTIZING, _LATER = "quantizing", "not implemented yet"
@@ -130,7 +121,7 @@ def quantize(
         _of_quantizing(
             "model_export",
             "Checkpoint format: hf_format (default), or the name of one, which is an error where it can't hold the"
-            " model: see `detent formats`.",
+            " model: see `detent formats`. With onnx, files for ONNX beside it.",
         ),
     ] = None,
     custom_mode: Annotated[
@@ -153,6 +144,9 @@ def quantize(
             "Of the layout of GPTQ: 1 or 2 (default: 1 where weights are symmetric, as most engines read).",
         ),
     ] = None,
+    onnx_without_cache: Annotated[
+        bool, _of_quantizing("onnx_without_cache", "ONNX without keys and values of earlier tokens as inputs.")
+    ] = False,
     no_verify: Annotated[bool, _of_quantizing("no_verify", "Don't read back what was written and compare it.")] = False,
     data_type: Annotated[
         Literal["auto", "float16", "bfloat16", "float32"], _option("data_type", "Type to load weights in.")
@@ -265,128 +259,10 @@ def quantize(
         )
     if first_process():
         console.show(summary_table(report))
+        if not only_evaluate and ONNX in (model_export or []):
+            from detent.runs.onnx import add_onnx
 
-
-@dataclass(frozen=True)
-class Asked:
-    """What the flags ask for."""
-
-    model: ModelOptions
-    scheme: SchemeOptions
-    algorithms: AlgorithmOptions
-    calibration: CalibrationOptions
-    evaluation: EvaluationOptions
-
-
-def asked_for(context: typer.Context) -> Asked:
-    """What the flags of a command ask for. Libraries are loaded."""
-    from detent.runs.options import (
-        AlgorithmOptions,
-        CalibrationOptions,
-        EvaluationOptions,
-        ExportOptions,
-        ModelOptions,
-        SchemeOptions,
-    )
-
-    flags = SimpleNamespace(**context.params)
-    prepare = [name for name in flags.pre_quantization_optimization or [] if name != NOTHING]
-    exclude = flags.exclude_layers or None  # "exclude nothing" is a name that is empty
-    return Asked(
-        ModelOptions(
-            flags.import_model_dir if flags.model_reload else flags.model_dir,
-            flags.data_type,
-            choose_device(flags.device),
-            flags.model_attn_implementation,
-            flags.trust_remote_code,
-            flags.revision,
-        ),
-        SchemeOptions(
-            flags.quant_scheme,
-            flags.group_size,
-            tuple(_pattern_and_size(text) for text in flags.group_size_per_layer or []),
-            flags.scale_format,
-            flags.scale_calculation_mode,
-            flags.kv_cache_dtype,
-            flags.min_kv_scale,
-            flags.fp8_attention_quant,
-            None if exclude is None else [name for name in exclude if name != NOTHING],
-            flags.structure_overrides,
-            ExportOptions(
-                (flags.model_export or ["hf_format"])[0],
-                flags.custom_mode,
-                flags.pack_method,
-                flags.gguf_type,
-                flags.imatrix,
-                not flags.no_verify,
-                flags.gptq_version,
-            ),
-            flags.allow_unfused,
-            flags.quantize_mtp,
-            flags.moe_experts_second_step_config,
-            _auto(flags),
-        ),
-        AlgorithmOptions(
-            tuple(prepare),
-            flags.quant_algo,
-            flags.pre_optimization_config_file_path,
-            flags.quant_algo_config_file_path,
-        ),
-        CalibrationOptions(
-            flags.dataset,
-            flags.seq_len,
-            flags.num_calib_data,
-            flags.batch_size,
-            _bytes_of(flags.memory_budget),
-            flags.calibrate_all_experts,
-        ),
-        EvaluationOptions(
-            flags.skip_evaluation,
-            flags.eval_dataset,
-            windows(flags.num_eval_data),
-            batch_size_of(flags.eval_batch_size),
-            flags.max_eval_batch_size,
-        ),
-    )
-
-
-def _auto(flags: SimpleNamespace) -> AutoOptions | None:
-    """What a search chooses from, and its budget; None where one scheme is named."""
-    from detent.runs.options import AutoOptions
-    from detent.runs.prepare import AUTO
-
-    given = [name for name in ("auto_formats", "effective_bits", "auto_bytes", "auto_scores") if getattr(flags, name)]
-    if flags.quant_scheme != AUTO:
-        if given:
-            raise DetentError(f"--{given[0]} belongs to a search: --quant_scheme {AUTO}")
-        return None
-    names = [name for text in flags.auto_formats or [] for name in text.split(",") if name]
-    if not names:
-        raise DetentError(
-            f"--quant_scheme {AUTO} needs --auto_formats, the schemes to choose from, such as"
-            " --auto_formats w_fp4_a_fp4_scale_fp8,w_fp8_a_fp8"
-        )
-    return AutoOptions(tuple(dict.fromkeys(names)), flags.effective_bits, flags.auto_bytes, flags.auto_scores)
-
-
-def _bytes_of(text: str | None) -> int | None:
-    """The bytes of a size such as 4GiB, 500MB or 8G."""
-    from detent.config.base import size_in_bytes
-
-    if text is None:
-        return None
-    if (size := size_in_bytes(text)) is None:
-        raise DetentError(f"--memory_budget takes a size such as 4GiB or 500MB, not {text!r}")
-    return size
-
-
-def _pattern_and_size(text: str) -> tuple[str, int]:
-    pattern, _, size = text.rpartition("=")
-    if not pattern or not size.isdigit() or int(size) < 1:
-        raise DetentError(
-            f"--group_size_per_layer takes a wildcard and a positive size, as in '*.down_proj 64', not {text!r}"
-        )
-    return pattern, int(size)
+            console.notice(str(add_onnx(output_dir, with_cache=not onnx_without_cache, model=asked.model)))
 
 
 def check_flags(context: typer.Context) -> dict[str, Any]:
@@ -432,8 +308,7 @@ def _refuse_later(typed: dict[str, Any], exports: list[str] | None) -> None:
             value = "" if typed[name] is True else f" {typed[name]}"
             instead = _INSTEAD.get(name, "")
             raise DetentError(f"--{name}{value}: not implemented in this version{instead}")
-    if len(set(exports or [])) > 1:
-        raise DetentError(f"--model_export: one format a run in this version, not {' and '.join(exports or [])}")
+    checkpoint_format(exports)
 
 
 def _check_together(typed: dict[str, Any]) -> None:

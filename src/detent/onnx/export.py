@@ -55,6 +55,16 @@ class OnnxReport:
     difference: float | None = None
     relative: float | None = None
 
+    def __str__(self) -> str:
+        ran = (
+            f"results in onnxruntime differ by {self.relative:.1g}, relative to their length"
+            if self.relative is not None
+            else f"onnxruntime on the CPU did not run it: {self.not_run}"
+            if self.not_run
+            else "not verified"
+        )
+        return f"ONNX: {self.path} (opset {self.opset}, {self.dialect} operators); {ran}"
+
 
 def export_onnx(
     model: nn.Module,

@@ -13,11 +13,13 @@ from torch import nn
 
 from detent.checkpoints import LayerCheckpoint
 from detent.errors import DetentError
-from detent.external.output import Workspace, check_replaceable, check_target, write_manifest
+from detent.external.files import user_path
+from detent.external.output import Workspace, add_to_manifest, check_replaceable, check_target, write_manifest
 from detent.onnx import LanguageModelGraph, OnnxReport, export_onnx
 from detent.runs.load import load_quantized, pack_weights
+from detent.runs.options import ModelOptions
 
-FILE_NAME, REPORT_NAME = "model.onnx", "onnx_report.json"
+FILE_NAME, REPORT_NAME, FOLDER = "model.onnx", "onnx_report.json", "onnx"
 #: Files of a checkpoint that hold weights, or describe how they are stored.
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".index.json")
 _OWN = ("detent_manifest.json", "detent_report.json", ".detent_unfinished.json")
@@ -59,7 +61,8 @@ def export_onnx_checkpoint(
     folder = files if isinstance(source, nn.Module) else source
     if folder is None:
         raise DetentError("files: the folder of configuration and tokenizer is needed where a model is given")
-    check_target(target, source=Path(folder), overwrite=overwrite)
+    inside = target.parent == Path(folder)  # a part of the checkpoint
+    check_target(target, source=None if inside else Path(folder), overwrite=overwrite)
     if isinstance(source, nn.Module):
         model = source
         pack_weights(model, records or (), dtype)
@@ -92,6 +95,25 @@ def export_onnx_checkpoint(
         work.path.rename(target)
     finally:
         work.remove()
+    return report
+
+
+def add_onnx(folder: str | Path, *, with_cache: bool, model: ModelOptions) -> OnnxReport:
+    """Put a folder ``onnx`` with what `export_onnx_checkpoint` writes into a quantized checkpoint.
+
+    Args:
+        folder: that Detent wrote.
+        with_cache: see `export_onnx_checkpoint`.
+        model: how the checkpoint is loaded.
+
+    Raises:
+        DetentError: as `export_onnx_checkpoint`; the checkpoint itself stays as it is.
+    """
+    out = user_path(folder)
+    report = export_onnx_checkpoint(
+        out, out / FOLDER, with_cache=with_cache, trust_remote_code=model.trust_remote_code, attention="eager"
+    )
+    add_to_manifest(out, *(f"{FOLDER}/{path.name}" for path in sorted((out / FOLDER).iterdir())))
     return report
 
 

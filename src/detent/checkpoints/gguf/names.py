@@ -1,7 +1,7 @@
 """Names and order: which tensors of a GGUF file are which tensors of a checkpoint.
 
-Invariant: `TensorPlace.to_file` and `TensorPlace.from_file` are inverses, bit for bit, for bytes of codes and for tensors that
-stay; for norms that are stored with 1 added after `TensorPlace.settled`.
+Invariant: `TensorPlace.to_file` and `TensorPlace.from_file` are inverses, bit for bit, for bytes of codes and for
+tensors that stay; for norms that are stored with 1 added after `TensorPlace.settled`.
 """
 
 from __future__ import annotations

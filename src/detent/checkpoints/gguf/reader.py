@@ -18,7 +18,7 @@ from torch import Tensor
 from detent.checkpoints.gguf.architectures import architecture_of, extra_tensors
 from detent.checkpoints.gguf.blocks import BLOCKS
 from detent.checkpoints.gguf.container import Entry, gguf_package, is_gguf_file, read_header
-from detent.checkpoints.gguf.names import EMBEDDING, NAMES_KEY, OUTPUT, TensorPlace, TensorNames, names_of_model
+from detent.checkpoints.gguf.names import EMBEDDING, NAMES_KEY, OUTPUT, TensorNames, TensorPlace, names_of_model
 from detent.checkpoints.records import LayerCheckpoint, LayerFormats, ModelFormats
 from detent.checkpoints.source import INDEX_NAME, SINGLE_NAME, Source, TensorInfo
 from detent.errors import DetentError
