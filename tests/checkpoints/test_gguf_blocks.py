@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from detent.checkpoints.gguf.blocks import BLOCKS, Block
+from detent.checkpoints.quantized import layouts
+from detent.checkpoints.records import LayerFormats, ModelFormats
 from detent.errors import DetentError
 from detent.formats import QTensor, decode, encode
 
@@ -109,3 +111,11 @@ def test_what_a_type_cannot_hold_is_an_error() -> None:
     damaged[0, :2] = torch.tensor([0, 0x7C])  # an infinite float16
     with pytest.raises(DetentError, match="w: outer_scale"):
         block.unpack(damaged, (1, 256), "w")
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_NL", "TQ2_0"])
+def test_layouts_that_know_nothing_of_it_refuse(name: str) -> None:
+    formats = ModelFormats({"m": LayerFormats((64, 512), BLOCKS[name].format)})
+    holders = {layout.name for layout in layouts.values() if layout.can_hold(formats) is None}
+    assert holders <= {"detent", "gguf"}
+    assert "detent" in holders

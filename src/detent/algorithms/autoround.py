@@ -82,7 +82,7 @@ class OffsetWeight(GridWeight):
         if self._minimum is not None:
             low = self._minimum * self.low
             high = (self._minimum + element.maximum * self._unit) * self.high
-            stored = low.detach().to(torch.float16).to(torch.float32)
+            stored = low.detach().to(self._fmt.scale.stored_dtype).to(torch.float32)
             return passed_on((high - low) / element.maximum, self._fmt), low + (stored - low.detach())
         low = (element.minimum - zero_point) * self._unit * self.low
         high = (element.maximum - zero_point) * self._unit * self.high

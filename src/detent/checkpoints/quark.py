@@ -35,6 +35,7 @@ from detent.formats import (
     Integer,
     PowerOfTwoScale,
     Scales,
+    SearchedScale,
     fp8,
     integer,
     mx,
@@ -225,6 +226,8 @@ def _narrow(fmt: Format) -> Callable[[Tensor], Tensor]:
 def _why_no_weight(fmt: Format, shape: tuple[int, ...]) -> str | None:
     granularity, element = fmt.granularity, fmt.element
     rows_or_groups = granularity == per_channel(0) or granularity.kind == "per_group"
+    if isinstance(fmt.scale, SearchedScale):
+        return f"{fmt}: scales that Quark computes in another way"
     if isinstance(fmt.scale, PowerOfTwoScale):
         if isinstance(element, Integer) or element in (E4M3, E5M2) or granularity.group_size != 32:
             return f"{fmt}: of the power-of-two formats, Quark exports MXFP4 and MXFP6 alone"

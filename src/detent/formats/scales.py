@@ -242,8 +242,8 @@ class SearchedScale:
         return least, least + (1 << self.bits) - 1
 
     def quantize(self, scale: Tensor, outer: Tensor | None = None) -> Tensor:
-        """As `FloatScale.quantize`, for float16 scales."""
-        return FloatScale("float16").quantize(scale, None)
+        """As `FloatScale.quantize`, for scales that are no integers."""
+        return FloatScale(self.dtype).quantize(scale, None)
 
     def store(self, scale: Tensor) -> Tensor:
         """A value that `quantize` returned, in its stored dtype."""
