@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import field_serializer, field_validator, model_validator
 
@@ -55,6 +55,10 @@ class RotateConfig(ConfigModel):
     mode: Literal["rotate", "rotate_back"] = ConfigField("rotate")
     rotate_fp32: bool = ConfigField(False)
     block_size: int | None = ConfigField(None, ge=1)
+
+
+#: Where the attributes keep the format that they describe, among what isn't a field.
+_KNOWN = "known_format"
 
 
 class QuantizerAttributeConfig(ConfigModel):
@@ -197,6 +201,25 @@ class QuantizerAttributeConfig(ConfigModel):
         Raises:
             DetentError: an axis that a tensor of that rank lacks, or a combination that is not a format.
         """
+        if ndim is not None:
+            return self._described(ndim)
+        # A large model asks a hundred thousand times. What is known goes along with copies, and not with changes.
+        known: Format | None = self.__dict__.get(_KNOWN)
+        if known is None:
+            known = self.__dict__[_KNOWN] = self._described(None)
+        return known
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__.pop(_KNOWN, None)
+        super().__setattr__(name, value)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        made = super().model_copy(update=update, deep=deep)
+        if update and update.keys() != {"enable"}:
+            made.__dict__.pop(_KNOWN, None)
+        return made
+
+    def _described(self, ndim: int | None) -> Format:
         dynamic = self.type == "dynamic"
         if self.format is not None:
             fmt = self.format if isinstance(self.format, Format) else parse_format(self.format)

@@ -14,6 +14,7 @@ from torch import nn
 from detent.config.matching import matches
 from detent.config.quant_cfg import Rule
 from detent.nn import QuantModule, QuantModuleRegistry
+from detent.nn.walk import walk
 
 _BASE = "base_layer"
 #: What the quantizers of a layer will be called.
@@ -23,7 +24,7 @@ _QUANTIZERS = ("weight_quantizer", "input_quantizer", "output_quantizer")
 def adapter_names(model: nn.Module) -> set[str]:
     """Names of the modules that adapters are made of."""
     found = set()
-    for name, module in model.named_modules():
+    for name, module in walk(model):
         if module._modules.get(_BASE) is not None:
             inside = {child for child, _ in module.named_modules() if child}
             inside -= {child for child in inside if child == _BASE or child.startswith(f"{_BASE}.")}

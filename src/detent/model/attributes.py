@@ -15,6 +15,7 @@ from detent.config.quant_cfg import class_name
 from detent.errors import DetentError
 from detent.model.conversion import attributes_of, named_quantizers, parent_classes, set_attributes, settle
 from detent.model.rollback import unchanged_on_failure
+from detent.nn.walk import walk
 
 
 def _matching(
@@ -33,7 +34,8 @@ def _matching(
         )
     if parent_class is not None:
         kind = class_name(parent_class) if isinstance(parent_class, type) else parent_class
-        chosen = [name for name in chosen if kind in parent_classes(model, name)]
+        modules = dict(walk(model))
+        chosen = [name for name in chosen if kind in parent_classes(modules, name)]
     if not chosen:
         some = ", ".join(name for name, _ in list(named_quantizers(model))[:3])
         known = f"quantizers have names such as {some}" if some else "the model has none: call quantize() first"
@@ -117,7 +119,8 @@ def set_quantizer_attribute(
     """
     with unchanged_on_failure(model):
         for name in _matching(model, wildcard_or_filter_func, parent_class):
-            set_attributes(model, name, _merged(name, attributes_of(model.get_submodule(name)), attribute))
+            parent = model.get_submodule(name.rpartition(".")[0])
+            set_attributes(parent, name, _merged(name, attributes_of(model.get_submodule(name)), attribute))
         settle(model)
 
 
@@ -145,7 +148,7 @@ def set_quantizer_attributes_full(
     parsed = parse_attributes(attributes)
     with unchanged_on_failure(model):
         for name in _matching(model, wildcard_or_filter_func, parent_class):
-            set_attributes(model, name, parsed)
+            set_attributes(model.get_submodule(name.rpartition(".")[0]), name, parsed)
         settle(model)
 
 

@@ -6,7 +6,7 @@ Invariant: a conversion that fails leaves the model as it was.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,7 @@ from detent.nn.instance_forward import float_forward
 from detent.nn.quant_module import check_module
 from detent.nn.sequential import Quantizer, members_of
 from detent.nn.torch_transformer import leave_fast_path, weight_used_from_outside
+from detent.nn.walk import walk
 from detent.notices import notify
 
 _log = logging.getLogger(__name__)
@@ -41,8 +42,9 @@ _log = logging.getLogger(__name__)
 def named_quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     """(full name, quantizer) of every quantizer; a sequence counts once. Raises DetentError for what isn't a module."""
     check_module(model)
-    sequences = tuple(f"{n}." if n else "" for n, m in model.named_modules() if isinstance(m, SequentialQuantizer))
-    for name, module in model.named_modules():
+    modules = walk(model)
+    sequences = tuple(f"{n}." if n else "" for n, m in modules if isinstance(m, SequentialQuantizer))
+    for name, module in modules:
         if isinstance(module, SequentialQuantizer) or (
             isinstance(module, TensorQuantizer) and not (sequences and name.startswith(sequences))
         ):
@@ -85,7 +87,7 @@ def replace_quant_module(model: nn.Module, *, adapters: Collection[str] = ()) ->
         left = adapter_names(model) - set(adapters)
         take_experts_apart(model)
         old = {id(quantizer) for quantizer in model.modules() if isinstance(quantizer, TensorQuantizer)}
-        for name, module in list(model.named_modules()):
+        for name, module in walk(model):
             if isinstance(module, TensorQuantizer) or type(module) not in QuantModuleRegistry or name in left:
                 continue
             if not weight_used_from_outside(model, name):
@@ -120,7 +122,7 @@ def _check_initialized(name: str, module: nn.Module) -> None:
 
 def unconverted(model: nn.Module) -> Iterator[tuple[str, str]]:
     """(name, reason) of modules with large weights that Detent leaves alone although a user may expect otherwise."""
-    for name, module in model.named_modules():
+    for name, module in walk(model):
         kind = type(module)
         base = QuantModuleRegistry.overridden(kind)
         if isinstance(module, nn.RNNBase | nn.RNNCellBase):
@@ -171,7 +173,8 @@ def set_quantizer_by_cfg(model: nn.Module, quant_cfg: Any, *, strict: bool = Tru
         4
     """
     rules = normalize(quant_cfg)
-    names = {name: parent_classes(model, name) for name, _ in named_quantizers(model)}
+    modules = dict(walk(model))
+    names = {name: parent_classes(modules, name) for name, _ in named_quantizers(model)}
     if not names:
         raise DetentError(f"{type(model).__name__} has no quantizers; call quantize() or replace_quant_module() first")
     warnings = check_matches(rules, names, strict=strict, must_enable=False)
@@ -180,7 +183,7 @@ def set_quantizer_by_cfg(model: nn.Module, quant_cfg: Any, *, strict: bool = Tru
     for_adapters = rules_for_adapters(rules, names, inside) if inside else []
     with unchanged_on_failure(model):
         for name, parents in names.items():
-            _apply(model, for_adapters if name in inside else rules, name, parents)
+            _apply(modules, for_adapters if name in inside else rules, name, parents)
         settle(model)
     for warning in warnings:
         _log.warning("%s", warning)
@@ -191,7 +194,8 @@ def check_something_enabled(model: nn.Module, quant_cfg: Any, *, strict: bool = 
     """Refuse (or warn of, unless strict) a configuration after which no quantizer is on, saying why none is."""
     if any(quantizer.is_enabled for _, quantizer in named_quantizers(model)):
         return
-    names = {name: parent_classes(model, name) for name, _ in named_quantizers(model)}
+    modules = dict(walk(model))
+    names = {name: parent_classes(modules, name) for name, _ in named_quantizers(model)}
     skipped = "".join(f"; {name} stays unquantized: {why}" for name, why in list(unconverted(model))[:3])
     try:
         messages = check_matches(normalize(quant_cfg), names, strict=strict)
@@ -201,11 +205,11 @@ def check_something_enabled(model: nn.Module, quant_cfg: Any, *, strict: bool = 
         _log.warning("%s%s", message, skipped)
 
 
-def _apply(model: nn.Module, rules: list[Rule], name: str, parents: set[str]) -> None:
-    before = attributes_of(model.get_submodule(name))
+def _apply(modules: Mapping[str, nn.Module], rules: list[Rule], name: str, parents: set[str]) -> None:
+    before = attributes_of(modules[name])
     attributes = match(rules, name, parents, before)
     if attributes is not None and attributes != before:
-        set_attributes(model, name, attributes)
+        set_attributes(modules[name.rpartition(".")[0]], name, attributes)
 
 
 def attributes_of(quantizer: nn.Module) -> Attributes:
@@ -216,14 +220,13 @@ def attributes_of(quantizer: nn.Module) -> Attributes:
     return quantizer.attributes
 
 
-def parent_classes(model: nn.Module, quantizer_name: str) -> set[str]:
-    return QuantModuleRegistry.names_of(model.get_submodule(quantizer_name.rpartition(".")[0]))
+def parent_classes(modules: Mapping[str, nn.Module], quantizer_name: str) -> set[str]:
+    return QuantModuleRegistry.names_of(modules[quantizer_name.rpartition(".")[0]])
 
 
-def set_attributes(model: nn.Module, name: str, attributes: Attributes) -> None:
-    """Give one quantizer its attributes, changing between single and sequence where needed."""
-    parent_name, _, leaf = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
+def set_attributes(parent: nn.Module, name: str, attributes: Attributes) -> None:
+    """Give one quantizer, of module `parent`, its attributes, changing between single and sequence where needed."""
+    leaf = name.rpartition(".")[2]
     quantizer = getattr(parent, leaf)
     steps = attributes if isinstance(attributes, SequentialConfig) else [attributes]
     if not all(step.fake_quant or not step.enable for step in steps):
@@ -242,7 +245,8 @@ def set_attributes(model: nn.Module, name: str, attributes: Attributes) -> None:
     for member in members_of(quantizer):
         member.token_axis = token_axis
     quantizer.name = name
-    quantizer.train(parent.training)
+    if quantizer.training != parent.training:
+        quantizer.train(parent.training)
 
 
 def _check_codes_allowed(name: str, parent: nn.Module, leaf: str, steps: int) -> None:
@@ -283,7 +287,7 @@ def set_quantizer_by_cfg_context(model: nn.Module, quant_cfg: Any) -> Iterator[N
 
 def settle(model: nn.Module) -> None:
     """What must follow every change of which quantizers are on."""
-    for name, module in model.named_modules():
+    for name, module in walk(model):
         front = float_forward(module)
         on = [child for child, quantizer in quantizers_of(module) if quantizer.is_enabled] if front else []
         if on:

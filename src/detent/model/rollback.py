@@ -17,6 +17,7 @@ from torch import nn
 from detent.model.edit import configs_of
 from detent.nn.attention import route_attention
 from detent.nn.quant_module import check_module
+from detent.nn.walk import walk
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
@@ -54,7 +55,7 @@ class ModelMemory:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = check_module(model)
-        self._modules = remember(model.modules())
+        self._modules = remember(module for _, module in walk(model))
         self._ties = [(c, c.tie_word_embeddings) for c in configs_of(model) if hasattr(c, "tie_word_embeddings")]
 
     def restore(self) -> None:
@@ -92,7 +93,7 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
 def without_rollback(model: nn.Module) -> Iterator[None]:
     """Nothing is remembered inside the block: for runs that throw a model away when they fail, so that float weights
     are freed as soon as they are replaced."""
-    token = _covered.set(_covered.get() | {id(module) for module in model.modules()})
+    token = _covered.set(_covered.get() | {id(module) for _, module in walk(model)})
     try:
         yield
     finally:

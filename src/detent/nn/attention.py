@@ -32,6 +32,7 @@ from detent.nn.attention_products import (
 from detent.nn.registry import QuantModuleRegistry, once_a_class
 from detent.nn.sequential import SequentialQuantizer, members_of
 from detent.nn.tensor_quantizer import TensorQuantizer
+from detent.nn.walk import walk
 
 _REGISTRY_NAME = "ALL_ATTENTION_FUNCTIONS"
 _PREFIX = "detent_"
@@ -51,7 +52,7 @@ QuantModuleRegistry.add_rule(lambda kind: multiplies(kind) and not fetches_its_f
 
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of every module whose queries, keys and values can be quantized."""
-    for name, module in model.named_modules():
+    for name, module in walk(model):
         kind = type(module)
         if isinstance(module, QuantAttention) or (fetches_its_function(kind) and hasattr(module, "config")):
             yield name, module

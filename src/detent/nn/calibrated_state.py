@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -83,19 +83,29 @@ class CalibratedState(nn.Module):
     name: str
     attributes: QuantizerAttributeConfig
     _format: Format
+    _revision: int
+    _cached_scales: tuple[Any, list[Tensor], Scales] | None
+    #: `fused_rotation` as a number, with the revision at which it was read.
+    _fused_rotation_read: tuple[int, int] | None
 
     def __init__(self) -> None:
         super().__init__()
-        for name in self._STATE:
-            self.register_buffer(name, None)
-        self._cached_scales: tuple[Any, list[Tensor], Scales] | None = None
-        #: `fused_rotation` as a number, with the revision at which it was read.
-        self._fused_rotation_read: tuple[int, int] | None = None
+        self._buffers.update(dict.fromkeys(self._STATE))
+        self._put(_cached_scales=None, _fused_rotation_read=None)
         self._changed()
+
+    def train(self, mode: bool = True) -> Self:
+        self.training = mode
+        return self
 
     def _changed(self) -> None:
         """Note that the quantizer may quantize differently from now on. No two revisions are ever the same."""
-        self._revision = next(_revisions)
+        self._put(_revision=next(_revisions))
+
+    def _put(self, **values: Any) -> None:
+        """Set attributes that are neither tensors nor modules, past what nn.Module looks at in each assignment: a large
+        model has a hundred thousand quantizers."""
+        self.__dict__.update(values)
 
     def _set_buffer(self, name: str, value: Tensor | None) -> None:
         self.register_buffer(name, value)
@@ -158,8 +168,8 @@ class CalibratedState(nn.Module):
 
     def reset_amax(self) -> None:
         """Forget everything calibrated about the range, the bias included (not the pre-quantization scale)."""
-        for name in (*self._RANGE, "_bias_value"):
-            self._set_buffer(name, None)
+        self._buffers.update(dict.fromkeys((*self._RANGE, "_bias_value")))
+        self._changed()
 
     @property
     def is_calibrated(self) -> bool:

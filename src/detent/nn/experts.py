@@ -289,7 +289,10 @@ def _linear(projection: Projection, parameters: dict[str, nn.Parameter | None], 
     if weight.is_meta or not weight.is_contiguous():  # without memory there is none to share
         weight = weight.clone(memory_format=torch.contiguous_format)
     biases = None if projection.bias is None else parameters[projection.bias]
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=biases is not None, device="meta")
+    layer = nn.Linear.__new__(nn.Linear)  # whose __init__ would draw numbers
+    nn.Module.__init__(layer)
+    layer.out_features, layer.in_features = weight.shape
+    layer.register_parameter("bias", None)
     layer.weight = nn.Parameter(weight, requires_grad=parameter.requires_grad)
     if biases is not None:
         bias = projection.part.of_bias().select(biases.data, expert)

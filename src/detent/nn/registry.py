@@ -132,7 +132,7 @@ class _Registry:
             module.parallel_state = ParallelState()  # type: ignore[assignment]
         module._setup()  # type: ignore[operator]
         for name, child in module.named_children():
-            if name not in children:
+            if name not in children and child.training != module.training:
                 child.train(module.training)
         return module
 

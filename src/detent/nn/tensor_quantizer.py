@@ -24,6 +24,9 @@ from detent.nn.hadamard import hadamard_transform
 from detent.nn.observers import NOT_FINITE, MinMaxObserver, Observer, make_observer
 from detent.padding import drop_padding
 
+#: Copied, never handed out: a copy costs a tenth of a new one.
+_DEFAULT = QuantizerAttributeConfig()
+
 
 class TensorQuantizer(CalibratedState):
     """Applies one number format to the tensor it is called with.
@@ -52,6 +55,11 @@ class TensorQuantizer(CalibratedState):
     #: The axis of tokens, where it isn't axis 1: observers then leave padding out along it.
     token_axis: int | None = None
 
+    _if_quant: bool
+    _if_calib: bool
+    _observer: Observer | None
+    _bias_observer: BiasObserver | None
+
     def __init__(
         self,
         quant_attribute_cfg: QuantizerAttributeConfig | dict[str, Any] | None = None,
@@ -60,13 +68,8 @@ class TensorQuantizer(CalibratedState):
         amax: Tensor | float | None = None,
     ) -> None:
         super().__init__()
-        self.name = "tensor"
-        self._if_quant, self._if_calib = if_quant, if_calib
-        self._observer: Observer | None = None
-        self._bias_observer: BiasObserver | None = None
-        self.set_from_attribute_config(
-            QuantizerAttributeConfig() if quant_attribute_cfg is None else quant_attribute_cfg
-        )
+        self._put(name="tensor", _if_quant=if_quant, _if_calib=if_calib, _observer=None, _bias_observer=None)
+        self.set_from_attribute_config(_DEFAULT.model_copy() if quant_attribute_cfg is None else quant_attribute_cfg)
         if amax is not None:
             self.amax = amax
 
@@ -90,10 +93,9 @@ class TensorQuantizer(CalibratedState):
             (4, 0)
         """
         before = (self._format, self.attributes.bias) if hasattr(self, "_format") else None
-        attributes = merged(self.attributes if before else QuantizerAttributeConfig(), attributes)
+        attributes = merged(self.attributes if before else _DEFAULT, attributes)
         fmt = attributes.to_format()
-        self.attributes = attributes
-        self._format = fmt.as_dynamic() if attributes.dynamic_blocks else fmt
+        self._put(attributes=attributes, _format=fmt.as_dynamic() if attributes.dynamic_blocks else fmt)
         if before is not None and before != (self._format, attributes.bias):
             self.reset_amax()
         self._changed()
@@ -164,7 +166,8 @@ class TensorQuantizer(CalibratedState):
         self._switch(False)
 
     def _switch(self, on: bool) -> None:
-        self.attributes = self.attributes.model_copy(update={"enable": on})
+        if self.attributes.enable != on:
+            self._put(attributes=self.attributes.model_copy(update={"enable": on}))
         self._changed()
 
     @property

@@ -16,6 +16,7 @@ import torch
 from detent.algorithms.registry import handler_of
 from detent.checkpoints import Source
 from detent.formats import Format, decode, encode
+from detent.nn.walk import walk
 from detent.plan.plan import Plan
 from detent.structure.chain import chain_of
 
@@ -133,7 +134,8 @@ def _width(plan: Plan) -> int:
 
 
 def _bytes(plan: Plan, module: str, dtype: torch.dtype) -> int:
-    return sum(p.numel() for p in plan.skeleton.get_submodule(module).parameters()) * dtype.itemsize
+    parameters = (p for _, m in walk(plan.skeleton.get_submodule(module)) for p in m._parameters.values())
+    return sum({id(p): p.numel() for p in parameters if p is not None}.values()) * dtype.itemsize
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------

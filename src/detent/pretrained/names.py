@@ -228,8 +228,11 @@ class CheckpointNames:
         if found is None:
             yield TensorGroup(tuple(members), tuple(wanted), rule)
             return
+        by_tensor: dict[str, dict[str, Piece]] = {tensor: {} for tensor in members}
+        for name, piece in found.items():
+            by_tensor.setdefault(piece.tensor, {})[name] = piece
         for tensor in members:
-            inside = {name: piece for name, piece in found.items() if piece.tensor == tensor}
+            inside = by_tensor[tensor]
             whole = len(inside) == 1 and all(piece.part == Part() for piece in inside.values())
             yield TensorGroup((tensor,), tuple(inside), None, {} if whole else inside, rule is not None)
 

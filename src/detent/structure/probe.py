@@ -26,6 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from detent.nn import TensorQuantizer
 from detent.nn.experts import StandIn
+from detent.nn.walk import walk
 from detent.structure.attention import plain_attention
 from detent.structure.norms import Scaling, describe, may_scale
 from detent.structure.operations import (
@@ -327,7 +328,7 @@ class Probe(TorchFunctionMode):
         replaced: list[tuple[nn.Module, Any]] = []
         owners = self._weights.parameters
         try:
-            for name, module in self._model.named_modules():
+            for name, module in walk(self._model):
                 if isinstance(module, TensorQuantizer) or not name:
                     continue
                 own = name in owners or any(f"{name}.{p}" in owners for p in module._parameters)

@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from detent.nn import QuantWeightBase, TensorQuantizer
 from detent.nn.experts import QuantExperts
+from detent.nn.walk import walk
 
 
 def memory(tensor: Tensor) -> int:
@@ -43,7 +44,7 @@ class DrawnWeights:
         self._names: dict[int, list[str]] = {}
         self._places: dict[int, list[tuple[nn.Module, str]]] = {}
         self._casts: Any = WeakTensorKeyDictionary()
-        for module_name, module in model.named_modules():
+        for module_name, module in walk(model):
             if isinstance(module, QuantWeightBase) or hasattr(module, "parametrizations"):
                 self.computing.add(module_name)
             for attribute, parameter in module._parameters.items():
@@ -108,12 +109,14 @@ class DrawnWeights:
 @contextmanager
 def prepared(model: nn.Module) -> Iterator[None]:
     """A model in evaluation mode, its quantizers off, in PyTorch's own operations; afterwards as it was."""
-    training = [module for module in model.modules() if module.training]
-    quantizers = [m for m in model.modules() if isinstance(m, TensorQuantizer) and m.is_enabled]
+    modules = [module for _, module in walk(model)]
+    training = [module for module in modules if module.training]
+    quantizers = [m for m in modules if isinstance(m, TensorQuantizer) and m.is_enabled]
     changed: list[tuple[Any, str, Any]] = []
-    experts = [m for m in model.modules() if isinstance(m, QuantExperts)]
+    experts = [m for m in modules if isinstance(m, QuantExperts)]
     try:
-        model.eval()
+        for module in training:
+            module.training = False
         for mixture in experts:
             mixture.few = True
         for quantizer in quantizers:
@@ -137,7 +140,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
 def _implementations(model: nn.Module) -> Iterator[tuple[Any, str, str]]:
     """Where transformers' configurations choose attention or experts that hide what they do, and what to choose."""
     configs: dict[int, Any] = {}
-    for module in model.modules():
+    for _, module in walk(model):
         config = getattr(module, "config", None)
         for part in () if config is None else (config, *getattr(config, "__dict__", {}).values()):
             configs.setdefault(id(part), part)
