@@ -25,8 +25,10 @@ def test_every_scheme_is_listed_with_its_bits() -> None:
     }
     for name, expected in bits.items():
         assert rows[name]["bits_per_weight"] == pytest.approx(expected, abs=1e-5), name
-    assert rows["w_int4_per_group_sym"]["held_by"] == ["compressed-tensors", "detent"]
-    assert rows["w_mx6"]["held_by"] == ["detent"]
+    assert {"compressed-tensors", "detent", "awq", "gptq"} <= set(rows["w_int4_per_group_sym"]["held_by"])
+    held = rows["w_mx6"]["held_by"]
+    assert "detent" in held
+    assert not {"compressed-tensors", "awq", "gptq", "gguf"} & set(held)
     text = succeed("schemes").out
     assert all(name in text for name in rows)
 
