@@ -27,6 +27,7 @@ def test_one_scheme_in_any_spelling() -> None:
     text = succeed("formats", "mx9").out
     assert "Formats of w_mx9_a_mx9" in text
     assert "does not hold it" in text
+    assert "[int4 per_group(128), " in succeed("formats", "w_int4_per_group_sym").out  # in the reason of GGUF
     for name, why in (("foo", "unknown scheme 'foo'"), ("no_quant", "quantizes nothing")):
         outcome = detent("formats", name)
         assert (outcome.code, outcome.out) == (2, "")

@@ -52,11 +52,13 @@ def _matrix(rows: list[dict[str, Any]]) -> Any:
 
 def _one(row: dict[str, Any]) -> Any:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=f"Formats of {row['scheme']}", title_justify="left")
     for heading in ("format", "held", "engines and what they need; or the reason"):
         table.add_column(heading, overflow="fold")
     for name, held in row["formats"].items():
         engines = [f"{engine}: {need}" if need else engine for engine, need in held.get("engines", {}).items()]
-        table.add_row(name, "no" if "reason" in held else "yes", held.get("reason") or "\n".join(engines))
+        text = Text(held.get("reason") or "\n".join(engines))  # brackets are part of it, not markup
+        table.add_row(name, "no" if "reason" in held else "yes", text)
     return table
