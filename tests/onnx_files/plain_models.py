@@ -39,13 +39,12 @@ class Cnn(nn.Module):
         return self.head(self.pool(self.up(x)).flatten(1))
 
 
-def run(path: Path | str, *inputs: Tensor, optimized: bool = True, precise: bool = False) -> np.ndarray:
-    """What onnxruntime computes."""
+def run(path: Path | str, *inputs: Tensor, fused: bool = False) -> np.ndarray:
+    """What onnxruntime computes; `fused`: with all its optimizations, as by default. Where there are integers these put
+    kernels in that saturate on processors without VNNI, or round the inputs of weights that alone are rounded."""
     levels = onnxruntime.GraphOptimizationLevel
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
-    if precise:  # kernels of 8-bit integers saturate on processors without VNNI unless they are asked not to
-        options.add_session_config_entry("session.x64quantprecision", "1")
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if fused else levels.ORT_ENABLE_BASIC
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
     return session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})[0]

@@ -203,33 +203,10 @@ def _finish(model: Any, opset: int, ir: Any) -> None:
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()
-    _own_zero_points(model.graph, ir)
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.ir_version = max(model.ir_version, 11 if opset >= FP4_OPSET else 10)
-
-
-def _own_zero_points(graph: Any, ir: Any) -> None:
-    """Give each node of a graph that computes in 8-bit integers zero points of its own, as onnxruntime's precise mode
-    (session.x64quantprecision) needs them. Weights alone stay without: with them, it rounds their inputs too."""
-    nodes = [node for node in graph.all_nodes() if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
-    small = (ir.DataType.INT8, ir.DataType.UINT8)
-    if not any(node.op_type == "QuantizeLinear" and node.outputs[0].dtype in small for node in nodes):
-        return
-    for index, node in enumerate(nodes):
-        codes, scale, zero = (*node.inputs, None)[:3]
-        if zero is None and (codes.const_value is None or codes.dtype not in small or "block_size" in node.attributes):
-            continue
-        if zero is not None and (zero.const_value is None or len(zero.uses()) == 1):
-            continue
-        kind = codes.dtype if zero is None else zero.dtype
-        values = scale.const_value.numpy() * 0 if zero is None else zero.const_value.numpy()
-        own = ir.Value(name=f"zero_point.{index}", shape=scale.shape, type=ir.TensorType(kind))
-        own.const_value = ir.tensor(values.astype(kind.numpy()), dtype=kind, name=own.name)
-        graph.initializers[own.name] = own
-        node.resize_inputs(3)
-        node.replace_input_with(2, own)
 
 
 @torch.no_grad()
