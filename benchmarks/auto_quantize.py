@@ -56,29 +56,29 @@ def peer(job: dict[str, Any]) -> dict[str, Any]:
     ids = load_file(job["batches"])
     batches = [{"input_ids": ids[name]} for name in sorted(ids)]
     torch.set_num_threads(job["threads"])
-    found, began, state = {}, time.perf_counter(), None
-    for target in job["targets"]:
-        constraints = {
-            "effective_bits": target - SCALE_BITS,
-            "cost": {"excluded_module_name_patterns": [HEAD, EMBEDDING]},
-        }
-        _, state = mtq.auto_quantize(
-            load(job["model"]),
-            constraints=constraints,
-            quantization_formats=[config(bits) for bits in WIDTHS],
-            data_loader=batches,
-            forward_step=lambda model, batch: model(**batch),
-            loss_func=loss_func,
-            disabled_layers=[HEAD, EMBEDDING],
-            num_calib_steps=len(batches),
-            num_score_steps=len(batches),
-        )
-        layers = {}
-        for group, recipe in state["best"]["recipe"].items():
-            for name in state["candidate_stats"][group]["module_names"]:
-                layers[name] = recipe.num_bits
+    began, found = time.perf_counter(), {}
+    excluded = {"excluded_module_name_patterns": [HEAD, EMBEDDING]}
+    constraints = [{"effective_bits": target - SCALE_BITS, "cost": excluded} for target in job["targets"]]
+    _, state = mtq.auto_quantize(
+        load(job["model"]),
+        constraints=constraints[0],
+        quantization_formats=[config(bits) for bits in WIDTHS],
+        data_loader=batches,
+        forward_step=lambda model, batch: model(**batch),
+        loss_func=loss_func,
+        disabled_layers=[HEAD, EMBEDDING],
+        num_calib_steps=len(batches),
+        num_score_steps=len(batches),
+    )
+    seconds = time.perf_counter() - began
+    for target, constraint in zip(job["targets"], constraints, strict=True):
+        layers = {name: 16 for group in state["candidate_stats"].values() for name in group["module_names"]}
+        for entry in mtq.get_auto_quantize_config(state, constraint)["quant_cfg"]:
+            name, _, leaf = str(entry["quantizer_name"]).rpartition(".")
+            if leaf == "weight_quantizer" and name in layers and entry.get("enable", True):
+                layers[name] = entry["cfg"]["num_bits"]
         found[str(target)] = layers
-    return {"choices": found, "seconds": (time.perf_counter() - began) / len(job["targets"])}
+    return {"choices": found, "seconds": seconds}
 
 
 def main() -> None:
