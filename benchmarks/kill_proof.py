@@ -2,7 +2,7 @@
 
 ::
 
-    python benchmarks/kill_proof.py [--kills 40] [--seed 0]
+    python benchmarks/kill_proof.py [--kills 40] [--seed 0] [--case NAME]
 
 Each attempt is a forked process, so that libraries are loaded once. Data-free runs get small files, so that there is
 something to resume.
@@ -83,6 +83,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", choices=CASES, action="append")
     parser.add_argument("--kills", type=int, default=40, help="of each case")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -94,7 +95,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model, out = Path(scratch) / "model", Path(scratch) / "out"
         make_model(model)
-        for case, flags in CASES.items():
+        for case in options.case or CASES:
+            flags = CASES[case]
             command = ["quantize", "--model_dir", str(model), "--output_dir", str(out), *flags, "--device", "cpu"]
             command += ["--dataset", str(model / "texts.json"), "--seq_len", "64", "--num_calib_data", "16"]
             command += ["--skip_evaluation"]

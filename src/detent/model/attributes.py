@@ -119,8 +119,7 @@ def set_quantizer_attribute(
     """
     with unchanged_on_failure(model):
         for name in _matching(model, wildcard_or_filter_func, parent_class):
-            parent = model.get_submodule(name.rpartition(".")[0])
-            set_attributes(parent, name, _merged(name, attributes_of(model.get_submodule(name)), attribute))
+            set_attributes(model, name, _merged(name, attributes_of(model.get_submodule(name)), attribute))
         settle(model)
 
 
@@ -148,7 +147,7 @@ def set_quantizer_attributes_full(
     parsed = parse_attributes(attributes)
     with unchanged_on_failure(model):
         for name in _matching(model, wildcard_or_filter_func, parent_class):
-            set_attributes(model.get_submodule(name.rpartition(".")[0]), name, parsed)
+            set_attributes(model, name, parsed)
         settle(model)
 
 

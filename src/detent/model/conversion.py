@@ -209,7 +209,7 @@ def _apply(modules: Mapping[str, nn.Module], rules: list[Rule], name: str, paren
     before = attributes_of(modules[name])
     attributes = match(rules, name, parents, before)
     if attributes is not None and attributes != before:
-        set_attributes(modules[name.rpartition(".")[0]], name, attributes)
+        _set_in(modules[name.rpartition(".")[0]], name, attributes)
 
 
 def attributes_of(quantizer: nn.Module) -> Attributes:
@@ -224,8 +224,12 @@ def parent_classes(modules: Mapping[str, nn.Module], quantizer_name: str) -> set
     return QuantModuleRegistry.names_of(modules[quantizer_name.rpartition(".")[0]])
 
 
-def set_attributes(parent: nn.Module, name: str, attributes: Attributes) -> None:
-    """Give one quantizer, of module `parent`, its attributes, changing between single and sequence where needed."""
+def set_attributes(model: nn.Module, name: str, attributes: Attributes) -> None:
+    """Give one quantizer its attributes, changing between single and sequence where needed."""
+    _set_in(model.get_submodule(name.rpartition(".")[0]), name, attributes)
+
+
+def _set_in(parent: nn.Module, name: str, attributes: Attributes) -> None:
     leaf = name.rpartition(".")[2]
     quantizer = getattr(parent, leaf)
     steps = attributes if isinstance(attributes, SequentialConfig) else [attributes]
