@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from torch import nn
 
 import detent
 from checkpoints.test_vendor_layouts import experts, write_experts
-from checkpoints.toy import quantized_llama, toy_source
+from checkpoints.toy import llama_source, quantized_llama, toy_source
 from detent import formats as f
 from detent.checkpoints import Source, layouts, open_quantized, open_source
+from detent.checkpoints.gguf.imatrix import read_imatrix, write_imatrix
 from detent.formats import decode
 from detent.report.contents import contents
 from fuzz.mutations import changed, clear, dose, flipped
@@ -198,3 +200,47 @@ def test_descriptions_of_saved_models(name: str, saved: dict[str, Path], tmp_pat
     path = tmp_path_factory.mktemp("restore") / "m"
     save_file(tensors, path, metadata={"detent_state": json.dumps(data.draw(changed(state)))})
     restore(path)
+
+
+@pytest.fixture(scope="module")
+def gguf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny mixture as GGUF: codes, float16 and float32."""
+    pytest.importorskip("gguf")
+    source = llama_source(tmp_path_factory.mktemp("float") / "m")
+    export = detent.ExportOptions("gguf", gguf_type="Q5_K_M", verify=False)
+    out = tmp_path_factory.mktemp("gguf") / "out"
+    detent.quantize_checkpoint(
+        detent.ModelOptions(str(source)),
+        detent.SchemeOptions(export=export),
+        out,
+        evaluation=detent.EvaluationOptions(skip=True),
+    )
+    return out
+
+
+@dose(0.3)
+@given(st.data())
+def test_gguf(gguf_folder: Path, tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    folder = tmp_path_factory.mktemp("changed")
+    content = (gguf_folder / "model.gguf").read_bytes()
+    (folder / "model.gguf").write_bytes(data.draw(flipped(content, 6000)))
+    (folder / "config.json").write_bytes((gguf_folder / "config.json").read_bytes())
+    checkpoint = clear(open_quantized, folder)
+    for name in () if checkpoint is None else checkpoint.formats.layers:
+        layer = clear(checkpoint.layer, name)
+        assert layer is None or bool(torch.isfinite(decode(layer.weight)).all())
+    for name in () if checkpoint is None else checkpoint.kept:
+        clear(checkpoint.tensor, name)
+
+
+@dose(0.3)
+@given(st.data())
+def test_imatrix(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    pytest.importorskip("gguf")
+    folder = tmp_path_factory.mktemp("imatrix")
+    write_imatrix(folder / "a", {"x": torch.ones(8)}, {"x": 2})
+    binary = struct.pack("<ii", 1, 1) + b"x" + struct.pack("<ii8f", 3, 8, *range(8))
+    for content in ((folder / "a").read_bytes(), binary):
+        (folder / "b").write_bytes(data.draw(flipped(content, 100)))
+        found = clear(read_imatrix, folder / "b")
+        assert found is None or all(bool(torch.isfinite(values).all()) for values in found.values())
