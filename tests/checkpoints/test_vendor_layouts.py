@@ -398,6 +398,12 @@ def test_autofp8_by_hand(tmp_path: Path) -> None:
         assert (found.kept, found.formats.ignored) == (["model.norm.weight"], ("lm_head",))
         scales = found.kv_scales()["model.layers.0.self_attn"]
         assert [s.scale.item() for s in scales] == pytest.approx([0.02, 0.03])
+    tensors = {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if "self_attn" not in name}
+    tensors["model.layers.0.self_attn.kv_scale"] = torch.tensor(0.04)  # of its first versions: one for both
+    old = save_shards(tmp_path / "old", tensors, json.loads((folder / "config.json").read_text()))
+    both = open_quantized(old).kv_scales()["model.layers.0.self_attn"]
+    assert [s.scale.item() for s in both] == pytest.approx([0.04, 0.04])
 
 
 def test_deepseek_by_hand(tmp_path: Path) -> None:
@@ -476,6 +482,28 @@ def test_experts_are_stacked_as_gpt_oss_has_them(tmp_path: Path) -> None:
                 assert torch.equal(theirs[e].T[1::2], values[f"{EXPERTS}.{e}.up_proj"])
 
 
+def test_stacks_of_a_run_that_was_interrupted(tmp_path: Path) -> None:
+    """Those that were finished are left as they are; a part that comes again, to be compared, changes nothing."""
+    layers, whole = experts(), load_file(write_experts(tmp_path / "once", experts()) / "model.safetensors")
+    formats = ModelFormats({layer.name: layer.formats for layer in layers}, ignored=("lm_head",))
+    source = Source(toy_source(tmp_path / "src", {"a": torch.ones(2)}, dtype="float32"))
+    options: dict[str, Any] = {"source": source, "formats": formats, "layout": layouts["mxfp4"]}
+    options |= {"progress": tmp_path / "unfinished", "max_shard_size": 1}
+    with QuantizedWriter(tmp_path / "out", **options) as writer:
+        names = {layer.name: writer.add_layer(layer)[0] for layer in layers}
+    with QuantizedWriter(tmp_path / "out", **options) as writer:
+        for n, layer in enumerate(layers):
+            skipped = n > 0 and writer.skip_layer(layer.name, names[layer.name], {})
+            assert skipped == (n > 0 and "down" not in layer.name)  # the last file wasn't finished
+            if not skipped:
+                writer.add_layer(layer)
+        writer.add_tensor("a", source.tensor("a"))
+        out = writer.finish()
+    found = {name: t for path in out.glob("*.safetensors") for name, t in load_file(path).items()}
+    for name, tensor in whole.items():
+        assert_same_tensor(found[name], tensor, name)
+
+
 def test_experts_of_gpt_oss_by_hand(tmp_path: Path) -> None:
     codes = torch.randint(0, 16, (2, 6, 64), generator=torch.Generator().manual_seed(6))
     blocks = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8).view(2, 6, 2, 16)
@@ -529,6 +557,18 @@ def test_what_a_layout_does_not_hold(name: str, layers: dict[str, LayerFormats],
     assert reason is not None
     assert reason.startswith(f"{name} does not hold ")
     assert words in reason
+
+
+def test_the_engines_that_read_a_layout() -> None:
+    def engines(name: str, weights: Format, inputs: Format | None) -> set[str]:
+        return set(layouts[name].needs(ModelFormats({"a": LayerFormats((32, 64), weights, inputs)})))
+
+    assert engines("fp8", f.fp8(), f.fp8()) == {"vLLM", "SGLang"}
+    assert engines("fp8", f.mx("e4m3"), f.mx("e4m3", dynamic=True)) == {"vLLM", "SGLang", "transformers"}
+    assert engines("modelopt", f.nvfp4(), f.nvfp4()) == {"TensorRT-LLM", "vLLM", "SGLang"}
+    assert engines("modelopt", f.integer(4, f.per_group(32)), None) == {"TensorRT-LLM"}
+    assert engines("quark", f.integer(4, f.per_group(32)), None) == {"Quark", "transformers", "vLLM", "SGLang"}
+    assert engines("quark", f.integer(8), None) == {"Quark", "transformers"}
 
 
 def test_a_refusal_names_a_layout_that_holds_the_model() -> None:

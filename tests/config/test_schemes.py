@@ -263,6 +263,8 @@ def test_options() -> None:
         (("w_mxfp4", None, None, "round"), "even, floor or ceil, not 'round'"),
         (("w_int4_per_group_sym", None, None, "floor"), "no OCP MX"),
         (("w_int9_per_group_sym",), "'int9' is not the name of a format.*nearest schemes are w_int8_per_group_sym"),
+        (("w_int4_per_block_sym",), "per_block: square blocks share a scale in weights of fp8 alone"),
+        (("w_fp8_per_block_a_fp8_per_block",), "per_block: square blocks share a scale in weights of fp8 alone"),
         (("w_int4_per_grp_sym",), "unknown qualifier 'per'.*w_int4_per_group_sym"),
         (("w_int4_per_group_sim",), "unknown qualifier 'sim'.*w_int4_per_group_sym"),
         (("int4_per_group_sym",), "unknown scheme.*w_int4_per_group_sym"),

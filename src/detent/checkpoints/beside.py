@@ -39,7 +39,8 @@ OF_ACTIVATIONS = re.compile(
     r"((input|output|activation|k|v|q|kv|prob)_(scale|zero_point|global_scale)(_2)?|input_scale_ub)"
 )
 #: Ends of the names of the scale of keys, in the order in which they are looked for; those of values follow from them.
-_KEYS = (".k_proj.k_scale", ".k_proj.output_scale", ".k_scale")
+#: Old versions of AutoFP8 have one for both.
+_KEYS = (".k_proj.k_scale", ".k_proj.output_scale", ".k_scale", ".kv_scale")
 #: What a name in a layout is called by others: old versions, and transformers.
 _ALSO = {
     "weight_scale": ("weight_scale_inv",),

@@ -43,6 +43,11 @@ class Fp8Layout(BesideLayout):
             return "fp8 does not hold a key/value cache beside MXFP8, whose readers have no place for it"
         return None
 
+    def needs(self, formats: ModelFormats) -> dict[str, str]:
+        """transformers reads blocks and MXFP8; of AutoFP8 it would leave the scales out."""
+        read = all((_dialect(layer) or ("",))[0] in ("block", "mxfp8") for layer in formats.layers.values())
+        return dict.fromkeys(self.engines if read else self.engines[:2], "")
+
     def why_not(self, layer: LayerFormats) -> str | None:
         """None, or why none of the dialects has a layer."""
         dialect = _dialect(layer)
@@ -100,7 +105,8 @@ class Fp8Layout(BesideLayout):
             elif block is not None:
                 given = fp8("e4m3", per_group(block[1]), dynamic=True)
             layers[name] = LayerFormats(layer.shape, layer.weight, given)
-        cache = fp8() if any(name.endswith((".k_scale", ".k_proj.output_scale")) for name in source) else None
+        ends = (".k_scale", ".k_proj.output_scale", ".kv_scale")
+        cache = fp8() if any(name.endswith(ends) for name in source) else None
         stays = config.modules_to_not_convert or config.ignored_layers or ()
         return ModelFormats(layers, cache, tuple(stays))
 

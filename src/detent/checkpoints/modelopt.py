@@ -59,6 +59,8 @@ ALGORITHMS: dict[str, tuple[Format, Format | None]] = {
 }
 #: Other spellings of the words.
 _SPELLINGS = {"NVFP4_AWQ": "NVFP4", "INT4_AWQ": "W4A16_AWQ", "INT8_SQ": "W8A8_SQ_PER_CHANNEL", "INT8_WO": "W8A16"}
+#: Those that vLLM and SGLang read.
+_READ_BY_ALL = {"FP8", "FP8_PER_CHANNEL_PER_TOKEN", "fp8_pb_wo", "NVFP4", "W4A16_NVFP4", "MXFP8"}
 #: Those that ModelOpt also writes into ``config_groups``.
 _GROUPED = ("FP8", "NVFP4", "W4A16_NVFP4")
 
@@ -72,6 +74,11 @@ class ModelOptLayout(BesideLayout):
     def adapt(self, scheme: Scheme) -> Scheme:
         """Scales of integers in float32."""
         return replace(scheme, weight=None if scheme.weight is None else scheme.weight.with_scale_dtype("float32"))
+
+    def needs(self, formats: ModelFormats) -> dict[str, str]:
+        """Words that TensorRT-LLM alone reads are left to it."""
+        read = {_word(layer) for layer in formats.layers.values()} <= _READ_BY_ALL
+        return dict.fromkeys(self.engines if read else self.engines[:1], "")
 
     def why_not(self, layer: LayerFormats) -> str | None:
         """None, or why no word of ModelOpt stands for a layer."""

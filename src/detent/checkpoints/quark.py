@@ -79,6 +79,13 @@ class QuarkLayout(BesideLayout):
             raise DetentError(f"unknown pack_method {method!r}; known: {', '.join(_ORDERS)}")
         return QuarkLayout(method)
 
+    def needs(self, formats: ModelFormats) -> dict[str, str]:
+        """vLLM and SGLang compute with FP8, int8, MX and NVFP4 on both sides, and with int4 in groups alone."""
+        weights = (x.weight for x in formats.layers.values() if x.input is None and x.weight is not None)
+        read = all(fmt.bits == 4 and fmt.granularity.kind == "per_group" for fmt in weights)
+        more = dict.fromkeys(self.engines[1:], "") if read else {}
+        return {"Quark": "", "transformers": "amd-quark", **more}
+
     def why_not(self, layer: LayerFormats) -> str | None:
         """None, or why Quark has no words for a layer."""
         assert layer.weight is not None
