@@ -695,6 +695,36 @@ def test_experts_that_are_damaged(change: dict[str, Tensor | None], words: str, 
         open_quantized(again).check()
 
 
+def test_caches_that_are_not_read(tmp_path: Path) -> None:
+    quantized_llama(tmp_path, plain(f.fp8(), f.fp8()), kv_cache=f.fp8(), layout=layouts["modelopt"])
+    forget_description(tmp_path / "out")
+    (tmp_path / "out" / "hf_quant_config.json").unlink()
+    for scheme in ("NVFP4_AFFINE", {"dynamic": False, "num_bits": 8, "type": "int"}):
+        folder = changed(tmp_path / "out", lambda config, scheme=scheme: config.update(kv_cache_scheme=scheme))
+        with pytest.raises(DetentError, match=r"a key/value cache in .* is not read by Detent; it reads FP8 and NVFP4"):
+            open_quantized(folder)
+    stored = {"a.weight": torch.ones(8, 4, dtype=torch.int8), "a.weight_scale": torch.tensor(0.1)}
+    cache = {"*k_proj": {"output_tensors": spec("int8")}}
+    with pytest.raises(DetentError, match="a key/value cache in int8 per_tensor"):
+        open_quantized(quark_by_hand(tmp_path / "q", stored, spec("int8"), kv_cache_quant_config=cache))
+
+
+def test_quark_scales_of_a_cache_that_are_there_twice(tmp_path: Path) -> None:
+    """Where scales of keys and values were merged, the attention module has them too."""
+    quantized_llama(tmp_path, plain(f.fp8(), f.fp8()), kv_cache=f.fp8(), layout=layouts["quark"])
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for side in "kv":
+        for n in range(2):
+            name = f"model.layers.{n}.self_attn"
+            tensors[f"{name}.{side}_scale"] = tensors[f"{name}.{side}_proj.output_scale"].clone()
+    save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    found = open_quantized(tmp_path / "out")
+    found.check()
+    assert found.formats.kv_cache == f.fp8()
+    assert not [name for name in found.kept if name.endswith("_scale")]
+    assert found.formats.layers["model.layers.0.self_attn.k_proj"].output is None
+
+
 def test_quark_specs_that_are_not_read(tmp_path: Path) -> None:
     stored = {"a.weight": torch.ones(8, 4, dtype=torch.int8), "a.weight_scale": torch.tensor(0.1)}
     for n, (wanted, words) in enumerate(

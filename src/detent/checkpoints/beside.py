@@ -198,7 +198,8 @@ class BesideReader:
         if left is not None:
             self._check_config()
         self._kv = self._cache_names() if self.formats.kv_cache is not None else {}
-        self.used = {name for names in self._kv.values() for name in names}
+        ends = tuple(end for key in _KEYS for end in (key, key.replace("k_", "v_")))
+        self.used = {name for name in source if self._kv and name.endswith(ends)}  # some are there twice
         for module, layer in self.formats.layers.items():
             self.used.update(self._name(module, key) for key in self._parts(module, layer))
         refuse_unexplained(source, self.used)

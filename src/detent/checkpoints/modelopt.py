@@ -20,7 +20,7 @@ from detent.checkpoints.source import Source
 from detent.checkpoints.told import told_weights
 from detent.config import Scheme
 from detent.errors import DetentError
-from detent.external.files import check_as, is_file, read_as
+from detent.external.files import check_as, is_file, read_as, shown
 from detent.external.schemas import ModelOptConfig, ModelOptFile
 from detent.formats import (
     Format,
@@ -167,6 +167,12 @@ class ModelOptLayout(BesideLayout):
                 raise DetentError(f"{where}: {name} is quantized, but quantized_layers doesn't have it")
             layers[name] = _told_layer(layer, word, f"{where}: {name}")
         algo = config.kv_cache_quant_algo or config.kv_cache_scheme
+        if isinstance(algo, dict) and (algo.get("type"), algo.get("num_bits")) == ("float", 8):
+            algo = "FP8"
+        if algo not in (None, "FP8", "NVFP4"):
+            raise DetentError(
+                f"{where}: a key/value cache in {shown(algo)} is not read by Detent; it reads FP8 and NVFP4"
+            )
         cache = None if algo is None else nvfp4() if algo == "NVFP4" else fp8()
         return ModelFormats(layers, cache, tuple(config.ignore or config.exclude_modules or ()))
 

@@ -23,7 +23,7 @@ from detent.checkpoints.source import Source
 from detent.checkpoints.told import told_weights
 from detent.errors import DetentError
 from detent.external.files import check_as
-from detent.external.schemas import QuarkConfig
+from detent.external.schemas import QuarkConfig, QuarkSpec
 from detent.formats import (
     E2M1,
     E2M3,
@@ -172,17 +172,16 @@ class QuarkLayout(BesideLayout):
             if own is None or own.weight is None:
                 raise DetentError(f"{source.path}: {module} has scales, but config.json has no format for its weight")
             dtype = source.info(f"{module}.weight_scale").dtype
-            specs = {
-                side: [] if found is None else [s.model_dump() for s in (found if isinstance(found, list) else [found])]
-                for side, found in (("w", own.weight), ("i", own.input_tensors), ("o", own.output_tensors))
-            }
-            weight = _format(specs["w"], f"{where}: {module}").with_scale_dtype(_SCALE_DTYPES.get(dtype, "float32"))
-            inputs, outputs = (_format(specs[s], f"{where}: {module}") if specs[s] else None for s in "io")
-            if cached is not None:
-                outputs = None
+            sides = (own.weight, own.input_tensors, None if cached is not None else own.output_tensors)
+            weight, inputs, outputs = (_told(side, f"{where}: {module}") for side in sides)
+            assert weight is not None
+            weight = weight.with_scale_dtype(_SCALE_DTYPES.get(dtype, "float32"))
             shape = _shape(source, f"{module}.weight", weight)
             layers[module] = LayerFormats(shape, weight, inputs, outputs)
-        cache = fp8() if config.kv_cache_quant_config else None
+        caches = {_told(c.output_tensors, where) for c in (config.kv_cache_quant_config or {}).values()}
+        cache = next(iter(caches), None)
+        if len(caches) > 1 or (cache is not None and self.why_not_cache(cache)):
+            raise DetentError(f"{where}: a key/value cache in {', '.join(map(str, caches))} is not read by Detent")
         return ModelFormats(layers, cache, tuple(config.exclude or ()))
 
     def _codes(self, field: str, fmt: Format, shape: tuple[int, ...], turned: bool) -> StoredPart:
@@ -320,6 +319,12 @@ def _spec(fmt: Format) -> Spec:
         "enable_buffer_reuse": False,
         "max_input_numel": 4194304,
     }
+
+
+def _told(found: QuarkSpec | list[QuarkSpec] | None, where: str) -> Format | None:
+    if found is None:
+        return None
+    return _format([spec.model_dump() for spec in (found if isinstance(found, list) else [found])], where)
 
 
 def _format(specs: list[Spec], where: str) -> Format:
