@@ -282,6 +282,12 @@ def test_what_no_model_of_weights_alone_has() -> None:
         wanted_layouts("gptq", gptq_version=3)
 
 
+def test_engines() -> None:
+    for fmt, engines in ((ints(4), 4), (ints(8), 4), (ints(3), 2), (ints(4, symmetric=False), 2)):
+        assert len(layouts["gptq"].needs(formats_of(fmt))) == engines
+    assert layouts["awq"].needs(formats_of(ints(4)))["transformers"] == "the package gptqmodel"
+
+
 def test_patterns_of_what_stays_become_parts_of_names() -> None:
     formats = ModelFormats(
         {"m.layers.0.mlp.experts.0.w1": LayerFormats((64, 64), ints(4))},

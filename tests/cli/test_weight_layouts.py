@@ -50,7 +50,7 @@ def test_as_a_source(export: str, place: Workplace, tmp_path: Path) -> None:
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
     assert "quantization" not in config
     (first, second) = (logits(load_quantized(folder)) for folder in (place.out, again.out))
-    assert (first - second).norm() < 0.5 * first.norm()
+    assert (first - second).norm() < 0.8 * first.norm()  # of random weights in 4 bits twice
 
 
 @pytest.mark.parametrize("export", EXPORTS)

@@ -57,6 +57,10 @@ class AwqLayout(WeightOnlyLayout):
                 return f"awq does not hold {caught}: its readers leave out every layer with {key} in its name"
         return None
 
+    def needs(self, formats: ModelFormats) -> dict[str, str]:
+        """transformers calls GPTQModel."""
+        return super().needs(formats) | {"transformers": "the package gptqmodel"}
+
     def layer_tensors(self, layer: LayerCheckpoint) -> dict[str, Tensor]:
         """The tensors of one layer, by their full names."""
         assert layer.weight is not None

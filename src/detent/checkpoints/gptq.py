@@ -71,6 +71,12 @@ class GptqLayout(WeightOnlyLayout):
             return f"{kinds[False]} is asymmetric and {kinds[True]} is not; version 2 of gptq holds both"
         return super().can_hold(formats)
 
+    def needs(self, formats: ModelFormats) -> dict[str, str]:
+        """vLLM and SGLang load symmetric weights of 4 and 8 bits alone."""
+        weights = [layer.weight for layer in formats.layers.values() if layer.weight is not None]
+        many = ("vLLM", "SGLang") if all(fmt.symmetric and fmt.bits in (4, 8) for fmt in weights) else ()
+        return {**dict.fromkeys((*many, "GPTQModel"), ""), "transformers": "the packages gptqmodel and optimum"}
+
     def _version(self, symmetric: bool) -> int:
         return self.version or (1 if symmetric else 2)
 

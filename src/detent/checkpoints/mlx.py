@@ -38,6 +38,7 @@ class MlxLayout(WeightOnlyLayout):
 
     name = "mlx"
     engines = ("MLX",)
+    fuses = False
     scales_like_model = True
     bits = BITS
 
