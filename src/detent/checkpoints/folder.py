@@ -208,7 +208,7 @@ class CheckpointWriter:
             _write_json(self._temporary / CONFIG_NAME, config)
             (self._temporary / PROGRESS_NAME).unlink(missing_ok=True)
             write_manifest(self._temporary)
-            self._set_permissions()
+            set_permissions(self._temporary)
         return self._temporary
 
     @contextmanager
@@ -253,13 +253,6 @@ class CheckpointWriter:
             (self._temporary / f"shard-{number}.safetensors").rename(self._temporary / file)
             weight_map.update(dict.fromkeys(shard, file))
         _write_json(self._temporary / INDEX_NAME, {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map})
-
-    def _set_permissions(self) -> None:
-        """The usual ones: temporary folders, and files that safetensors writes, are readable by their owner only."""
-        mask = _umask()
-        self._temporary.chmod(0o777 & ~mask)
-        for path in self._temporary.glob("*.safetensors"):
-            path.chmod(0o666 & ~mask)
 
     def _replace(self) -> None:
         """Put the temporary folder in the target's place. The old one is moved aside, and comes back on failure."""
@@ -356,6 +349,14 @@ def _sort_metadata(path: Path) -> None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def set_permissions(folder: Path) -> None:
+    """The usual ones: temporary folders, and files that safetensors writes, are readable by their owner only."""
+    mask = _umask()
+    folder.chmod(0o777 & ~mask)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
 
 
 def _umask() -> int:

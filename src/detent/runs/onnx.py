@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from detent.checkpoints import LayerCheckpoint
+from detent.checkpoints.folder import set_permissions
 from detent.errors import DetentError
 from detent.external.files import user_path
 from detent.external.output import Workspace, add_to_manifest, check_replaceable, check_target, write_manifest
@@ -87,6 +89,7 @@ def export_onnx_checkpoint(
         described = {**vars(report), "path": FILE_NAME}
         (work.path / REPORT_NAME).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         write_manifest(work.path)
+        set_permissions(work.path)
         check_replaceable(target, overwrite=overwrite)
         if target.exists():
             shutil.rmtree(target)
@@ -95,7 +98,7 @@ def export_onnx_checkpoint(
         work.path.rename(target)
     finally:
         work.remove()
-    return report
+    return replace(report, path=target / FILE_NAME)
 
 
 def add_onnx(folder: str | Path, *, with_cache: bool, model: ModelOptions) -> OnnxReport:
