@@ -37,7 +37,7 @@ _LANES = 64
 #: Numbers beyond what any code of a float16 scale can mean, and below what makes a difference to one.
 _MOST, _LEAST = 1e9, 1e-24
 _LARGEST = torch.finfo(torch.float16).max
-#: How often codes and the scales of a super-block are chosen in turns, at the end.
+#: How often codes and the scales of a super-block are chosen in turns, at the end; without minimums, one time less.
 _TURNS = 2
 
 
@@ -77,18 +77,20 @@ def search_scales(
     out = [blocks.new_empty(len(blocks), n, dtype=torch.float32) for n in (tiles, tiles, 1, 1)]
     found = [*out[: 1 + minimum], *(out[2 : 3 + minimum] if rule.tiles else ())]
 
+    most = _PIECE if torch.get_num_threads() == 1 or x.is_cuda else SHARED_PIECE
+    step = max(1, most // (_LANES * length * tiles)) * _LANES
+
     def work(pieces: list[Piece]) -> None:
+        room = torch.empty(5, step * tiles * length, dtype=torch.float32, device=x.device)
         for piece, _ in pieces:
             own = None
             if weighing is not None:
                 own = weighing[torch.arange(piece.start, piece.stop, device=x.device) % len(weighing)]
-                own = _side_by_side(own)
-            parts = search(_side_by_side(blocks[piece]).clamp_(-_MOST, _MOST), own, fmt, rule)
+                own = _side_by_side(own, room[0])
+            parts = search(_side_by_side(blocks[piece], room[1]).clamp_(-_MOST, _MOST), own, fmt, rule, room[2:])
             for whole, part in zip(found, parts, strict=True):
                 whole[piece] = part.view(whole.shape[1], -1)[:, : piece.stop - piece.start].T
 
-    most = _PIECE if torch.get_num_threads() == 1 or x.is_cuda else SHARED_PIECE
-    step = max(1, most // (_LANES * length * tiles)) * _LANES
     starts = range(0, len(blocks), step)
     share([(slice(start, min(start + step, len(blocks))), slice(None)) for start in starts], work)
     return _stored(fmt, rule, found, grid)
@@ -105,15 +107,23 @@ def _weights(importance: Tensor, width: int) -> Tensor:
     return weights / torch.where(mean > 0, mean, 1.0) + 1e-6
 
 
-def _side_by_side(blocks: Tensor) -> Tensor:
-    """Blocks [n, tiles, elements] as float32 [elements, tiles, n], n rounded up to a multiple of `_LANES`: then every
-    sum over the first axis is made in one order, whatever is next to it."""
+def _side_by_side(blocks: Tensor, room: Tensor) -> Tensor:
+    """Blocks [n, tiles, elements] as float32 [elements, tiles, n] in the memory of `room`, n rounded up to a multiple
+    of `_LANES`: then every sum over the first axis is made in one order, whatever is next to it."""
     count, tiles, length = blocks.shape
     rows = blocks.reshape(count, -1).to(torch.float32)
     if count % _LANES:
         rows = torch.nn.functional.pad(rows, (0, 0, 0, -count % _LANES))
-    columns = rows.t().clone(memory_format=torch.contiguous_format)
+    columns = room[: rows.numel()].view(tiles * length, -1).copy_(rows.t())
     return columns.view(tiles, length, -1).transpose(0, 1)
+
+
+def _like(x: Tensor, room: Tensor | None) -> Tensor:
+    """Memory laid out alike: that of `room`, as fresh memory costs more than the arithmetic, or new."""
+    if room is None:
+        return torch.empty_like(x)
+    length, tiles, count = x.shape
+    return room[: x.numel()].view(tiles, length, count).transpose(0, 1)
 
 
 def _stored(
@@ -175,8 +185,8 @@ _FACTORS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
     3: ((1.05, 0.8, 1.16, 0.95), (1.06, 1.37, 0.81, 1.74, 0.96, 1.19)),
     4: ((1.03, 1.08, 0.9, 0.98), (1.03, 1.2, 0.9, 1.4, 0.98, 1.1, 0.8)),
     5: ((1.01, 0.94, 0.99, 1.03), (1.01, 0.94, 1.08, 1.2, 0.88, 0.99, 1.4)),
-    6: ((1.0, 0.97, 0.94, 0.9), (1.0, 0.97, 0.94, 0.9, 1.03, 0.85)),
-    8: ((1.0,), (1.0, 0.97, 0.94)),
+    6: ((1.0, 0.97, 0.93), (1.0, 0.97, 0.94, 0.9)),
+    8: ((1.0,), (1.0, 0.97)),
 }
 #: The same of ranges: shares that are cut off (below zero: added) at the lower and the upper end, by the largest code.
 _ENDS: dict[int, tuple[list[tuple[float, float]], list[tuple[float, float]]]] = {
@@ -198,10 +208,10 @@ _ENDS: dict[int, tuple[list[tuple[float, float]], list[tuple[float, float]]]] = 
 class _Fit:
     """Numbers [L, ...] and their codes' values under candidates; scales of least error."""
 
-    def __init__(self, x: Tensor, w: Tensor | None) -> None:
+    def __init__(self, x: Tensor, w: Tensor | None, room: Tensor | None = None) -> None:
         self.x, self.w = x, w
-        self.weighted = x if w is None else x * w
-        self.q, self.product = torch.empty_like(x), torch.empty_like(x)
+        self.q, self.product, weighted = (_like(x, None if room is None else room[i]) for i in range(3))
+        self.weighted = x if w is None else torch.mul(x, w, out=weighted)
 
     def sums(self) -> tuple[Tensor, Tensor]:
         """(sum w x q, sum w q^2)."""
@@ -214,19 +224,26 @@ class _Fit:
         high, low = self.x.amax(0), self.x.amin(0)
         largest = torch.where(high > -low, high, low) if grid.either else torch.maximum(high, -low)
         rate = _over(torch.full_like(largest, grid.top), largest)
-        found, gains = rate.new_empty(2, len(grid.factors), *rate.shape), rate.new_empty(len(grid.factors), *rate.shape)
-        for i, factor in enumerate(grid.factors):
+        best: list[Tensor] = []
+        for factor in grid.factors:
             grid.nearest(torch.mul(self.x, rate * factor, out=self.q))
-            along, square = found[0, i], found[1, i] = self.sums()
-            torch.div(along * along, square.clamp_min(_LEAST), out=gains[i])
-        best = gains.argmax(0, keepdim=True).expand(2, 1, *rate.shape)
-        along, square = found.gather(1, best)[:, 0]
-        return along, square
+            along, square = self.sums()
+            gain = along * along / square.clamp_min(_LEAST)
+            best = _better(best, [gain, along, square])
+        return best[1], best[2]
 
     def under(self, unit: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
         """`sums` for the codes nearest under scales."""
         grid.nearest(torch.mul(self.x, _over(torch.ones_like(unit), unit), out=self.q))
         return self.sums()
+
+
+def _better(best: list[Tensor], found: list[Tensor]) -> list[Tensor]:
+    """For each tile the list whose first number is larger; the one before wins ties."""
+    if not best:
+        return found
+    better = found[0] > best[0]
+    return [torch.where(better, new, old) for new, old in zip(found, best, strict=True)]
 
 
 def _nearest_of(table: dict[int, T], key: int) -> T:
@@ -248,15 +265,15 @@ def _kept(x: Tensor, rule: SearchedScale) -> Tensor:
     return x.clamp(-most, most).to(rule.stored_dtype).to(torch.float32)
 
 
-def _symmetric_scales(x: Tensor, w: Tensor | None, fmt: Format, rule: SearchedScale) -> Iterator[Tensor]:
-    grid, fit = _grid_of(fmt, w is not None), _Fit(x, w)
+def _symmetric_scales(x: Tensor, w: Tensor | None, fmt: Format, rule: SearchedScale, room: Tensor) -> Iterator[Tensor]:
+    grid, fit = _grid_of(fmt, w is not None), _Fit(x, w, room)
     along, square = fit.best(grid)
     if not rule.tiles:
         yield _kept(_over(*fit.under(_over(along, square), grid)), rule)
         return
     integers = _integers(rule)
     shared = _shared_scale(_over(along, square), square, integers)
-    for _ in range(_TURNS):
+    for _ in range(_TURNS - 1):
         codes = integers.nearest(_over(_over(along, square), shared.expand_as(along)))
         along, square = fit.under(codes * shared, grid)
         codes = integers.nearest(_over(_over(along, square), shared.expand_as(along)))
@@ -288,12 +305,12 @@ def _integers(rule: SearchedScale) -> _Grid:
 class _AffineFit:
     """The same with minimums; they are at most 0 in super-blocks."""
 
-    def __init__(self, x: Tensor, w: Tensor | None, fmt: Format, signed: bool) -> None:
+    def __init__(self, x: Tensor, w: Tensor | None, fmt: Format, signed: bool, room: Tensor) -> None:
         self.x, self.w, self.signed = x, w, signed
         self.top = fmt.element.maximum
         self.nearest = _rounding(0.0, self.top)
-        self.q, self.product = torch.empty_like(x), torch.empty_like(x)
-        self.weighted = x if w is None else x * w
+        self.q, self.product, weighted = (_like(x, room[i]) for i in range(3))
+        self.weighted = x if w is None else torch.mul(x, w, out=weighted)
         self.sw = torch.full_like(x[0], float(len(x))) if w is None else w.sum(0)
         self.sx = self.weighted.sum(0)
 
@@ -326,21 +343,18 @@ class _AffineFit:
             low = low.clamp_max(0.0)
         width = high - low
         ends = _nearest_of(_ENDS, int(self.top))[self.w is not None]
-        found, errors = low.new_empty(5, len(ends), *low.shape), low.new_empty(len(ends), *low.shape)
-        for i, (down, up) in enumerate(ends):
-            scale = width * ((1 - down - up) / self.top)
-            sq, sqq, sqx = sums = self.under(scale, low + down * width)
-            scale, minimum = self.fitted(*sums)
-            errors[i] = scale * (scale * sqq - 2 * sqx) + minimum * (2 * (scale * sq - self.sx) + minimum * self.sw)
-            for whole, part in zip(found[:, i], (scale, minimum, *sums), strict=True):
-                whole.copy_(part)
-        best = errors.argmin(0, keepdim=True).expand(5, 1, *low.shape)
-        scale, minimum, sq, sqq, sqx = found.gather(1, best)[:, 0]
+        best: list[Tensor] = []
+        for down, up in ends:
+            sq, sqq, sqx = self.under(width * ((1 - down - up) / self.top), low + down * width)
+            scale, minimum = self.fitted(sq, sqq, sqx)
+            gain = scale * (2 * sqx - scale * sqq) + minimum * (2 * (self.sx - scale * sq) - minimum * self.sw)
+            best = _better(best, [gain, scale, minimum, sq, sqq, sqx])
+        _, scale, minimum, sq, sqq, sqx = best
         return scale, minimum, (sq, sqq, sqx)
 
 
-def _affine_scales(x: Tensor, w: Tensor | None, fmt: Format, rule: SearchedScale) -> Iterator[Tensor]:
-    fit = _AffineFit(x, w, fmt, signed=not rule.tiles)
+def _affine_scales(x: Tensor, w: Tensor | None, fmt: Format, rule: SearchedScale, room: Tensor) -> Iterator[Tensor]:
+    fit = _AffineFit(x, w, fmt, signed=not rule.tiles, room=room)
     scale, minimum, sums = fit.best()
     if not rule.tiles:
         scale, minimum = fit.fitted(*fit.under(scale, minimum))
