@@ -48,7 +48,7 @@ class Granularity:
         """The shape of a scale: the number of blocks along each axis, or () for one scale per tensor."""
         if self.kind == "per_tensor":
             return ()
-        return tuple(-(-size // length) for size, length in zip(shape, self.lengths(shape), strict=True))
+        return tuple((size + length - 1) // length for size, length in zip(shape, self.lengths(shape), strict=True))
 
     @property
     def group_size(self) -> int | None:
