@@ -54,11 +54,17 @@ def main() -> int:
             for kind in options.types:
                 failed += compare_quantizer(kind, work, programs, text)
         for name in options.architectures if options.architectures is not None else sorted(MODELS):
-            failed += compare(name, tiny(name, work / f"{name}-float"), work / name, "F32", programs, text)
+            source = tiny(name, work / f"{name}-float")
+            for kind in ("F32", "Q8_0"):
+                failed += compare(
+                    f"{name} {kind}", source, work / f"{name}-{kind}", kind, programs, text, 3 * QUANTIZED
+                )
     return int(failed > 0)
 
 
-def compare(name: str, source: Path, out: Path, kind: str, programs: Path, text: Path) -> bool:
+def compare(
+    name: str, source: Path, out: Path, kind: str, programs: Path, text: Path, rounded: float = QUANTIZED
+) -> bool:
     """Whether the two perplexities differ by more than llama.cpp's arithmetic explains; a line about them."""
     try:
         detent.quantize_checkpoint(
@@ -70,12 +76,12 @@ def compare(name: str, source: Path, out: Path, kind: str, programs: Path, text:
         windows, theirs = perplexity_there(programs, out / "model.gguf", text)
         ours = perplexity_here(out, text, windows)
     except (detent.DetentError, RuntimeError) as error:
-        print(f"{name:16} FAILED {str(error)[-900:]}", flush=True)
+        print(f"{name:20} FAILED {str(error)[-900:]}", flush=True)
         return True
     difference = abs(theirs / ours - 1)
-    bad = not difference <= (CLOSE if kind in ("F32", "F16", "BF16") else QUANTIZED)
+    bad = not difference <= (CLOSE if kind in ("F32", "F16", "BF16") else rounded)
     print(
-        f"{name:16} detent {ours:10.4f}  llama.cpp {theirs:10.4f}  {difference:.2e} {'FAILED' if bad else ''}",
+        f"{name:20} detent {ours:10.4f}  llama.cpp {theirs:10.4f}  {difference:.2e} {'FAILED' if bad else ''}",
         flush=True,
     )
     return bad

@@ -208,7 +208,10 @@ class GgufLayout(Layout):
         kinds = {f"{name}.weight": block.name for name, block in blocks.items() if block is not None}
         scales = [f"{name.removesuffix('weight')}scale" for name, kind in kinds.items() if kind == "NVFP4"]
         tensors = list(dict.fromkeys([*known.tensors, *kinds, *scales, "lm_head.weight"]))
-        listed = {without_number(tensor): None for tensor in tensors if tensor in known.tensors or tensor in kinds}
+        # Experts that the source holds in one tensor are tensors of their own where they are quantized.
+        apart = {place.name for tensor in kinds for place in known.names.places(tensor)}
+        whole = [t for t in known.tensors if not apart.intersection(place.name for place in known.names.places(t))]
+        listed = dict.fromkeys(without_number(tensor) for tensor in [*whole, *kinds])
         values = known.values | {"general.file_type": self._file_type(kinds), NAMES_KEY: list(listed)}
         return GgufWriter(
             out_dir,
