@@ -128,7 +128,7 @@ def test_other_shapes_and_kinds(tmp_path: Path) -> None:
         assert_same_layer(found.layer(layer.name), layer)
 
 
-@pytest.mark.parametrize("layout", layouts.values(), ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [layouts[name] for name in PREFERRED], ids=lambda layout: layout.name)
 def test_negative_scales_of_weights_come_back(layout, tmp_path: Path) -> None:
     """Algorithms choose them for integers with a code to spare below zero."""
     layer = quantized_layer("layers.0", weight((32, 64), 0), (f.integer(4, f.per_group(32)), None, None))
@@ -157,7 +157,7 @@ ACTIVATIONS = [
 ]
 
 
-@pytest.mark.parametrize("layout", layouts.values(), ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [layouts[name] for name in PREFERRED], ids=lambda layout: layout.name)
 def test_activations_come_back(layout, tmp_path: Path) -> None:
     int4, layers = f.integer(4, f.per_group(32)), []
     for number, fmt in enumerate(ACTIVATIONS):
@@ -204,7 +204,7 @@ def test_activation_scales_per_channel_come_back(tmp_path: Path) -> None:
     assert_same_layer(found.layer("m"), layer)
 
 
-@pytest.mark.parametrize("layout", layouts.values(), ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [layouts[name] for name in PREFERRED], ids=lambda layout: layout.name)
 @pytest.mark.parametrize("fmt", [f.fp8(), f.integer(8), f.fp8().with_scale_dtype("bfloat16")], ids=str)
 def test_key_value_scales_come_back(layout, fmt: Format, tmp_path: Path) -> None:
     source = Source(llama_source(tmp_path / "src"))
@@ -370,8 +370,8 @@ class TestBadRequests:
             open_quantized(toy_source(tmp_path / "src"))
 
     def test_other_method(self, tmp_path: Path) -> None:
-        path = toy_source(tmp_path / "src", quantization_config={"quant_method": "gptq"})
-        with pytest.raises(DetentError, match="gptq; Detent reads compressed-tensors, detent"):
+        path = toy_source(tmp_path / "src", quantization_config={"quant_method": "bitsandbytes"})
+        with pytest.raises(DetentError, match="bitsandbytes; Detent reads compressed-tensors, detent"):
             open_quantized(path)
 
     def test_static_without_scales(self) -> None:

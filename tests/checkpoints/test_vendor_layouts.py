@@ -326,7 +326,8 @@ def test_modelopt_nvfp4_cache_is_read(tmp_path: Path) -> None:
     assert key.outer_scale.item() == pytest.approx(1 / 448 / 6)
     reason = layouts["modelopt"].can_hold(ModelFormats({}, f.nvfp4()))
     assert reason is not None
-    assert "only FP8 E4M3 with calibrated scales" in reason
+    assert "only FP8 E4M3 with calibrated scales in float32" in reason
+    assert layouts["fp8"].can_hold(ModelFormats({}, f.fp8().with_scale_dtype("bfloat16"))) is not None
 
 
 @pytest.mark.slow
@@ -537,6 +538,7 @@ DOWN = LayerFormats((64, 32), f.mx("e2m1"))
         ("quark", {"a": LayerFormats((8, 8), f.integer(8), kind="Embedding")}, "Embedding modules"),
         ("quark", {"a": LayerFormats((8, 8), None, f.fp8())}, "only activations are quantized"),
         ("quark", {"a": LayerFormats((8, 8), f.integer(8), rotated=8)}, "rotated at run time"),
+        ("quark", {"a": LayerFormats((8, 8), f.fp8(), f.fp8().with_scale_dtype("bfloat16"))}, "only in float32"),
         ("modelopt", {"a": LayerFormats((8, 64), f.mx("e4m3"))}, "no quant_algo stands for weight e4m3"),
         ("modelopt", {"a": LayerFormats((9, 64), f.integer(4, f.per_group(32)))}, "two rows share a byte"),
         ("fp8", {"a": LayerFormats((8, 64), f.fp8())}, "w_fp8_a_fp8"),

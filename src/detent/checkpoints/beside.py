@@ -83,7 +83,9 @@ class BesideLayout(Layout):
     def why_not_cache(self, fmt: Format) -> str | None:
         """None, or why it has no place for keys and values of this format."""
         per_tensor_fp8 = fmt.element == E4M3 and fmt.granularity.kind == "per_tensor" and not fmt.dynamic
-        return None if per_tensor_fp8 else f"a key/value cache as {fmt}: only FP8 E4M3 with calibrated scales"
+        if per_tensor_fp8 and scale_dtype(fmt) == "float32":
+            return None
+        return f"a key/value cache as {fmt}: only FP8 E4M3 with calibrated scales in float32"
 
     def told(self, source: Source) -> ModelFormats:
         """The formats of a checkpoint that another tool wrote."""
@@ -171,6 +173,8 @@ def _why_no_beside(layer: LayerFormats) -> str | None:
         whole = activation is None or activation.dynamic or activation.granularity.kind == "per_tensor"
         if activation is not None and not whole and not activation.has_outer_scale:
             return f"calibrated {activation.granularity} activation scales: only per-tensor ones"
+        if activation is not None and not activation.dynamic and scale_dtype(activation) in ("bfloat16", "float16"):
+            return f"calibrated activation scales in {scale_dtype(activation)}: only in float32"
     if not isinstance(layer.weight.scale, FloatScale | PowerOfTwoScale):
         return f"a weight in {layer.weight}, which is a format of GGUF"
     group = layer.weight.granularity.group_size
