@@ -2,14 +2,14 @@
 
 The flags of AMD Quark's quantize_quark.py are spelled with underscores; hyphens mean the same. ``--exclude_layers``
 takes any number of names (none: "exclude nothing"), which the parser library can't express: each name gets the flag
-put before it, as do those of ``--pre_quantization_optimization``. ``--group_size_per_layer PATTERN SIZE`` becomes one
-value, ``PATTERN=SIZE``.
+put before it, as do those of ``--pre_quantization_optimization`` and ``--model_export``. ``--group_size_per_layer
+PATTERN SIZE`` becomes one value, ``PATTERN=SIZE``.
 """
 
 from __future__ import annotations
 
 #: Flags that take every argument up to the next flag.
-MANY = ("--exclude_layers", "--pre_quantization_optimization")
+MANY = ("--exclude_layers", "--pre_quantization_optimization", "--model_export")
 #: Flags that take two arguments.
 PAIRS = ("--group_size_per_layer",)
 #: The value of such a flag without arguments.
