@@ -360,3 +360,27 @@ def test_options_of_gguf_are_refused_elsewhere(tmp_path: Path) -> None:
         options = detent.SchemeOptions("w_int8_per_group_sym", export=detent.ExportOptions("detent", **more))
         with pytest.raises(DetentError, match="is about GGUF files, and detent isn't one"):
             detent.quantize_checkpoint(detent.ModelOptions(), options, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_are_stacked_whether_the_source_has_them_in_one_tensor(name: str, models: Any, tmp_path: Path) -> None:
+    folder, _ = models(name)
+    out = tmp_path / "out"
+    detent.quantize_checkpoint(
+        detent.ModelOptions(str(folder)),
+        detent.SchemeOptions(export=detent.ExportOptions("gguf", gguf_type="Q8_0")),
+        out,
+        evaluation=detent.EvaluationOptions(skip=True),
+    )
+    stacked = next(t for t in gguf.GGUFReader(out / "model.gguf").tensors if t.name == "blk.1.ffn_up_exps.weight")
+    values = torch.from_numpy(gguf.quants.dequantize(stacked.data, stacked.tensor_type))
+    source = Source(folder)
+    if name == "mixtral":
+        original = torch.stack(
+            [source.tensor(f"model.layers.1.block_sparse_moe.experts.{i}.w3.weight") for i in range(4)]
+        )
+    else:
+        original = source.tensor("model.layers.1.mlp.experts.gate_up_proj")[..., 1::2].transpose(1, 2)
+    assert values.shape == original.shape == (4, 256, 128)
+    assert (values - original).norm() < 0.01 * original.norm()
