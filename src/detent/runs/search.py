@@ -271,9 +271,10 @@ class _Pass:
                 set_attributes(self._model, f"{name}.{leaf}", attributes)
             calibrate_weight(name, module.weight_quantizer, module.to_output_first(module.weight, module), None)
             x = rows[name].to(module.weight.dtype)
-            for quantizer, tensor in ((module.input_quantizer, x), (module.output_quantizer, module(x))):
-                if quantizer.is_enabled:
-                    quantizer.calibrate_on(tensor)
+            if module.input_quantizer.is_enabled:
+                module.input_quantizer.calibrate_on(x)
+            if module.output_quantizer.is_enabled:
+                module.output_quantizer.calibrate_on(module(x))
         try:
             yield
         finally:
