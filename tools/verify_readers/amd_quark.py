@@ -12,13 +12,15 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
-from quark.torch import import_model_from_safetensors
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from detent.checkpoints import LayerCheckpoint, ModelFormats, QuantizedWriter, Source, wanted_layouts
@@ -51,6 +53,20 @@ SCHEMES = (
 TOLERANCE = 1e-5
 
 
+def rows() -> list[harness.Row]:
+    """For `make verify-readers`: this script in amd-quark's environment."""
+    python = harness.ENVIRONMENTS / "amd_quark" / "bin" / "python"
+    told = subprocess.run([python, __file__], capture_output=True, text=True, check=False)
+    found = re.findall(r"^(\w+) +(\w+) +logits differ by (\S+)$", told.stdout, re.MULTILINE)
+    made = [
+        harness.Row(f"quark, {method}", scheme, "amd-quark 0.13", float(difference), TOLERANCE, "relative")
+        for scheme, method, difference in found
+    ]
+    if len(made) < len(SCHEMES):
+        made.append(harness.Row("quark", "the rest", "amd-quark 0.13", None, TOLERANCE, told.stderr[-500:]))
+    return made
+
+
 def main() -> int:
     logging.disable(logging.WARNING)
     failed = 0
@@ -64,6 +80,8 @@ def main() -> int:
 
 def compare(scheme: str, method: str) -> float:
     """The relative difference of logits between the two readers of what Detent writes."""
+    from quark.torch import import_model_from_safetensors
+
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "source", Path(folder) / "out"
         write(source, out, scheme, method)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -20,19 +21,37 @@ import sys
 import tempfile
 from pathlib import Path
 
+import harness
 import torch
-from gguf_models import MODELS, tiny
 
 import detent
 from detent.checkpoints.gguf.container import read_header
 from detent.data.builtin import builtin_text, sample_model_dir
 from detent.runs.load import load_quantized
 
+_MODELS = harness.load("gguf_models")
 #: Relative difference of perplexities: llama.cpp rounds activations to 8 bits where weights are quantized.
 CLOSE, QUANTIZED = 5e-4, 1e-2
 WINDOW = 128
 #: Keys and values as they are computed.
 CACHE = ("-ctk", "f32", "-ctv", "f32")
+
+
+def rows() -> list[harness.Row]:
+    """For `make verify-readers`: this script, with the programs that LLAMA_CPP names or that are built once."""
+    programs = Path(os.environ.get("LLAMA_CPP") or harness.ENVIRONMENTS / "llama_cpp" / "build" / "bin")
+    if not (programs / "llama-perplexity").exists():
+        build(harness.ENVIRONMENTS / "llama_cpp")
+    told = subprocess.run([sys.executable, __file__, programs], capture_output=True, text=True, check=False)
+    found = re.findall(r"^(.+?) +detent +(\S+) +llama.cpp +(\S+) +(\S+) *(FAILED)?$", told.stdout, re.MULTILINE)
+    made = [
+        harness.Row("gguf", name, "llama.cpp", float(off), 0.0 if bad else float(off), f"perplexity {ours}; {theirs}")
+        for name, ours, theirs, off, bad in found
+    ]
+    failed = [line for line in told.stdout.splitlines() if " FAILED " in line] or told.stderr.splitlines()[-3:]
+    if told.returncode:
+        made.append(harness.Row("gguf", "failed", "llama.cpp", None, QUANTIZED, "; ".join(failed)[:500]))
+    return made
 
 
 def main() -> int:
@@ -53,8 +72,8 @@ def main() -> int:
         if options.quantizer:
             for kind in options.types:
                 failed += compare_quantizer(kind, work, programs, text)
-        for name in options.architectures if options.architectures is not None else sorted(MODELS):
-            source = tiny(name, work / f"{name}-float")
+        for name in options.architectures if options.architectures is not None else sorted(_MODELS.MODELS):
+            source = _MODELS.tiny(name, work / f"{name}-float")
             for kind in ("F32", "Q8_0"):
                 failed += compare(
                     f"{name} {kind}", source, work / f"{name}-{kind}", kind, programs, text, 3 * QUANTIZED
@@ -150,6 +169,7 @@ def perplexity_here(folder: Path, text: Path, windows: int) -> float:
 def build(folder: Path) -> Path:
     """llama.cpp's programs, built from the source distribution of llama-cpp-python."""
     wanted = ["llama-perplexity", "llama-quantize"]
+    folder.mkdir(parents=True, exist_ok=True)
     run = lambda *command: subprocess.run([str(part) for part in command], check=True)  # noqa: E731
     run(sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "llama-cpp-python", "-d", folder)
     run("tar", "-xf", *folder.glob("*.tar.gz"), "-C", folder)
