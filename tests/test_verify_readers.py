@@ -27,7 +27,8 @@ def test_each_script_has_rows_and_its_reader_an_environment() -> None:
     for name in harness.scripts():
         script = harness.load(name)
         assert callable(script.rows), name
-        assert hasattr(script, "logits") == (TOOL / f"{name}.txt").is_file(), name
+        if hasattr(script, "logits"):
+            assert (TOOL / f"{name}.txt").is_file(), name
 
 
 def test_a_difference_of_nan_or_none_has_not_passed() -> None:

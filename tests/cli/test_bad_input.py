@@ -191,10 +191,10 @@ def test_calibration_file_without_text(name: str, content: str, place: Workplace
 def test_quantized_already(place: Workplace, tmp_path: Path) -> None:
     place.quantize("--skip_evaluation")
     config = json.loads((place.out / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "bits": 4}
     (place.out / "config.json").write_text(json.dumps(config))
     again = replace(place, model=place.out, out=tmp_path / "again")
-    refused(again.quantize(run=detent), "quantized already", "gptq")
+    refused(again.quantize(run=detent), "quantized already", "bitsandbytes")
     refused(again.quantize("--skip_quantization", scheme=None, run=detent), "quantized already")
     assert not again.out.exists()
     reload = ["--model_reload", "--import_model_dir", place.model, "--eval_dataset", place.evaluation]

@@ -203,7 +203,7 @@ def test_the_first_blocks_show_a_folder_that_computes_something_else(folder: Pat
     stream, config = LayerStream(source, plan, torch.float32), load_config(folder)
     options = {"dtype": torch.float32, "trust_remote_code": False}
     write(tmp_path / "out", source, plan, simulation, torch.float32)
-    out: Any = SimpleNamespace(folder=tmp_path / "out", kept=dict.fromkeys(plan.kept))
+    out: Any = SimpleNamespace(folder=tmp_path / "out", kept=dict.fromkeys(plan.kept), layout=plan.layout)
     compare_few_blocks(out, source, plan, stream, config, **options)
     weights = tmp_path / "out" / "model.safetensors"
     tensors = load_file(weights)
@@ -234,7 +234,7 @@ def test_the_first_model_of_the_comparison_is_gone_when_the_second_is_read(
         return probe_logits(model)
 
     monkeypatch.setattr("detent.runs.probe.probe_logits", seen)
-    out: Any = SimpleNamespace(folder=tmp_path / "out", kept=dict.fromkeys(plan.kept))
+    out: Any = SimpleNamespace(folder=tmp_path / "out", kept=dict.fromkeys(plan.kept), layout=plan.layout)
     options: Any = {"dtype": torch.float32, "trust_remote_code": False}
     compare_few_blocks(out, source, plan, LayerStream(source, plan, torch.float32), load_config(folder), **options)
     assert len(models) == 2

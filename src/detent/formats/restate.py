@@ -57,7 +57,7 @@ def _restated_scales(q: QTensor, fmt: Format) -> Scales | None:
     if fmt.zero_point == "int":
         zero_point = _on(grid, zero.round().to(torch.int32))
     elif fmt.zero_point == "minimum":
-        zero_point = _on(grid, (-zero * value).to(torch.float16))
+        zero_point = _on(grid, (-zero * value).to(fmt.scale.stored_dtype))
     elif fmt.zero_point == "float":
         zero_point = _on(grid, zero)
     return Scales(_on(grid, fmt.scale.store(value)), zero_point, q.outer_scale)

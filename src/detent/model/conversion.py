@@ -173,7 +173,7 @@ def set_quantizer_by_cfg(model: nn.Module, quant_cfg: Any, *, strict: bool = Tru
         4
     """
     rules = normalize(quant_cfg)
-    modules = dict(walk(model))
+    modules = dict(walk(check_module(model)))
     names = {name: parent_classes(modules, name) for name, _ in named_quantizers(model)}
     if not names:
         raise DetentError(f"{type(model).__name__} has no quantizers; call quantize() or replace_quant_module() first")

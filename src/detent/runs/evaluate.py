@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from detent.checkpoints import Source, open_quantized, open_source, open_stored, quant_method
+from detent.checkpoints import QuantizedCheckpoint, Source, open_quantized, open_stored, quant_method
 from detent.errors import DetentError
 from detent.pretrained.loading import load_config, load_model, load_tokenizer, model_dtype
 from detent.report.resources import available_memory_bytes
@@ -74,7 +75,8 @@ def evaluate_checkpoint(
     }
     dtype = model_dtype(model_options.data_type, config, source)
     available = available_memory_bytes()
-    size = (source if checkpoint is None else open_source(folder)).elements * dtype.itemsize
+    elements = source.elements if checkpoint is None else _elements(checkpoint)
+    size = elements * dtype.itemsize
     fits = evaluation.skip or available is None or size <= available
     if not fits:
         del common["notify"]
@@ -94,3 +96,9 @@ def evaluate_checkpoint(
         size_bytes=BeforeAfterBytes(before=source.nbytes),
         **parts,
     )
+
+
+def _elements(checkpoint: QuantizedCheckpoint) -> int:
+    """The number of elements that the float model has."""
+    kept = sum(math.prod(checkpoint.source.info(name).shape) for name in checkpoint.kept)
+    return kept + sum(math.prod(layer.shape) for layer in checkpoint.formats.layers.values())
