@@ -241,10 +241,8 @@ class BesideReader:
                 parts = self.layout.weight_parts(layer.weight, layer.shape)
                 self._expect(name, "weight", parts["weight"])
                 self._scales(name, layer.weight, layer.shape)
-            for side in ("input", "output"):
-                fmt = getattr(layer, side)
-                if fmt is not None and not fmt.dynamic:
-                    self._calibrated(name, side, fmt)
+            for side, fmt in layer.calibrated:
+                self._calibrated(name, side, fmt)
         self.kv_scales()
 
     def kv_scales(self) -> dict[str, tuple[Scales, ...]]:
@@ -275,10 +273,8 @@ class BesideReader:
 
     def _parts(self, module: str, layer: LayerFormats) -> dict[str, StoredPart]:
         parts = {} if layer.weight is None else self.layout.weight_parts(layer.weight, layer.shape)
-        for side in ("input", "output"):
-            fmt = getattr(layer, side)
-            if fmt is not None and not fmt.dynamic:
-                parts = parts | self.layout.activation_parts(side, fmt)
+        for side, fmt in layer.calibrated:
+            parts = parts | self.layout.activation_parts(side, fmt)
         return parts
 
     def _name(self, module: str, key: str) -> str:

@@ -194,10 +194,8 @@ class DetentReader:
             if layer.weight is not None:
                 self._expect_codes(f"{name}.weight.codes", layer.shape, layer.weight)
                 self._scales(f"{name}.weight", layer.weight, layer.weight.granularity.grid(layer.shape))
-            for side in ("input", "output"):
-                fmt = getattr(layer, side)
-                if fmt is not None and not fmt.dynamic:
-                    self._calibrated(f"{name}.{side}", fmt)
+            for side, fmt in layer.calibrated:
+                self._calibrated(f"{name}.{side}", fmt)
             if layer.low_rank:
                 self._low_rank(name, layer)
         self.kv_scales()

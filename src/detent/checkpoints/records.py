@@ -67,6 +67,12 @@ class LayerFormats:
     rotated: int = 0
     low_rank: int = 0
 
+    @property
+    def calibrated(self) -> list[tuple[str, Format]]:
+        """The sides that have calibrated scales, "input" and "output", with their formats."""
+        sides = (("input", self.input), ("output", self.output))
+        return [(side, fmt) for side, fmt in sides if fmt is not None and not fmt.dynamic]
+
 
 @dataclass(frozen=True)
 class ModelFormats:

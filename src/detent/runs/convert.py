@@ -20,7 +20,6 @@ from detent.checkpoints import (
     Source,
     choose,
     open_quantized,
-    wanted_layouts,
 )
 from detent.checkpoints.folder import digest
 from detent.config import Scheme, parse_scheme
@@ -41,6 +40,7 @@ from detent.report.run_report import REPORT_NAME, BeforeAfterBytes, RunReport, V
 from detent.runs.load import load_quantized
 from detent.runs.options import ExportOptions
 from detent.runs.parts import stored_parts
+from detent.runs.prepare import layouts_for
 from detent.runs.probe import with_few_blocks
 from detent.runs.run import Run
 from detent.runs.verify import Expected, check_logits, probe_logits, verify
@@ -97,13 +97,7 @@ def convert_checkpoint(
     run, output, folder = run or Run(), user_path(output_dir), resolve_folder(model_dir)
     for notice in check_target(output, source=folder, overwrite=overwrite):
         run.notify(notice)
-    wanted = wanted_layouts(
-        export.format,
-        export.custom_mode,
-        pack_method=export.pack_method,
-        gguf_type=export.gguf_type,
-        imatrix=export.imatrix,
-    )
+    wanted = layouts_for(export)
     if scheme is None and group_size is not None:
         raise DetentError("group_size belongs to a scheme; name one (quant_scheme), or leave it out")
     checkpoint = open_quantized(folder)

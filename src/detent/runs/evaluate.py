@@ -82,12 +82,18 @@ def evaluate_checkpoint(
         del common["notify"]
         run.notify(f"the model takes {format_bytes(size)}, more than there is: it is measured block by block")
     if checkpoint is None:
-        before = measure(load_model(source, config, dtype=dtype, **common)) if fits else None
-        before = before if fits else measure_source(measure, source, config, dtype=dtype, **common)
+        before = (
+            measure(load_model(source, config, dtype=dtype, **common))
+            if fits
+            else measure_source(measure, source, config, dtype=dtype, **common)
+        )
         parts: dict[str, Any] = {"perplexity": Perplexity(before=before)}
     else:
-        after = measure(load_quantized(folder, dtype=dtype, **common)) if fits else None
-        after = after if fits else measure_quantized(measure, folder, dtype=dtype, **common)
+        after = (
+            measure(load_quantized(folder, dtype=dtype, **common))
+            if fits
+            else measure_quantized(measure, folder, dtype=dtype, **common)
+        )
         parts = {"perplexity": Perplexity(after=after), **stored_parts(checkpoint)}
     return run.report(
         model=model_options.model_dir or BUILTIN_MODEL,

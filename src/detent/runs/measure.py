@@ -78,7 +78,8 @@ def measure_source(
     Raises:
         DetentError: its blocks can't be run one by one.
     """
-    return _by_blocks(measure, source, model_without_weights(source, config, dtype=dtype, **options), device)
+    model = model_without_weights(source, config, dtype=dtype, **options)
+    return _by_blocks(measure, source, CheckpointNames(model, source.tensors), model, device)
 
 
 def measure_quantized(
@@ -91,11 +92,11 @@ def measure_quantized(
     names, formats = CheckpointNames(model, source.tensors), checkpoint.formats
     records = [in_model(replace(checkpoint.layer(name), weight=None), names, folder) for name in formats.layers]
     attach(model, formats, checkpoint.kv_scales, names, records, folder, device=torch.device(device))
-    return _by_blocks(measure, source, model, device)
+    return _by_blocks(measure, source, names, model, device)
 
 
-def _by_blocks(measure: Measure, source: Source, model: nn.Module, device: str) -> float | None:
-    names, blocks = CheckpointNames(model, source.tensors), chain_of(model, None)
+def _by_blocks(measure: Measure, source: Source, names: CheckpointNames, model: nn.Module, device: str) -> float | None:
+    blocks = chain_of(model, None)
     host = StreamedBlocks(source, names, model, blocks, device=device, states=Path(gettempdir()))
     try:
         return measure(model, host, blocks)

@@ -16,15 +16,24 @@ from detent.checkpoints import LayerCheckpoint
 from detent.checkpoints.folder import set_permissions
 from detent.errors import DetentError
 from detent.external.files import user_path
-from detent.external.output import Workspace, add_to_manifest, check_replaceable, check_target, write_manifest
+from detent.external.output import (
+    MANIFEST_NAME,
+    MARKER_NAME,
+    Workspace,
+    add_to_manifest,
+    check_replaceable,
+    check_target,
+    write_manifest,
+)
 from detent.onnx import LanguageModelGraph, OnnxReport, export_onnx
+from detent.report.run_report import REPORT_NAME as RUN_REPORT_NAME
 from detent.runs.load import load_quantized, pack_weights
 from detent.runs.options import ModelOptions
 
 FILE_NAME, REPORT_NAME, FOLDER = "model.onnx", "onnx_report.json", "onnx"
 #: Files of a checkpoint that hold weights, or describe how they are stored.
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".index.json")
-_OWN = ("detent_manifest.json", "detent_report.json", ".detent_unfinished.json")
+_OWN = (MANIFEST_NAME, RUN_REPORT_NAME, MARKER_NAME)
 
 
 def export_onnx_checkpoint(
@@ -94,7 +103,7 @@ def export_onnx_checkpoint(
         if target.exists():
             shutil.rmtree(target)
         work.close()
-        (work.path / ".detent_unfinished.json").unlink()
+        (work.path / MARKER_NAME).unlink()
         work.path.rename(target)
     finally:
         work.remove()

@@ -22,7 +22,7 @@ from detent.plan.plan import Plan, make_plan, with_scale_dtype
 from detent.pretrained.facts import max_sequence_length, vocabulary_size
 from detent.pretrained.loading import load_config, model_dtype, model_on_meta
 from detent.pretrained.names import as_written
-from detent.runs.options import AlgorithmOptions, CalibrationOptions, ModelOptions, SchemeOptions
+from detent.runs.options import AlgorithmOptions, CalibrationOptions, ExportOptions, ModelOptions, SchemeOptions
 from detent.runs.run import Run
 
 DEFAULT_SCHEME = "w_int4_per_group_sym"
@@ -71,14 +71,7 @@ def prepare(
     """
     chosen, kv_cache = _formats(scheme, model.model_dir is None)
     how = scheme.export
-    wanted = wanted_layouts(
-        how.format,
-        how.custom_mode,
-        pack_method=how.pack_method,
-        gguf_type=how.gguf_type,
-        imatrix=how.imatrix,
-        gptq_version=how.gptq_version,
-    )
+    wanted = layouts_for(how)
     steps = _algorithms(algorithms or AlgorithmOptions(), run)
     config = load_config(folder, trust_remote_code=model.trust_remote_code)
     bare = without_weights and holds_no_weights(folder)
@@ -96,6 +89,18 @@ def prepare(
         )
     _tell_about(plan, run, dtype)
     return Prepared(source, config, dtype, plan, scheme.min_kv_scale)
+
+
+def layouts_for(how: ExportOptions) -> list[Layout]:
+    """The layouts that will do, the best first. Raises DetentError as `wanted_layouts`."""
+    return wanted_layouts(
+        how.format,
+        how.custom_mode,
+        pack_method=how.pack_method,
+        gguf_type=how.gguf_type,
+        imatrix=how.imatrix,
+        gptq_version=how.gptq_version,
+    )
 
 
 def _as_stored(scheme: Scheme, dtype: torch.dtype, wanted: list[Layout]) -> Scheme:

@@ -203,8 +203,11 @@ def quantize_checkpoint(
                         del reloaded
                     verified = Verification(tensors=tensors, blocks=blocks, logit_difference=difference)
                 if after is None and not evaluation.skip:
-                    by_block = None if fits else measure_quantized(measure, out.folder, dtype=dtype, **loading)
-                    after = by_block or measure(load_quantized(out.folder, dtype=dtype, **loading))
+                    after = (
+                        measure(load_quantized(out.folder, dtype=dtype, **loading))
+                        if fits
+                        else measure_quantized(measure, out.folder, dtype=dtype, **loading)
+                    )
                 for notice in [*notices, *_noteworthy(out.layers), *_lost(out.layers)]:
                     run.notify(notice)
                 report = run.report(

@@ -315,10 +315,8 @@ class CompressedTensorsReader:
             if layer.weight is not None:
                 self._expect_codes(name, layer.weight, layer.shape)
                 self._weight_scales(name, layer.weight, layer.shape)
-            for side in ("input", "output"):
-                fmt = getattr(layer, side)
-                if fmt is not None and not fmt.dynamic:
-                    self._calibrated(name, side, fmt)
+            for side, fmt in layer.calibrated:
+                self._calibrated(name, side, fmt)
         self.kv_scales()
 
     def kv_scales(self) -> dict[str, tuple[Scales, ...]]:
